@@ -1,0 +1,40 @@
+//! What the proxy knows about its own node and about the cluster's address plan.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{Family, NamespacedName};
+
+/// Facts about the node this proxy runs on, from its Node object or from the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeFacts {
+    /// The node's name, lower case.
+    pub name: String,
+    /// Node addresses, `InternalIP` before `ExternalIP`; the first of a family is its primary one.
+    pub addresses: Vec<IpAddr>,
+    /// `spec.podCIDRs`.
+    pub pod_cidrs: Vec<IpNet>,
+    /// Label `topology.kubernetes.io/zone`.
+    pub zone: Option<String>,
+}
+
+impl NodeFacts {
+    /// The primary address of a family: the first one that is neither loopback nor unspecified.
+    #[must_use]
+    pub fn primary(&self, family: Family) -> Option<IpAddr> {
+        self.addresses
+            .iter()
+            .copied()
+            .find(|&a| Family::of(a) == family && !a.is_loopback() && !a.is_unspecified())
+    }
+}
+
+/// A ServiceCIDR object: a range ClusterIPs are allocated from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceCidr {
+    /// Its cluster-scoped name.
+    pub name: NamespacedName,
+    /// `spec.cidrs`.
+    pub cidrs: Vec<IpNet>,
+}

@@ -1,0 +1,84 @@
+//! A Service as the proxy sees it: addresses, ports and policies, with everything that does not
+//! concern a packet left out. Services that are not for a proxy (headless, `ExternalName`, labelled
+//! for another proxy) never become one of these.
+
+use std::net::IpAddr;
+use std::num::NonZeroU16;
+
+use ipnet::IpNet;
+
+use super::{Family, NamespacedName, Protocol};
+
+/// A Service with at least one ClusterIP.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Namespace and name.
+    pub name: NamespacedName,
+    /// Creation time in seconds since the epoch, 0 if unknown: the older of two Services that claim
+    /// one frontend keeps it.
+    pub created: i64,
+    /// `spec.clusterIPs`, at most one of a family. A family without one does not exist for the
+    /// Service: none of its other frontends of that family do either.
+    pub cluster_ips: Vec<IpAddr>,
+    /// `spec.externalIPs`.
+    pub external_ips: Vec<IpAddr>,
+    /// `status.loadBalancer.ingress[].ip` with ipMode unset or `VIP`; those in `Proxy` mode are
+    /// meant to leave the node untouched and are dropped when the object is converted.
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// The ports, in the order of the object.
+    pub ports: Vec<ServicePort>,
+    /// `spec.internalTrafficPolicy`.
+    pub internal_traffic_policy: TrafficPolicy,
+    /// `spec.externalTrafficPolicy`, `Cluster` where the Service is not externally reachable.
+    pub external_traffic_policy: TrafficPolicy,
+    /// `spec.sessionAffinity` with its timeout.
+    pub session_affinity: SessionAffinity,
+    /// `spec.loadBalancerSourceRanges`, both families.
+    pub source_ranges: Vec<IpNet>,
+    /// `spec.healthCheckNodePort`.
+    pub health_check_node_port: Option<NonZeroU16>,
+}
+
+impl Service {
+    /// The ClusterIP of a family, if the Service exists in it.
+    #[must_use]
+    pub fn cluster_ip(&self, family: Family) -> Option<IpAddr> {
+        self.cluster_ips.iter().copied().find(|&ip| Family::of(ip) == family)
+    }
+}
+
+/// One port of a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// The name, which is what endpoints are matched by; empty for an unnamed port.
+    pub name: Box<str>,
+    /// The transport protocol; endpoints are matched by it, too.
+    pub protocol: Protocol,
+    /// The port clients dial on the Service's addresses.
+    pub port: u16,
+    /// The port clients dial on the node's addresses.
+    pub node_port: Option<NonZeroU16>,
+}
+
+/// Who may answer: every endpoint, or those of this node only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TrafficPolicy {
+    /// Every usable endpoint.
+    #[default]
+    Cluster,
+    /// Endpoints on this node only.
+    Local,
+}
+
+/// Whether a client keeps its endpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SessionAffinity {
+    /// Every connection is a new choice.
+    #[default]
+    None,
+    /// A client address keeps its endpoint until it made no connection for the timeout.
+    ClientIp {
+        /// `timeoutSeconds`, 1 to 86400.
+        timeout: u32,
+    },
+}
