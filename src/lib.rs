@@ -1,3 +1,36 @@
-//! nftproxy: a Kubernetes service proxy on nftables. (Module list follows as it grows.)
+//! nftproxy: a Kubernetes service proxy on nftables.
+//!
+//! It watches Services, EndpointSlices, its Node and ServiceCIDRs, and keeps one nftables table for
+//! each address family equal to what they ask for. It is never in the data path. Everything flows one
+//! way:
+//!
+//! ```text
+//! watch          Kubernetes API, or a directory of manifests, as one stream of model::Event
+//!   → state      what is known, and which contributions an event made stale
+//!   → selection  which endpoints may answer
+//!   → frontend   what clients dial, and which Service owns it
+//!   → contribution   the elements one object asks for
+//!   → ledger     what changes in the tables since the last commit
+//!   → nft::transaction   ordered, typed operations
+//!   → nft::text (templates/, snapshots)  |  nft::netlink (one batch) → kernel
+//! ```
+//!
+//! Read the modules in that order. Rings, checked by `tests/it/tidy.rs`: `model` knows nothing but
+//! plain values; everything from `state` to `nft::transaction` is pure (no I/O, clock, randomness or
+//! Kubernetes type); `watch`, `nft::netlink` and `host` each touch one outside thing; `reconcile`,
+//! `app`, `config` and `cli` wire them up.
+
 pub mod model;
+
+pub mod contribution;
+pub mod frontend;
+pub mod ledger;
+pub mod selection;
+pub mod settings;
+pub mod slots;
+pub mod state;
+
+pub mod nft;
+
+pub mod reconcile;
 pub mod watch;

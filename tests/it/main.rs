@@ -1,1 +1,6 @@
-fn main() {}
+//! The one integration-test binary. Tiers: what needs no privileges (render, ledger, tidy), what
+//! needs network namespaces (parity, packets), and what needs a control plane (e2e).
+
+mod model;
+mod namespace;
+mod parity;

@@ -1,0 +1,163 @@
+//! Frontends: what clients dial, and who owns it.
+//!
+//! A frontend follows from the Service object alone, so the registry of owners changes with Services
+//! and never with endpoints. Two Services may name the same frontend (an external IP, say): the older
+//! one keeps it, whatever order they were seen in, and the next takes over when it goes.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
+
+use crate::model::{Family, NamespacedName, Protocol, Service, ServicePort};
+
+/// What a client dials.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Frontend {
+    /// An address of the Service.
+    Address(IpAddr, Protocol, u16),
+    /// Any node-port address of the node.
+    NodePort(Family, Protocol, u16),
+}
+
+impl std::fmt::Display for Frontend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Address(IpAddr::V4(a), proto, port) => write!(f, "{a}:{port}/{proto}"),
+            Self::Address(IpAddr::V6(a), proto, port) => write!(f, "[{a}]:{port}/{proto}"),
+            Self::NodePort(_, proto, port) => write!(f, "node port {port}/{proto}"),
+        }
+    }
+}
+
+/// Where a frontend of a Service comes from; decides whose traffic is masqueraded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrontendKind {
+    /// `spec.clusterIPs`: traffic inside the cluster.
+    ClusterIp,
+    /// `spec.externalIPs`, `status.loadBalancer`, node ports: traffic from outside.
+    External,
+}
+
+/// The frontends of one port of a Service in a family, ClusterIP first, each once.
+#[must_use]
+pub fn frontends(
+    service: &Service,
+    port: &ServicePort,
+    family: Family,
+) -> Vec<(Frontend, FrontendKind)> {
+    let Some(cluster_ip) = service.cluster_ip(family) else { return Vec::new() };
+    let at = |address| Frontend::Address(address, port.protocol, port.port);
+
+    let mut list = vec![(at(cluster_ip), FrontendKind::ClusterIp)];
+    // Balancer addresses with source ranges would be open to all without the ranges' check, which
+    // is not there yet: such addresses stay unserved, and `contribution` reports them.
+    let restricted = !service.source_ranges.is_empty();
+    let balancer = service.load_balancer_ips.iter().filter(|_| !restricted);
+    for &address in service.external_ips.iter().chain(balancer) {
+        let frontend = (at(address), FrontendKind::External);
+        if Family::of(address) == family && !list.iter().any(|(f, _)| *f == frontend.0) {
+            list.push(frontend);
+        }
+    }
+    if let Some(node_port) = port.node_port {
+        let frontend = Frontend::NodePort(family, port.protocol, node_port.get());
+        list.push((frontend, FrontendKind::External));
+    }
+    list
+}
+
+/// All frontends of a Service.
+fn all(service: &Service) -> BTreeSet<Frontend> {
+    let ports = service.ports.iter();
+    ports
+        .flat_map(|port| Family::BOTH.map(|family| frontends(service, port, family)))
+        .flatten()
+        .map(|(frontend, _)| frontend)
+        .collect()
+}
+
+/// A Service that names a frontend; the least one owns it: the oldest, then the first by name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Claimant {
+    created: i64,
+    service: NamespacedName,
+}
+
+/// Who owns which frontend.
+#[derive(Debug, Default)]
+pub struct Frontends {
+    owner: HashMap<Frontend, Claimant>,
+    /// Those that come after the owner; few, or none, in a healthy cluster.
+    waiting: BTreeSet<(Frontend, Claimant)>,
+}
+
+impl Frontends {
+    /// Replaces the claims of a Service (`None`: it is not there). Returns the *other* Services that
+    /// gained or lost a frontend by it.
+    pub fn update(
+        &mut self,
+        before: Option<&Service>,
+        after: Option<&Service>,
+    ) -> BTreeSet<NamespacedName> {
+        let mut affected = BTreeSet::new();
+        let claim = |service: &Service| Claimant {
+            created: service.created,
+            service: service.name.clone(),
+        };
+        let rank_changed = before.map(claim) != after.map(claim);
+        let old = before.map(all).unwrap_or_default();
+        let new = after.map(all).unwrap_or_default();
+        if let Some(before) = before {
+            for &frontend in old.iter().filter(|f| rank_changed || !new.contains(f)) {
+                affected.extend(self.release(frontend, &claim(before)));
+            }
+        }
+        if let Some(after) = after {
+            for &frontend in new.iter().filter(|f| rank_changed || !old.contains(f)) {
+                affected.extend(self.claim(frontend, claim(after)));
+            }
+        }
+        let own = after.or(before).map(|service| &service.name);
+        affected.retain(|name| Some(name) != own);
+        affected
+    }
+
+    /// The Service that serves a frontend.
+    #[must_use]
+    pub fn owner(&self, frontend: Frontend) -> Option<&NamespacedName> {
+        self.owner.get(&frontend).map(|claimant| &claimant.service)
+    }
+
+    fn claim(&mut self, frontend: Frontend, claimant: Claimant) -> Option<NamespacedName> {
+        let Some(owner) = self.owner.get_mut(&frontend) else {
+            self.owner.insert(frontend, claimant);
+            return None;
+        };
+        if claimant < *owner {
+            let displaced = std::mem::replace(owner, claimant);
+            let name = displaced.service.clone();
+            self.waiting.insert((frontend, displaced));
+            Some(name)
+        } else {
+            self.waiting.insert((frontend, claimant));
+            None
+        }
+    }
+
+    fn release(&mut self, frontend: Frontend, claimant: &Claimant) -> Option<NamespacedName> {
+        if self.owner.get(&frontend) != Some(claimant) {
+            self.waiting.remove(&(frontend, claimant.clone()));
+            return None;
+        }
+        self.owner.remove(&frontend);
+        let first = Claimant { created: i64::MIN, service: NamespacedName::cluster_scoped("") };
+        let next = self.waiting.range((frontend, first)..).next()?;
+        if next.0 != frontend {
+            return None;
+        }
+        let next = next.clone();
+        self.waiting.remove(&next);
+        let name = next.1.service.clone();
+        self.owner.insert(frontend, next.1);
+        Some(name)
+    }
+}

@@ -1,0 +1,222 @@
+//! Who asks for which element, and what changes when that changes.
+//!
+//! The ledger mirrors what was committed. Staging new contributions compares them with the previous
+//! ones of the same contributors only, so the cost is that of the change; the ledger itself moves on
+//! when the kernel has accepted the result, and a refused transaction leaves no trace in it.
+//!
+//! Elements of [shared](SetName::is_shared) sets and shared chains are counted: the first claim adds,
+//! the last one removes. A chain nobody claims any more stays until it is collected, since Services
+//! tend to come back to a number of endpoints they just left, and since a kernel before 6.2 refuses to
+//! remove a chain together with the element that went to it.
+//!
+//! [shared]: crate::nft::names::SetName::is_shared
+
+use std::collections::BTreeMap;
+
+use crate::contribution::{Contribution, Contributor};
+use crate::model::Family;
+use crate::nft::dataplane::Options;
+use crate::nft::element::{ElementId, Value};
+use crate::nft::names::ChainName;
+use crate::nft::ruleset::Ruleset;
+use crate::nft::transaction::{Change, Op, Transaction};
+
+/// The committed contributions.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    contributions: BTreeMap<Contributor, Contribution>,
+    /// How many contributors claim an element of a shared set.
+    shared: BTreeMap<ElementId, u32>,
+    /// How many contributors claim a shared chain; 0 until it is collected.
+    chains: BTreeMap<(Family, ChainName), u32>,
+}
+
+/// Contributions on their way to the kernel.
+#[derive(Debug, Default)]
+pub struct Staged {
+    contributions: Vec<(Contributor, Contribution)>,
+    elements: BTreeMap<ElementId, Change>,
+    shared: BTreeMap<ElementId, i64>,
+    chains: BTreeMap<(Family, ChainName), i64>,
+    new_chains: Vec<(Family, ChainName)>,
+    collected: Vec<(Family, ChainName)>,
+}
+
+impl Ledger {
+    /// Compares contributions with the committed ones. A contributor without anything to ask for
+    /// is staged as an empty contribution.
+    #[must_use]
+    pub fn stage(&self, contributions: Vec<(Contributor, Contribution)>) -> Staged {
+        let mut staged = Staged::default();
+        let nothing = Contribution::default();
+        for (contributor, after) in &contributions {
+            let before = self.contributions.get(contributor).unwrap_or(&nothing);
+            for (item, left, came) in compare(&before.elements, &after.elements) {
+                if item.set.is_shared() {
+                    *staged.shared.entry(item).or_default() += step(left, came);
+                } else {
+                    let change = staged.elements.entry(item).or_default();
+                    change.from = left.or(change.from);
+                    change.to = came.or(change.to);
+                }
+            }
+            for chain in before.chains.iter().filter(|&c| after.chains.binary_search(c).is_err()) {
+                *staged.chains.entry(*chain).or_default() -= 1;
+            }
+            for chain in after.chains.iter().filter(|&c| before.chains.binary_search(c).is_err()) {
+                *staged.chains.entry(*chain).or_default() += 1;
+            }
+        }
+        for (&id, &delta) in &staged.shared {
+            let before = self.shared.get(&id).copied().unwrap_or(0);
+            let exists = |count: u32| (count > 0).then_some(Value::None);
+            let change = Change { from: exists(before), to: exists(moved(before, delta)) };
+            staged.elements.insert(id, change);
+        }
+        staged.elements.retain(|_, change| change.from != change.to);
+        staged.new_chains = staged
+            .chains
+            .keys()
+            .filter(|chain| !self.chains.contains_key(chain))
+            .copied()
+            .collect();
+        staged.contributions = contributions;
+        staged
+    }
+
+    /// Adds the removal of shared chains that nobody claims to a staged change.
+    #[must_use]
+    pub fn collecting(&self, mut staged: Staged) -> Staged {
+        let idle = |chain: &&(Family, ChainName)| !staged.chains.contains_key(chain);
+        staged.collected = self.idle_chains().filter(idle).copied().collect();
+        staged
+    }
+
+    fn idle_chains(&self) -> impl Iterator<Item = &(Family, ChainName)> {
+        self.chains.iter().filter(|(_, count)| **count == 0).map(|(chain, _)| chain)
+    }
+
+    /// Whether there are shared chains to collect.
+    #[must_use]
+    pub fn has_idle_chains(&self) -> bool {
+        self.idle_chains().next().is_some()
+    }
+
+    /// Moves on to what the kernel has accepted.
+    pub fn accept(&mut self, staged: Staged) {
+        for (id, delta) in staged.shared {
+            let count = moved(self.shared.get(&id).copied().unwrap_or(0), delta);
+            if count == 0 {
+                self.shared.remove(&id);
+            } else {
+                self.shared.insert(id, count);
+            }
+        }
+        for (chain, delta) in staged.chains {
+            let count = self.chains.entry(chain).or_default();
+            *count = moved(*count, delta);
+        }
+        for chain in staged.collected {
+            self.chains.remove(&chain);
+        }
+        for (contributor, contribution) in staged.contributions {
+            if contribution == Contribution::default() {
+                self.contributions.remove(&contributor);
+            } else {
+                self.contributions.insert(contributor, contribution);
+            }
+        }
+    }
+
+    /// What a contributor has committed.
+    #[must_use]
+    pub fn contribution(&self, contributor: &Contributor) -> Option<&Contribution> {
+        self.contributions.get(contributor)
+    }
+
+    /// Everyone who has something committed.
+    pub fn contributors(&self) -> impl Iterator<Item = &Contributor> {
+        self.contributions.keys()
+    }
+}
+
+impl Staged {
+    /// The operations, in order.
+    #[must_use]
+    pub fn transaction(&self, options: &Options) -> Transaction {
+        let mut transaction = Transaction::default();
+        transaction.add_chains(self.new_chains.iter().copied(), options);
+        transaction.change_elements(&self.elements);
+        let collected = self.collected.iter().map(|(family, name)| (*family, name.to_string()));
+        transaction.delete_chains(collected);
+        transaction
+    }
+
+    /// Everything that is wanted, if this was staged on an empty ledger.
+    #[must_use]
+    pub fn ruleset(&self, options: Options) -> Ruleset {
+        let wanted = |(id, change): (&ElementId, &Change)| Some((*id, change.to?));
+        Ruleset {
+            options,
+            shared_chains: self.new_chains.iter().copied().collect(),
+            elements: self.elements.iter().filter_map(wanted).collect(),
+        }
+    }
+
+    /// Who asked for an operation, as far as one contributor alone did.
+    #[must_use]
+    pub fn contributor(&self, op: &Op) -> Option<&Contributor> {
+        let asks = |contribution: &Contribution| match op {
+            Op::AddElement(id, _) | Op::DeleteElement(id, _) => {
+                contribution.elements.binary_search_by_key(id, |(id, _)| *id).is_ok()
+            }
+            Op::AddChain(family, chain) | Op::AddRules(family, chain) => {
+                contribution.chains.binary_search(&(*family, chain.name)).is_ok()
+            }
+            _ => false,
+        };
+        self.contributions.iter().find(|(_, contribution)| asks(contribution)).map(|(c, _)| c)
+    }
+
+    /// How many elements change.
+    #[must_use]
+    pub fn changed_elements(&self) -> usize {
+        self.elements.len()
+    }
+}
+
+/// A count after a change. Counts below zero would mean that a claim was removed twice.
+fn moved(count: u32, delta: i64) -> u32 {
+    let count = i64::from(count) + delta;
+    debug_assert!(count >= 0, "a claim was removed that was never made");
+    u32::try_from(count.max(0)).unwrap_or(u32::MAX)
+}
+
+fn step(left: Option<Value>, came: Option<Value>) -> i64 {
+    i64::from(came.is_some()) - i64::from(left.is_some())
+}
+
+/// Walks two sorted lists and yields what differs: the element, its value before and after.
+fn compare<'a>(
+    before: &'a [(ElementId, Value)],
+    after: &'a [(ElementId, Value)],
+) -> impl Iterator<Item = (ElementId, Option<Value>, Option<Value>)> + 'a {
+    let (mut before, mut after) = (before.iter().peekable(), after.iter().peekable());
+    std::iter::from_fn(move || {
+        loop {
+            let order = match (before.peek(), after.peek()) {
+                (None, None) => return None,
+                (Some(_), None) => std::cmp::Ordering::Less,
+                (None, Some(_)) => std::cmp::Ordering::Greater,
+                (Some((left, _)), Some((came, _))) => left.cmp(came),
+            };
+            let left = if order.is_le() { before.next() } else { None };
+            let came = if order.is_ge() { after.next() } else { None };
+            let id = left.or(came)?.0;
+            let (left, came) = (left.map(|(_, value)| *value), came.map(|(_, value)| *value));
+            if left != came {
+                return Some((id, left, came));
+            }
+        }
+    })
+}

@@ -1,0 +1,105 @@
+//! From what the kernel holds to what is wanted: the transaction of a start-up or a repair.
+//!
+//! A table that is ours is adopted: only the difference is sent, and an unchanged restart sends
+//! nothing. A table of our name that is not ours, or has another layout, is replaced within the same
+//! transaction, so that there is no moment without rules.
+
+use std::collections::BTreeMap;
+
+use super::element::ElementId;
+use super::kernel::{ChainState, Loaded, LoadedTable, SetState};
+use super::names::{ChainName, LAYOUT, SetName};
+use super::ruleset::Ruleset;
+use super::transaction::{Change, Op, Transaction};
+use crate::model::Family;
+
+/// Why a table of our name was not adopted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Foreign {
+    /// It has no comment of ours, or names another layout; this is what it has instead.
+    Layout(Option<String>),
+    /// A set or map of our name is defined differently or holds elements that are not ours.
+    Set(String),
+}
+
+impl std::fmt::Display for Foreign {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Layout(None) => write!(f, "it does not carry the comment \"{LAYOUT}\""),
+            Self::Layout(Some(found)) => {
+                write!(f, "it carries the comment {found:?} instead of \"{LAYOUT}\"")
+            }
+            Self::Set(name) => write!(f, "its set {name} is not one that nftproxy makes"),
+        }
+    }
+}
+
+/// Whether a table can be adopted; if not, why.
+#[must_use]
+pub fn foreign(table: &LoadedTable) -> Option<Foreign> {
+    if table.comment.as_deref() != Some(LAYOUT) {
+        return Some(Foreign::Layout(table.comment.clone()));
+    }
+    let odd = table.sets.iter().find(|(_, state)| **state != SetState::Same);
+    odd.map(|(name, _)| Foreign::Set(name.clone()))
+}
+
+/// The operations that turn `loaded` into `wanted`.
+#[must_use]
+pub fn diff(loaded: &Loaded, wanted: &Ruleset) -> Transaction {
+    let mut transaction = Transaction::default();
+    let mut changes: BTreeMap<ElementId, Change> = BTreeMap::new();
+    let mut chains = Vec::new();
+    let mut refill = Vec::new();
+    let mut leftover = Vec::new();
+
+    for family in Family::BOTH {
+        let found = loaded.tables.get(&family);
+        let adopted = found.filter(|table| foreign(table).is_none());
+        if found.is_some() && adopted.is_none() {
+            transaction.ops.push(Op::DeleteTable(family));
+        }
+        if adopted.is_none() {
+            transaction.ops.push(Op::AddTable(family));
+        }
+        let has = |set: SetName| adopted.is_some_and(|t| t.sets.contains_key(set.as_str()));
+        let missing = SetName::ALL.into_iter().filter(|&set| !has(set));
+        transaction.ops.extend(missing.map(|set| Op::AddSet(family, set)));
+
+        for chain in wanted.chains(family) {
+            let name = chain.name.to_string();
+            match adopted.and_then(|t| t.chains.get(&name)) {
+                Some(ChainState::Same) => {}
+                Some(ChainState::RulesDiffer) => refill.push((family, chain)),
+                Some(ChainState::BaseDiffers | ChainState::Unknown) => {
+                    transaction.delete_chains([(family, name)].into_iter());
+                    chains.push((family, chain.name));
+                }
+                None => chains.push((family, chain.name)),
+            }
+        }
+        if let Some(table) = adopted {
+            for (&id, &value) in &table.elements {
+                changes.entry(id).or_default().from = Some(value);
+            }
+            let unwanted = table.chains.keys().filter(|name| {
+                !name.parse().is_ok_and(|name: ChainName| {
+                    !name.is_shared() || wanted.shared_chains.contains(&(family, name))
+                })
+            });
+            leftover.extend(unwanted.map(|name| (family, name.clone())));
+        }
+    }
+    for (&id, &value) in &wanted.elements {
+        changes.entry(id).or_default().to = Some(value);
+    }
+
+    transaction.add_chains(chains.into_iter(), &wanted.options);
+    for (family, chain) in refill {
+        transaction.ops.push(Op::FlushChain(family, chain.name.to_string()));
+        transaction.ops.push(Op::AddRules(family, chain));
+    }
+    transaction.change_elements(&changes);
+    transaction.delete_chains(leftover.into_iter());
+    transaction
+}

@@ -1,0 +1,377 @@
+//! Elements of the sets and maps: typed keys and values, and the bytes the kernel keeps them as.
+//!
+//! A key is fixed-size and `Copy`, because tens of thousands of them are compared, sorted and kept
+//! for every Service. The byte layout is here, beside the type, and used by both directions: what is
+//! sent and what is dumped.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::{IpNet, IpSubnets, Ipv4Subnets, Ipv6Subnets};
+
+use super::names::{ChainName, DataType, KeyField, SetName};
+use crate::model::{Family, Protocol};
+
+/// Which element: family, set and key. The order is that of the table's text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ElementId {
+    /// The table.
+    pub family: Family,
+    /// The set or map in it.
+    pub set: SetName,
+    /// The key in that.
+    pub key: Key,
+}
+
+/// The key of an element, one variant for each shape that [`SetName::key`] names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Key {
+    /// `daddr . l4proto . dport`
+    Frontend(IpAddr, Protocol, u16),
+    /// `daddr . l4proto . dport . slot`
+    Slot(IpAddr, Protocol, u16, u16),
+    /// `l4proto . dport`
+    NodePort(Protocol, u16),
+    /// `l4proto . dport . slot`
+    NodePortSlot(Protocol, u16, u16),
+    /// `addr`
+    Address(IpAddr),
+    /// `addr . addr`
+    Pair(IpAddr, IpAddr),
+    /// `first-last`, both included.
+    Range(IpAddr, IpAddr),
+}
+
+/// What an element maps to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Value {
+    /// Nothing: the element of a set.
+    None,
+    /// `goto` a chain.
+    Goto(ChainName),
+    /// A backend.
+    Backend(Backend),
+}
+
+/// Where a connection is sent: address and port of an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Backend {
+    /// The endpoint's address.
+    pub address: IpAddr,
+    /// Its port.
+    pub port: u16,
+}
+
+/// A key or value in the kernel's own layout: every field padded to four bytes, network order, but
+/// for the slot, which `numgen` writes in host order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes {
+    data: [u8; Self::MAX],
+    len: usize,
+}
+
+impl Bytes {
+    /// Longest key: an IPv6 address, protocol, port and slot; or two IPv6 addresses.
+    pub const MAX: usize = 32;
+
+    fn new() -> Self {
+        Self { data: [0; Self::MAX], len: 0 }
+    }
+
+    fn field(mut self, field: &[u8]) -> Self {
+        self.data[self.len..self.len + field.len()].copy_from_slice(field);
+        self.len += field.len().next_multiple_of(4);
+        self
+    }
+
+    fn address(self, address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(v4) => self.field(&v4.octets()),
+            IpAddr::V6(v6) => self.field(&v6.octets()),
+        }
+    }
+
+    fn protocol(self, protocol: Protocol) -> Self {
+        self.field(&[protocol.number()])
+    }
+
+    fn port(self, port: u16) -> Self {
+        self.field(&port.to_be_bytes())
+    }
+
+    fn slot(self, slot: u16) -> Self {
+        self.field(&u32::from(slot).to_ne_bytes())
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub fn as_slice(&self) -> &[u8] {
+        &self.data[..self.len]
+    }
+}
+
+impl Key {
+    /// The key as the kernel keeps it; of a range, its first address.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        let bytes = Bytes::new();
+        match *self {
+            Self::Frontend(a, proto, port) => bytes.address(a).protocol(proto).port(port),
+            Self::Slot(a, proto, port, slot) => {
+                bytes.address(a).protocol(proto).port(port).slot(slot)
+            }
+            Self::NodePort(proto, port) => bytes.protocol(proto).port(port),
+            Self::NodePortSlot(proto, port, slot) => bytes.protocol(proto).port(port).slot(slot),
+            Self::Address(a) | Self::Range(a, _) => bytes.address(a),
+            Self::Pair(a, b) => bytes.address(a).address(b),
+        }
+    }
+
+    /// The key that closes a range in the kernel: the first address behind it. None if the key is
+    /// no range, or the range reaches the end of the address space.
+    #[must_use]
+    pub fn range_end(&self) -> Option<Bytes> {
+        let Self::Range(_, last) = *self else { return None };
+        let behind = match last {
+            IpAddr::V4(v4) => IpAddr::V4(Ipv4Addr::from(u32::from(v4).checked_add(1)?)),
+            IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from(u128::from(v6).checked_add(1)?)),
+        };
+        Some(Bytes::new().address(behind))
+    }
+
+    /// Reads a key of a set that is no interval set. None if the bytes are not of that shape.
+    #[must_use]
+    pub fn from_bytes(family: Family, set: SetName, bytes: &[u8]) -> Option<Self> {
+        let mut reader = Reader { bytes };
+        let key = match set.key() {
+            [KeyField::Address, KeyField::Protocol, KeyField::Port] => {
+                Self::Frontend(reader.address(family)?, reader.protocol()?, reader.port()?)
+            }
+            [KeyField::Address, KeyField::Protocol, KeyField::Port, KeyField::Slot] => Self::Slot(
+                reader.address(family)?,
+                reader.protocol()?,
+                reader.port()?,
+                reader.slot()?,
+            ),
+            [KeyField::Protocol, KeyField::Port] => {
+                Self::NodePort(reader.protocol()?, reader.port()?)
+            }
+            [KeyField::Protocol, KeyField::Port, KeyField::Slot] => {
+                Self::NodePortSlot(reader.protocol()?, reader.port()?, reader.slot()?)
+            }
+            [KeyField::Address] => Self::Address(reader.address(family)?),
+            [KeyField::Address, KeyField::Address] => {
+                Self::Pair(reader.address(family)?, reader.address(family)?)
+            }
+            _ => return None,
+        };
+        reader.bytes.is_empty().then_some(key)
+    }
+}
+
+impl Backend {
+    /// The backend as the kernel keeps it.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        Bytes::new().address(self.address).port(self.port)
+    }
+
+    /// Reads a backend. None if the bytes are not of that shape.
+    #[must_use]
+    pub fn from_bytes(family: Family, bytes: &[u8]) -> Option<Self> {
+        let mut reader = Reader { bytes };
+        let backend = Self { address: reader.address(family)?, port: reader.port()? };
+        reader.bytes.is_empty().then_some(backend)
+    }
+}
+
+/// Length in the kernel of a field that is padded to whole registers.
+#[must_use]
+pub fn padded_len(family: Family, field: KeyField) -> u32 {
+    match (field, family) {
+        (KeyField::Address, Family::V6) => 16,
+        _ => 4,
+    }
+}
+
+/// Length of a set's keys in the kernel. A key of one field is not padded.
+#[must_use]
+pub fn key_len(family: Family, set: SetName) -> u32 {
+    set.key().iter().map(|&field| padded_len(family, field)).sum()
+}
+
+/// Length of a set's data in the kernel.
+#[must_use]
+pub fn data_len(family: Family, set: SetName) -> u32 {
+    match set.data() {
+        DataType::None | DataType::Verdict => 0,
+        DataType::Backend => {
+            padded_len(family, KeyField::Address) + padded_len(family, KeyField::Port)
+        }
+    }
+}
+
+struct Reader<'a> {
+    bytes: &'a [u8],
+}
+
+impl Reader<'_> {
+    /// Takes a field and its padding.
+    fn field<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (field, rest) = self.bytes.split_at_checked(N.next_multiple_of(4))?;
+        self.bytes = rest;
+        field[..N].try_into().ok()
+    }
+
+    fn address(&mut self, family: Family) -> Option<IpAddr> {
+        Some(match family {
+            Family::V4 => IpAddr::from(self.field::<4>()?),
+            Family::V6 => IpAddr::from(self.field::<16>()?),
+        })
+    }
+
+    fn protocol(&mut self) -> Option<Protocol> {
+        let [number] = self.field::<1>()?;
+        Protocol::from_number(number)
+    }
+
+    fn port(&mut self) -> Option<u16> {
+        Some(u16::from_be_bytes(self.field()?))
+    }
+
+    fn slot(&mut self) -> Option<u16> {
+        u32::from_ne_bytes(self.field()?).try_into().ok()
+    }
+}
+
+/// The key as nft writes it.
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Frontend(a, proto, port) => write!(f, "{a} . {proto} . {port}"),
+            Self::Slot(a, proto, port, slot) => write!(f, "{a} . {proto} . {port} . {slot}"),
+            Self::NodePort(proto, port) => write!(f, "{proto} . {port}"),
+            Self::NodePortSlot(proto, port, slot) => write!(f, "{proto} . {port} . {slot}"),
+            Self::Address(a) => write!(f, "{a}"),
+            Self::Pair(a, b) => write!(f, "{a} . {b}"),
+            Self::Range(first, last) => match prefix(*first, *last) {
+                Some(net) if net.prefix_len() == net.max_prefix_len() => write!(f, "{first}"),
+                Some(net) => write!(f, "{net}"),
+                None => write!(f, "{first}-{last}"),
+            },
+        }
+    }
+}
+
+/// The prefix that is just this range, if there is one.
+fn prefix(first: IpAddr, last: IpAddr) -> Option<IpNet> {
+    let mut subnets = match (first, last) {
+        (IpAddr::V4(first), IpAddr::V4(last)) => IpSubnets::from(Ipv4Subnets::new(first, last, 0)),
+        (IpAddr::V6(first), IpAddr::V6(last)) => IpSubnets::from(Ipv6Subnets::new(first, last, 0)),
+        _ => return None,
+    };
+    subnets.next().filter(|_| subnets.next().is_none())
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} . {}", self.address, self.port)
+    }
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => Ok(()),
+            Self::Goto(chain) => write!(f, "goto {chain}"),
+            Self::Backend(backend) => write!(f, "{backend}"),
+        }
+    }
+}
+
+/// `ip services: 10.96.0.10 . tcp . 80`, for messages.
+impl fmt::Display for ElementId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}: {}", self.family, self.set, self.key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_slot_key_is_padded_and_only_its_slot_is_in_host_order() {
+        let key = Key::Slot([10, 96, 0, 10].into(), Protocol::Tcp, 80, 3);
+        let mut wanted = vec![10, 96, 0, 10, 6, 0, 0, 0, 0, 80, 0, 0];
+        wanted.extend(3_u32.to_ne_bytes());
+        assert_eq!(key.bytes().as_slice(), wanted);
+    }
+
+    #[test]
+    fn a_range_ends_behind_its_last_address() {
+        let range = Key::Range([10, 96, 0, 0].into(), [10, 96, 255, 255].into());
+        assert_eq!(range.range_end().unwrap().as_slice(), [10, 97, 0, 0]);
+        let all = Key::Range([0, 0, 0, 0].into(), [255, 255, 255, 255].into());
+        assert_eq!(all.range_end(), None);
+    }
+
+    fn any_key() -> impl Strategy<Value = (Family, SetName, Key)> {
+        let proto = prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp), Just(Protocol::Sctp)];
+        (
+            any::<bool>(),
+            0..SetName::ALL.len(),
+            any::<u128>(),
+            any::<u128>(),
+            proto,
+            any::<u16>(),
+            any::<u16>(),
+        )
+            .prop_filter_map(
+                "interval sets are read in pairs",
+                |(v6, set, a, b, proto, port, slot)| {
+                    let set = SetName::ALL[set];
+                    let family = if v6 { Family::V6 } else { Family::V4 };
+                    let ip = |bits: u128| match family {
+                        Family::V4 => IpAddr::V4(Ipv4Addr::from((bits >> 96) as u32)),
+                        Family::V6 => IpAddr::V6(Ipv6Addr::from(bits)),
+                    };
+                    let key = match set {
+                        SetName::Services | SetName::NoEndpoints => {
+                            Key::Frontend(ip(a), proto, port)
+                        }
+                        SetName::Endpoints => Key::Slot(ip(a), proto, port, slot),
+                        SetName::Nodeports | SetName::NoEndpointNodeports => {
+                            Key::NodePort(proto, port)
+                        }
+                        SetName::NodeportEndpoints => Key::NodePortSlot(proto, port, slot),
+                        SetName::NodeportIps | SetName::ClusterIps => Key::Address(ip(a)),
+                        SetName::Hairpin => Key::Pair(ip(a), ip(b)),
+                        SetName::ServiceCidrs | SetName::LocalPods => return None,
+                    };
+                    Some((family, set, key))
+                },
+            )
+    }
+
+    proptest! {
+        #[test]
+        fn keys_read_back_what_they_write((family, set, key) in any_key()) {
+            let bytes = key.bytes();
+            prop_assert_eq!(u32::try_from(bytes.as_slice().len()).unwrap(), key_len(family, set));
+            prop_assert_eq!(Key::from_bytes(family, set, bytes.as_slice()), Some(key));
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+            for family in Family::BOTH {
+                for set in SetName::ALL {
+                    let _ = Key::from_bytes(family, set, &bytes);
+                }
+                let _ = Backend::from_bytes(family, &bytes);
+            }
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! A kernel in memory, for tests: it keeps the tables as typed values and refuses what the real one
+//! would refuse, with the same error numbers. Property tests run thousands of transactions on it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+
+use super::dataplane::{self, Options};
+use super::element::{ElementId, Value};
+use super::kernel::{
+    Applied, ApplyError, ChainState, Kernel, LoadError, Loaded, LoadedTable, Refusal, SetState,
+};
+use super::names::{LAYOUT, SetName};
+use super::rule::{Chain, Rule, Statement};
+use super::transaction::{Op, Transaction};
+use crate::model::Family;
+
+/// One family's table.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Table {
+    sets: BTreeSet<SetName>,
+    chains: BTreeMap<String, (Chain, Vec<Rule>)>,
+    elements: BTreeMap<ElementId, Value>,
+}
+
+/// A kernel that holds nothing but our tables.
+#[derive(Clone, Debug, Default)]
+pub struct FakeKernel {
+    tables: BTreeMap<Family, Table>,
+    /// Every transaction that was applied, in order.
+    pub applied: Vec<Transaction>,
+    /// Errors to answer the next transactions with, instead of looking at them: what is refused is
+    /// the operation with this index.
+    pub fail: Vec<(usize, i32)>,
+}
+
+impl FakeKernel {
+    /// Everything that is held, as text, for comparisons that a person can read.
+    #[must_use]
+    pub fn dump(&self) -> String {
+        let mut text = String::new();
+        for (family, table) in &self.tables {
+            for (name, (chain, rules)) in &table.chains {
+                let _ = writeln!(text, "{family} chain {name} {:?} {rules:?}", chain.base);
+            }
+            for (id, value) in &table.elements {
+                let _ = writeln!(text, "{id} : {value}");
+            }
+        }
+        text
+    }
+
+    /// The elements held.
+    pub fn elements(&self) -> impl Iterator<Item = (&ElementId, &Value)> {
+        self.tables.values().flat_map(|table| &table.elements)
+    }
+
+    /// Takes an element away behind the program's back.
+    pub fn tamper(&mut self, id: &ElementId) -> bool {
+        self.tables.get_mut(&id.family).is_some_and(|table| table.elements.remove(id).is_some())
+    }
+
+    fn perform(tables: &mut BTreeMap<Family, Table>, op: &Op) -> Result<(), i32> {
+        match op {
+            Op::AddTable(family) => {
+                tables.entry(*family).or_default();
+                Ok(())
+            }
+            Op::DeleteTable(family) => tables.remove(family).map(drop).ok_or(libc::ENOENT),
+            Op::AddSet(family, set) => {
+                let table = tables.get_mut(family).ok_or(libc::ENOENT)?;
+                table.sets.insert(*set).then_some(()).ok_or(libc::EEXIST)
+            }
+            Op::AddChain(family, chain) => {
+                let table = tables.get_mut(family).ok_or(libc::ENOENT)?;
+                let empty = (Chain { rules: Vec::new(), ..chain.clone() }, Vec::new());
+                match table.chains.insert(chain.name.to_string(), empty) {
+                    None => Ok(()),
+                    Some(_) => Err(libc::EEXIST),
+                }
+            }
+            Op::AddRules(family, chain) => {
+                let table = tables.get_mut(family).ok_or(libc::ENOENT)?;
+                for rule in &chain.rules {
+                    table.resolves(rule)?;
+                }
+                let name = chain.name.to_string();
+                let (_, rules) = table.chains.get_mut(&name).ok_or(libc::ENOENT)?;
+                rules.extend(chain.rules.iter().cloned());
+                Ok(())
+            }
+            Op::FlushChain(family, name) => {
+                let table = tables.get_mut(family).ok_or(libc::ENOENT)?;
+                table.chains.get_mut(name).ok_or(libc::ENOENT)?.1.clear();
+                Ok(())
+            }
+            Op::DeleteChain(family, name) => {
+                let table = tables.get_mut(family).ok_or(libc::ENOENT)?;
+                let (_, rules) = table.chains.get(name).ok_or(libc::ENOENT)?;
+                if !rules.is_empty() || table.refers_to(name) {
+                    return Err(libc::EBUSY);
+                }
+                table.chains.remove(name);
+                Ok(())
+            }
+            Op::AddElement(id, value) => {
+                let table = tables.get_mut(&id.family).ok_or(libc::ENOENT)?;
+                if !table.sets.contains(&id.set) {
+                    return Err(libc::ENOENT);
+                }
+                if let Value::Goto(chain) = value
+                    && !table.chains.contains_key(&chain.to_string())
+                {
+                    return Err(libc::ENOENT);
+                }
+                match table.elements.insert(*id, *value) {
+                    Some(old) if old != *value => Err(libc::EBUSY),
+                    _ => Ok(()),
+                }
+            }
+            Op::DeleteElement(id, _) => {
+                let table = tables.get_mut(&id.family).ok_or(libc::ENOENT)?;
+                table.elements.remove(id).map(drop).ok_or(libc::ENOENT)
+            }
+        }
+    }
+}
+
+impl Table {
+    /// Every set and chain a rule names must exist.
+    fn resolves(&self, rule: &Rule) -> Result<(), i32> {
+        let found = rule.statements.iter().all(|statement| match statement {
+            Statement::In(_, set)
+            | Statement::NotIn(_, set)
+            | Statement::Vmap(_, set)
+            | Statement::Dnat(_, set) => self.sets.contains(set),
+            Statement::Jump(chain) | Statement::Goto(chain) => {
+                self.chains.contains_key(&chain.to_string())
+            }
+            _ => true,
+        });
+        found.then_some(()).ok_or(libc::ENOENT)
+    }
+
+    fn refers_to(&self, name: &str) -> bool {
+        let by_rule = self.chains.values().flat_map(|(_, rules)| rules).any(|rule| {
+            rule.statements.iter().any(|statement| match statement {
+                Statement::Jump(chain) | Statement::Goto(chain) => chain.to_string() == name,
+                _ => false,
+            })
+        });
+        by_rule
+            || self
+                .elements
+                .values()
+                .any(|value| matches!(value, Value::Goto(chain) if chain.to_string() == name))
+    }
+}
+
+impl Kernel for FakeKernel {
+    fn load(&mut self, options: &Options) -> Result<Loaded, LoadError> {
+        let mut loaded = Loaded::default();
+        for (&family, table) in &self.tables {
+            let chains = table.chains.iter().map(|(name, (chain, rules))| {
+                let wanted = dataplane::chain(chain.name, family, options);
+                let state = if wanted.base != chain.base {
+                    ChainState::BaseDiffers
+                } else if wanted.rules == *rules {
+                    ChainState::Same
+                } else {
+                    ChainState::RulesDiffer
+                };
+                (name.clone(), state)
+            });
+            let table = LoadedTable {
+                comment: Some(LAYOUT.into()),
+                sets: table.sets.iter().map(|s| (s.to_string(), SetState::Same)).collect(),
+                chains: chains.collect(),
+                elements: table.elements.clone(),
+            };
+            loaded.tables.insert(family, table);
+        }
+        Ok(loaded)
+    }
+
+    fn apply(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+        if !self.fail.is_empty() {
+            let (op, errno) = self.fail.remove(0);
+            let refusals = vec![Refusal { op: Some(op), errno, message: None }];
+            return Err(ApplyError::Refused { refusals });
+        }
+        let mut tables = self.tables.clone();
+        let refused = transaction.ops.iter().enumerate().filter_map(|(index, op)| {
+            let errno = Self::perform(&mut tables, op).err()?;
+            Some(Refusal { op: Some(index), errno, message: None })
+        });
+        let refusals: Vec<_> = refused.collect();
+        if !refusals.is_empty() {
+            return Err(ApplyError::Refused { refusals });
+        }
+        self.tables = tables;
+        self.applied.push(transaction.clone());
+        Ok(Applied { messages: transaction.ops.len(), bytes: 0 })
+    }
+}

@@ -1,0 +1,141 @@
+//! The boundary to the kernel: one trait with two implementations, the real one ([`super::netlink`])
+//! and one in memory that refuses what the kernel would refuse ([`super::fake`]).
+
+use std::collections::BTreeMap;
+use std::io;
+
+use super::dataplane::Options;
+use super::element::{ElementId, Value};
+use super::transaction::Transaction;
+use crate::model::Family;
+
+/// What holds the tables.
+pub trait Kernel {
+    /// Reads back both tables. `options` tell which rules a chain of ours should have.
+    fn load(&mut self, options: &Options) -> Result<Loaded, LoadError>;
+
+    /// Applies a transaction, all of it or nothing.
+    fn apply(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError>;
+}
+
+/// What the kernel holds under our name; a family is absent if it has no table.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Loaded {
+    /// The tables that exist.
+    pub tables: BTreeMap<Family, LoadedTable>,
+}
+
+/// One table as found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoadedTable {
+    /// The table's comment; ours names the layout.
+    pub comment: Option<String>,
+    /// The sets and maps, by name.
+    pub sets: BTreeMap<String, SetState>,
+    /// The chains, by name.
+    pub chains: BTreeMap<String, ChainState>,
+    /// The elements of our sets.
+    pub elements: BTreeMap<ElementId, Value>,
+}
+
+/// How a set of the kernel compares with ours of that name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SetState {
+    /// Same key and data, and every element was understood.
+    Same,
+    /// Another definition, or an element that is not one of ours.
+    Differs,
+    /// We have no set of that name.
+    Unknown,
+}
+
+/// How a chain of the kernel compares with ours of that name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChainState {
+    /// Same attachment and rules.
+    Same,
+    /// Same attachment, other rules.
+    RulesDiffer,
+    /// Attached elsewhere or not at all.
+    BaseDiffers,
+    /// We have no chain of that name.
+    Unknown,
+}
+
+/// What a successful commit took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Netlink messages sent.
+    pub messages: usize,
+    /// Their bytes.
+    pub bytes: usize,
+}
+
+/// A transaction that did not take effect.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// The kernel refused operations; nothing was applied.
+    #[error("{} refused by the kernel, first: {}", count(refusals.len()), refusals[0])]
+    Refused {
+        /// What was refused and why, in the order of the transaction; never empty.
+        refusals: Vec<Refusal>,
+    },
+    /// Someone else changed the ruleset at the same moment; nothing was applied.
+    #[error("the ruleset changed meanwhile")]
+    Interrupted,
+    /// The batch could not be handed over, or its answer not be read.
+    #[error("cannot {step}: {source}")]
+    Socket {
+        /// What was being done.
+        step: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+fn count(n: usize) -> String {
+    if n == 1 { "an operation was".into() } else { format!("{n} operations were") }
+}
+
+/// One refused operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Index in the transaction, if the kernel's answer names one.
+    pub op: Option<usize>,
+    /// The error number.
+    pub errno: i32,
+    /// The kernel's own words (extended ack), if it had any.
+    pub message: Option<String>,
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", io::Error::from_raw_os_error(self.errno))?;
+        if let Some(message) = &self.message {
+            write!(f, ": {message}")?;
+        }
+        if let Some(op) = self.op {
+            write!(f, " (operation {op})")?;
+        }
+        Ok(())
+    }
+}
+
+/// The tables could not be read back.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A request could not be sent or its answer not be received.
+    #[error("cannot {step}: {source}")]
+    Socket {
+        /// What was being done.
+        step: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The ruleset changed at every attempt to read it.
+    #[error("the ruleset kept changing while it was read ({attempts} attempts)")]
+    Unstable {
+        /// How often it was tried.
+        attempts: u32,
+    },
+}

@@ -1,0 +1,136 @@
+//! One buffer with all messages of a transaction, and the way back from an answer to an operation.
+
+use std::ffi::c_char;
+
+use nftnl::NlMsg;
+use nftnl::nftnl_sys::{self as sys};
+
+use super::socket::{HEADER, attributes};
+
+/// A batch being written.
+pub(super) struct Batch {
+    pub(super) bytes: Vec<u8>,
+    /// Of each message: where it starts, and the (first) operation it carries, if any.
+    index: Vec<Message>,
+}
+
+struct Message {
+    start: usize,
+    operation: Option<usize>,
+}
+
+/// Length of `struct nfgenmsg`.
+const GENMSG: usize = 4;
+const ELEMENT_LIST: u16 = 3;
+
+/// The begin message's number; the others follow it.
+const FIRST_SEQUENCE: u32 = 1;
+
+impl Batch {
+    /// Starts a batch in a buffer, which is cleared.
+    pub(super) fn begin(mut buffer: Vec<u8>) -> Self {
+        buffer.clear();
+        let mut this = Self { bytes: buffer, index: Vec::new() };
+        this.write(None, |buffer, sequence| {
+            #[expect(unsafe_code, reason = "libnftnl writes the message")]
+            // SAFETY: `write` hands out room for the largest message.
+            let _ = unsafe { sys::nftnl_batch_begin(buffer, sequence) };
+        });
+        this
+    }
+
+    /// One message outside of a batch: a request.
+    pub(super) fn single(build: impl FnOnce(*mut c_char, u32)) -> Vec<u8> {
+        let mut this = Self { bytes: Vec::new(), index: Vec::new() };
+        this.write(None, build);
+        this.bytes
+    }
+
+    /// Ends it. The end message asks for an ack, which kernels from 6.10 on give.
+    pub(super) fn finish(mut self) -> Self {
+        self.write(None, |buffer, sequence| {
+            #[expect(unsafe_code, reason = "libnftnl writes the message")]
+            // SAFETY: `write` hands out room for the largest message.
+            let _ = unsafe { sys::nftnl_batch_end(buffer, sequence) };
+        });
+        let end = self.index.last().expect("just written").start;
+        self.set_flags(end, |flags| flags | ACK);
+        self
+    }
+
+    /// Adds a message of nftnl's own types. They ask for an ack each, which is taken out again.
+    pub(super) fn add(&mut self, operation: usize, message: &impl NlMsg, kind: nftnl::MsgType) {
+        self.write(Some(operation), |buffer, sequence| {
+            #[expect(unsafe_code, reason = "nftnl writes into a raw buffer")]
+            // SAFETY: `write` hands out room for the largest message.
+            unsafe {
+                message.write(buffer.cast(), sequence, kind);
+            }
+        });
+        let start = self.index.last().expect("just written").start;
+        self.set_flags(start, |flags| flags & !ACK);
+    }
+
+    /// Lets `build` write one message at the end of the buffer. `build` gets a pointer with room for
+    /// the largest message there is, and the sequence number to use.
+    #[expect(unsafe_code, reason = "libnftnl writes into a raw buffer")]
+    pub(super) fn write(&mut self, operation: Option<usize>, build: impl FnOnce(*mut c_char, u32)) {
+        let start = self.bytes.len();
+        let room = nftnl::nft_nlmsg_maxsize() as usize;
+        self.bytes.reserve(room);
+        let sequence = FIRST_SEQUENCE + u32::try_from(self.index.len()).expect("bounded by memory");
+        let free = self.bytes.spare_capacity_mut().as_mut_ptr().cast::<c_char>();
+        build(free, sequence);
+        // SAFETY: `build` wrote a netlink message, whose header is its first 16 bytes.
+        let header = unsafe { free.cast::<libc::nlmsghdr>().read_unaligned() };
+        let len = (header.nlmsg_len as usize).next_multiple_of(4);
+        assert!((HEADER..=room).contains(&len), "a message of {len} bytes was written");
+        // SAFETY: the first `len` bytes were written: messages are multiples of four bytes long,
+        // padded by libnftnl, and the room was reserved.
+        unsafe { self.bytes.set_len(start + len) };
+        self.index.push(Message { start, operation });
+    }
+
+    fn set_flags(&mut self, message: usize, change: impl FnOnce(u16) -> u16) {
+        let field = &mut self.bytes[message + 6..message + 8];
+        let flags = u16::from_ne_bytes([field[0], field[1]]);
+        field.copy_from_slice(&change(flags).to_ne_bytes());
+    }
+
+    /// How many messages there are.
+    pub(super) fn messages(&self) -> usize {
+        self.index.len()
+    }
+
+    /// The operation that an answer is about: a message can carry many elements, of which the
+    /// offset names one.
+    pub(super) fn operation(&self, sequence: u32, offset: Option<usize>) -> Option<usize> {
+        let number = usize::try_from(sequence.checked_sub(FIRST_SEQUENCE)?).ok()?;
+        let message = self.index.get(number)?;
+        let end = self.index.get(number + 1).map_or(self.bytes.len(), |next| next.start);
+        let bytes = &self.bytes[message.start..end];
+        Some(message.operation? + offset.and_then(|o| element_at(bytes, o)).unwrap_or(0))
+    }
+}
+
+const ACK: u16 = 4;
+
+/// Which element of an element message lies at this offset.
+fn element_at(message: &[u8], offset: usize) -> Option<usize> {
+    let mut at = HEADER + GENMSG;
+    for (kind, value) in attributes(message.get(at..)?) {
+        if kind == ELEMENT_LIST {
+            let mut start = at + 4;
+            for (index, (_, element)) in attributes(value).enumerate() {
+                let end = start + (4 + element.len()).next_multiple_of(4);
+                if (start..end).contains(&offset) {
+                    return Some(index);
+                }
+                start = end;
+            }
+            return None;
+        }
+        at += (4 + value.len()).next_multiple_of(4);
+    }
+    None
+}

@@ -1,0 +1,353 @@
+//! What the kernel holds under our name, read back into our own types.
+//!
+//! Read once at start-up and when a commit failed. The parts come from several dumps, so the ruleset
+//! generation is compared before and after, and everything is read again if it moved.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use nftnl::nftnl_sys as sys;
+
+use super::batch::Batch;
+use super::encode::{hook, nfproto, set_flags};
+use super::ffi::{self, Chain, ElementRef, Generation, Rule, Set, Table};
+use super::instruction::lower;
+use super::socket::NetlinkSocket;
+use crate::model::Family;
+use crate::nft::dataplane::{self, Options};
+use crate::nft::element::{Backend, ElementId, Key, Value, data_len, key_len};
+use crate::nft::kernel::{ChainState, LoadError, Loaded, LoadedTable, SetState};
+use crate::nft::names::{ChainName, DataType, SetName, TABLE};
+use crate::nft::rule::{BaseKind, Chain as WantedChain};
+
+/// How often a dump is repeated when the ruleset changes under it.
+const ATTEMPTS: u32 = 20;
+
+/// Reads both tables.
+pub(super) fn load(socket: &mut NetlinkSocket, options: &Options) -> Result<Loaded, LoadError> {
+    for _ in 0..ATTEMPTS {
+        let before = generation(socket)?;
+        let mut dump = Dump { socket, options, consistent: true };
+        let loaded = dump.tables()?;
+        if dump.consistent && generation(socket)? == before {
+            return Ok(loaded);
+        }
+    }
+    Err(LoadError::Unstable { attempts: ATTEMPTS })
+}
+
+/// The number that every commit of anyone increments.
+fn generation(socket: &mut NetlinkSocket) -> Result<u32, LoadError> {
+    let fail = |source| LoadError::Socket { step: "read the ruleset generation", source };
+    let request = request(libc::NFT_MSG_GETGEN, 0, libc::NLM_F_ACK, |_| ());
+    let mut generation = None;
+    socket
+        .dump(&request, |message| {
+            generation = Generation::parse(message).map(|g| g.get_u32(sys::NFTNL_GEN_ID));
+        })
+        .map_err(fail)?;
+    generation.ok_or_else(|| fail(io::ErrorKind::UnexpectedEof.into()))
+}
+
+/// One request message.
+fn request(
+    kind: libc::c_int,
+    family: u16,
+    flags: libc::c_int,
+    payload: impl FnOnce(*mut libc::nlmsghdr),
+) -> Vec<u8> {
+    Batch::single(|buffer, sequence| {
+        payload(ffi::header(buffer, kind, family, flags, sequence));
+    })
+}
+
+struct Dump<'a> {
+    socket: &'a mut NetlinkSocket,
+    options: &'a Options,
+    consistent: bool,
+}
+
+impl Dump<'_> {
+    fn run(
+        &mut self,
+        step: &'static str,
+        request: &[u8],
+        each: impl FnMut(&[u8]),
+    ) -> Result<(), LoadError> {
+        let consistent =
+            self.socket.dump(request, each).map_err(|source| LoadError::Socket { step, source })?;
+        self.consistent &= consistent;
+        Ok(())
+    }
+
+    fn tables(&mut self) -> Result<Loaded, LoadError> {
+        let mut loaded = Loaded::default();
+        for family in Family::BOTH {
+            let mut found = None;
+            let all = request(libc::NFT_MSG_GETTABLE, nfproto(family), libc::NLM_F_DUMP, |_| ());
+            self.run("list tables", &all, |message| {
+                let table = Table::parse(message);
+                found = table
+                    .filter(|t| t.get_str(sys::NFTNL_TABLE_NAME).as_deref() == Some(TABLE))
+                    .or(found.take());
+            })?;
+            let Some(table) = found else { continue };
+            let mut content = LoadedTable {
+                comment: table.get_data(sys::NFTNL_TABLE_USERDATA).and_then(|d| comment(&d)),
+                ..LoadedTable::default()
+            };
+            self.chains(family, &mut content)?;
+            self.sets(family, &mut content)?;
+            loaded.tables.insert(family, content);
+        }
+        Ok(loaded)
+    }
+
+    fn chains(&mut self, family: Family, table: &mut LoadedTable) -> Result<(), LoadError> {
+        let mut rules: BTreeMap<String, Vec<RuleText>> = BTreeMap::new();
+        let mut filter = Rule::new();
+        filter.set_str(sys::NFTNL_RULE_TABLE, TABLE);
+        let all = request(libc::NFT_MSG_GETRULE, nfproto(family), libc::NLM_F_DUMP, |header| {
+            #[expect(unsafe_code, reason = "libnftnl writes the request")]
+            // SAFETY: the header stands in a buffer from `Batch::write`.
+            unsafe {
+                filter.build(header);
+            }
+        });
+        self.run("list rules", &all, |message| {
+            let Some(rule) = Rule::parse(message) else { return };
+            if rule.get_str(sys::NFTNL_RULE_TABLE).as_deref() == Some(TABLE)
+                && let Some(chain) = rule.get_str(sys::NFTNL_RULE_CHAIN)
+            {
+                rules.entry(chain).or_default().push(RuleText::of(&rule));
+            }
+        })?;
+        let options = self.options;
+        let all = request(libc::NFT_MSG_GETCHAIN, nfproto(family), libc::NLM_F_DUMP, |_| ());
+        self.run("list chains", &all, |message| {
+            let Some(chain) = Chain::parse(message) else { return };
+            if chain.get_str(sys::NFTNL_CHAIN_TABLE).as_deref() == Some(TABLE)
+                && let Some(name) = chain.get_str(sys::NFTNL_CHAIN_NAME)
+            {
+                let found = rules.get(&name).map_or(&[][..], Vec::as_slice);
+                let state = match name.parse::<ChainName>() {
+                    Err(_) => ChainState::Unknown,
+                    Ok(known) => {
+                        compare(&chain, found, &dataplane::chain(known, family, options), family)
+                    }
+                };
+                table.chains.insert(name, state);
+            }
+        })
+    }
+
+    fn sets(&mut self, family: Family, table: &mut LoadedTable) -> Result<(), LoadError> {
+        let mut filter = Set::new();
+        filter.set_str(sys::NFTNL_SET_TABLE, TABLE);
+        let all = request(libc::NFT_MSG_GETSET, nfproto(family), libc::NLM_F_DUMP, |header| {
+            #[expect(unsafe_code, reason = "libnftnl writes the request")]
+            // SAFETY: the header stands in a buffer from `Batch::write`.
+            unsafe {
+                filter.build(header);
+            }
+        });
+        let mut ours = Vec::new();
+        self.run("list sets", &all, |message| {
+            let Some(set) = Set::parse(message) else { return };
+            if set.get_str(sys::NFTNL_SET_TABLE).as_deref() == Some(TABLE)
+                && let Some(name) = set.get_str(sys::NFTNL_SET_NAME)
+            {
+                let state = match name.parse::<SetName>() {
+                    Err(_) => SetState::Unknown,
+                    Ok(known) if is_defined_as(&set, known, family) => {
+                        ours.push(known);
+                        SetState::Same
+                    }
+                    Ok(_) => SetState::Differs,
+                };
+                table.sets.insert(name, state);
+            }
+        })?;
+        for set in ours {
+            if !self.elements(family, set, &mut table.elements)? {
+                table.sets.insert(set.to_string(), SetState::Differs);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the elements of a set. False if one of them was not understood.
+    fn elements(
+        &mut self,
+        family: Family,
+        set: SetName,
+        elements: &mut BTreeMap<ElementId, Value>,
+    ) -> Result<bool, LoadError> {
+        let mut filter = Set::new();
+        filter.set_str(sys::NFTNL_SET_TABLE, TABLE);
+        filter.set_str(sys::NFTNL_SET_NAME, set.as_str());
+        let all = request(libc::NFT_MSG_GETSETELEM, nfproto(family), libc::NLM_F_DUMP, |header| {
+            #[expect(unsafe_code, reason = "libnftnl writes the request")]
+            // SAFETY: the header stands in a buffer from `Batch::write`.
+            unsafe {
+                filter.build_elements(header);
+            }
+        });
+        let mut understood = true;
+        let (mut starts, mut ends) = (Vec::new(), Vec::new());
+        self.run("list elements", &all, |message| {
+            understood &= Set::parse_elements(message, |element| {
+                if set.is_interval() {
+                    match bound(&element, family, set) {
+                        Some((address, true)) => ends.push(address),
+                        Some((address, false)) => starts.push(address),
+                        None => understood = false,
+                    }
+                } else if let Some((key, value)) = read(&element, family, set) {
+                    elements.insert(ElementId { family, set, key }, value);
+                } else {
+                    understood = false;
+                }
+            });
+        })?;
+        for range in ranges(starts, ends, family) {
+            elements.insert(ElementId { family, set, key: range }, Value::None);
+        }
+        Ok(understood)
+    }
+}
+
+/// The comment in a table's userdata: TLVs of one byte type and one byte length.
+fn comment(userdata: &[u8]) -> Option<String> {
+    let [kind, len, text @ ..] = userdata else { return None };
+    let text = text.get(..usize::from(*len))?;
+    (u32::from(*kind) == sys::NFTNL_UDATA_TABLE_COMMENT)
+        .then(|| String::from_utf8_lossy(text.strip_suffix(&[0]).unwrap_or(text)).into_owned())
+}
+
+/// What of a rule can be compared: its instructions and comment.
+#[derive(Debug, PartialEq, Eq)]
+struct RuleText {
+    instructions: Vec<String>,
+    comment: Option<String>,
+}
+
+impl RuleText {
+    fn of(rule: &Rule) -> Self {
+        let comment = rule.get_data(sys::NFTNL_RULE_USERDATA).and_then(|data| comment(&data));
+        Self { instructions: rule.instructions(), comment }
+    }
+}
+
+fn compare(chain: &Chain, found: &[RuleText], wanted: &WantedChain, family: Family) -> ChainState {
+    let kind = chain.get_str(sys::NFTNL_CHAIN_TYPE);
+    let same_base = match wanted.base {
+        None => kind.is_none(),
+        Some(base) => {
+            let wanted_kind = match base.kind {
+                BaseKind::Filter => "filter",
+                BaseKind::Nat => "nat",
+            };
+            kind.as_deref() == Some(wanted_kind)
+                && chain.get_u32(sys::NFTNL_CHAIN_HOOKNUM) == hook(base.hook) as u32
+                && chain.priority() == base.priority
+                && chain.get_u32(sys::NFTNL_CHAIN_POLICY) == nftnl::Policy::Accept as u32
+        }
+    };
+    if !same_base {
+        return ChainState::BaseDiffers;
+    }
+    let same_rules = found.len() == wanted.rules.len()
+        && wanted.rules.iter().zip(found).all(|(wanted, found)| {
+            let instructions = lower(wanted, family);
+            found.comment.as_deref() == wanted.comment
+                && instructions.len() == found.instructions.len()
+                && instructions.iter().zip(&found.instructions).all(|(a, b)| a.text_form() == *b)
+        });
+    if same_rules { ChainState::Same } else { ChainState::RulesDiffer }
+}
+
+fn is_defined_as(set: &Set, name: SetName, family: Family) -> bool {
+    // A map of verdicts has the length of a verdict, which is the kernel's business.
+    let same_data = match name.data() {
+        DataType::Backend => set.get_u32(sys::NFTNL_SET_DATA_LEN) == data_len(family, name),
+        DataType::Verdict => set.get_u32(sys::NFTNL_SET_DATA_TYPE) == 0xffff_ff00,
+        DataType::None => true,
+    };
+    same_data
+        && set.get_u32(sys::NFTNL_SET_KEY_LEN) == key_len(family, name)
+        && set.get_u32(sys::NFTNL_SET_FLAGS) == set_flags(name)
+}
+
+fn read(element: &ElementRef<'_>, family: Family, set: SetName) -> Option<(Key, Value)> {
+    let (key, len) = element.get_data::<64>(sys::NFTNL_SET_ELEM_KEY)?;
+    let key = Key::from_bytes(family, set, &key[..len])?;
+    let value = match set.data() {
+        DataType::None => Value::None,
+        DataType::Verdict => {
+            let code = element.get_u32(sys::NFTNL_SET_ELEM_VERDICT)?;
+            if code != libc::NFT_GOTO.cast_unsigned() {
+                return None;
+            }
+            let chain = element.get_str(sys::NFTNL_SET_ELEM_CHAIN)?;
+            Value::Goto(chain.parse().ok()?)
+        }
+        DataType::Backend => {
+            let (data, len) = element.get_data::<64>(sys::NFTNL_SET_ELEM_DATA)?;
+            Value::Backend(Backend::from_bytes(family, &data[..len])?)
+        }
+    };
+    Some((key, value))
+}
+
+/// One end of a range: its address, and whether it is the end.
+fn bound(
+    element: &ElementRef<'_>,
+    family: Family,
+    set: SetName,
+) -> Option<(std::net::IpAddr, bool)> {
+    let (key, len) = element.get_data::<64>(sys::NFTNL_SET_ELEM_KEY)?;
+    let Key::Address(address) = Key::from_bytes(family, set, &key[..len])? else { return None };
+    let flags = element.get_u32(sys::NFTNL_SET_ELEM_FLAGS).unwrap_or(0);
+    Some((address, flags & libc::NFT_SET_ELEM_INTERVAL_END.cast_unsigned() != 0))
+}
+
+/// Pairs starts with ends: each range reaches to the address before the next end, or to the end of
+/// the address space. nft writes an end at address zero that closes nothing.
+fn ranges(
+    mut starts: Vec<std::net::IpAddr>,
+    mut ends: Vec<std::net::IpAddr>,
+    family: Family,
+) -> Vec<Key> {
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+    starts.sort_unstable();
+    ends.sort_unstable();
+    let last = match family {
+        Family::V4 => IpAddr::V4(Ipv4Addr::BROADCAST),
+        Family::V6 => IpAddr::V6(Ipv6Addr::from(u128::MAX)),
+    };
+    let before = |address: IpAddr| match address {
+        IpAddr::V4(v4) => IpAddr::V4(Ipv4Addr::from(u32::from(v4).saturating_sub(1))),
+        IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from(u128::from(v6).saturating_sub(1))),
+    };
+    let range = |start: IpAddr| {
+        let end = ends.get(ends.partition_point(|&end| end <= start));
+        Key::Range(start, end.map_or(last, |&end| before(end)))
+    };
+    starts.into_iter().map(range).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_paired_whatever_the_order() {
+        let ip = |last: u8| std::net::IpAddr::from([10, 0, 0, last]);
+        let zero = [0, 0, 0, 0].into();
+        let found = ranges(vec![ip(16), ip(8)], vec![ip(20), zero, ip(16)], Family::V4);
+        assert_eq!(found, [Key::Range(ip(8), ip(15)), Key::Range(ip(16), ip(19))]);
+        let open = ranges(vec![ip(8)], vec![zero], Family::V4);
+        assert_eq!(open, [Key::Range(ip(8), [255, 255, 255, 255].into())]);
+    }
+}

@@ -1,0 +1,308 @@
+//! Rules as instructions of the kernel's register machine.
+//!
+//! [`lower`] turns a rule's statements into them (registers included, the way nft would), and
+//! [`Expression`] turns each into libnftnl's form. A dumped rule is compared with a wanted one by the
+//! text libnftnl gives both, so the values here are the ones the kernel dumps: registers in their
+//! canonical numbering, ranges and flags it would fill in filled in.
+
+use std::ffi::CString;
+use std::ptr::NonNull;
+
+use nftnl::expr::Expression;
+use nftnl::nftnl_sys as sys;
+
+use super::ffi::{c_string, expression_text};
+use crate::model::Family;
+use crate::nft::element::padded_len;
+use crate::nft::names::KeyField;
+use crate::nft::rule::{Rule, Selector, Statement};
+
+/// One instruction: libnftnl's name for it, and its attributes.
+pub(super) struct Instruction {
+    name: &'static std::ffi::CStr,
+    attributes: Vec<(u32, Value)>,
+}
+
+enum Value {
+    Number(u32),
+    Byte(u8),
+    Data(Vec<u8>),
+    Text(CString),
+}
+
+impl Instruction {
+    fn new(name: &'static std::ffi::CStr) -> Self {
+        Self { name, attributes: Vec::new() }
+    }
+
+    fn number(mut self, attribute: u32, value: u32) -> Self {
+        self.attributes.push((attribute, Value::Number(value)));
+        self
+    }
+
+    fn constant(self, attribute: u32, value: libc::c_int) -> Self {
+        self.number(attribute, value.cast_unsigned())
+    }
+
+    fn data(mut self, attribute: u32, value: &[u8]) -> Self {
+        self.attributes.push((attribute, Value::Data(value.to_vec())));
+        self
+    }
+
+    fn text(mut self, attribute: u32, value: &str) -> Self {
+        self.attributes.push((attribute, Value::Text(c_string(value))));
+        self
+    }
+
+    fn byte(mut self, attribute: u32, value: libc::c_int) -> Self {
+        let value = u8::try_from(value).expect("a code is one byte");
+        self.attributes.push((attribute, Value::Byte(value)));
+        self
+    }
+
+    /// The instruction in libnftnl's notation.
+    pub(super) fn text_form(&self) -> String {
+        let expression = self.allocate();
+        let text = expression_text(expression);
+        #[expect(unsafe_code, reason = "the expression was not given to a rule")]
+        // SAFETY: allocated by `allocate`, owned here, freed once.
+        unsafe {
+            sys::nftnl_expr_free(expression.as_ptr());
+        }
+        text
+    }
+
+    #[expect(unsafe_code, reason = "expressions exist in libnftnl only")]
+    fn allocate(&self) -> NonNull<sys::nftnl_expr> {
+        // SAFETY: the name is NUL-terminated; null is handled.
+        let expression = unsafe { sys::nftnl_expr_alloc(self.name.as_ptr()) };
+        let expression = NonNull::new(expression).unwrap_or_else(|| std::process::abort());
+        let raw = expression.as_ptr();
+        for (attribute, value) in &self.attributes {
+            let attribute = u16::try_from(*attribute).expect("attributes are small numbers");
+            // SAFETY: the expression is live, the attribute a constant of its kind, and the
+            // library copies what it is given.
+            unsafe {
+                match value {
+                    Value::Number(number) => sys::nftnl_expr_set_u32(raw, attribute, *number),
+                    Value::Byte(byte) => sys::nftnl_expr_set_u8(raw, attribute, *byte),
+                    Value::Data(data) => {
+                        let len = u32::try_from(data.len()).expect("operands are short");
+                        sys::nftnl_expr_set(raw, attribute, data.as_ptr().cast(), len);
+                    }
+                    Value::Text(text) => {
+                        sys::nftnl_expr_set_str(raw, attribute, text.as_ptr());
+                    }
+                }
+            }
+        }
+        expression
+    }
+}
+
+impl Expression for Instruction {
+    fn to_expr(&self, _rule: &nftnl::Rule<'_>) -> NonNull<sys::nftnl_expr> {
+        self.allocate()
+    }
+}
+
+/// The register that starts at this byte of the register file, as the kernel numbers it: the four
+/// registers of 16 bytes, and the 4-byte ones between their starts.
+fn register(offset: u32) -> u32 {
+    if offset % 16 == 0 {
+        libc::NFT_REG_1.cast_unsigned() + offset / 16
+    } else {
+        libc::NFT_REG32_00.cast_unsigned() + offset / 4
+    }
+}
+
+const FIRST: u32 = 0;
+const NAT_MAP_IPS: u32 = 1;
+const NAT_PROTO_SPECIFIED: u32 = 2;
+const NAT_PROTO_RANDOM_FULLY: u32 = 16;
+const CT_STATE_NEW: u32 = 8;
+const CT_STATUS_DST_NAT: u32 = 32;
+const ICMP_PORT_UNREACHABLE: libc::c_int = 3;
+const ICMPV6_PORT_UNREACHABLE: libc::c_int = 4;
+
+/// The instructions of a rule.
+pub(super) fn lower(rule: &Rule, family: Family) -> Vec<Instruction> {
+    rule.statements.iter().flat_map(|statement| lower_statement(statement, family)).collect()
+}
+
+fn lower_statement(statement: &Statement, family: Family) -> Vec<Instruction> {
+    match statement {
+        Statement::CtStateNew => ct_bits(libc::NFT_CT_STATE, CT_STATE_NEW),
+        Statement::CtStatusDnat => ct_bits(libc::NFT_CT_STATUS, CT_STATUS_DST_NAT),
+        Statement::In(key, set) => {
+            let mut list = load(key, family);
+            list.push(lookup(set.as_str(), None, 0));
+            list
+        }
+        Statement::NotIn(key, set) => {
+            let mut list = load(key, family);
+            list.push(lookup(set.as_str(), None, libc::NFT_LOOKUP_F_INV));
+            list
+        }
+        Statement::Vmap(key, map) => {
+            let mut list = load(key, family);
+            list.push(lookup(map.as_str(), Some(libc::NFT_REG_VERDICT.cast_unsigned()), 0));
+            list
+        }
+        Statement::Dnat(key, map) => {
+            let mut list = load(key, family);
+            list.push(lookup(map.as_str(), Some(register(FIRST)), 0));
+            list.push(dnat(family));
+            list
+        }
+        Statement::MarkClear(bits) => {
+            vec![load_mark(), bitwise(*bits, 0), compare(libc::NFT_CMP_EQ, &0_u32.to_ne_bytes())]
+        }
+        Statement::MarkOr(bits) => vec![load_mark(), bitwise(!bits, *bits), store_mark()],
+        Statement::MarkXor(bits) => vec![load_mark(), bitwise(u32::MAX, *bits), store_mark()],
+        Statement::Masquerade => {
+            vec![
+                Instruction::new(c"masq")
+                    .number(sys::NFTNL_EXPR_MASQ_FLAGS, NAT_PROTO_RANDOM_FULLY),
+            ]
+        }
+        Statement::Jump(chain) => vec![verdict(libc::NFT_JUMP, Some(&chain.to_string()))],
+        Statement::Goto(chain) => vec![verdict(libc::NFT_GOTO, Some(&chain.to_string()))],
+        Statement::Return => vec![verdict(libc::NFT_RETURN, None)],
+        Statement::Drop => vec![verdict(libc::NF_DROP, None)],
+        Statement::Reject => vec![
+            Instruction::new(c"reject")
+                .constant(sys::NFTNL_EXPR_REJECT_TYPE, libc::NFT_REJECT_ICMP_UNREACH)
+                .byte(
+                    sys::NFTNL_EXPR_REJECT_CODE,
+                    match family {
+                        Family::V4 => ICMP_PORT_UNREACHABLE,
+                        Family::V6 => ICMPV6_PORT_UNREACHABLE,
+                    },
+                ),
+        ],
+    }
+}
+
+/// Loads selectors one behind the other, as the kernel wants the key of a concatenation.
+fn load(selectors: &[Selector], family: Family) -> Vec<Instruction> {
+    let mut offset = FIRST;
+    let mut list = Vec::with_capacity(selectors.len() + 2);
+    for &selector in selectors {
+        list.push(load_one(selector, family, register(offset)));
+        let field = match selector {
+            Selector::Saddr | Selector::Daddr => KeyField::Address,
+            Selector::L4Proto => KeyField::Protocol,
+            Selector::Dport => KeyField::Port,
+            Selector::Random { .. } => KeyField::Slot,
+        };
+        offset += padded_len(family, field);
+    }
+    list
+}
+
+fn load_one(selector: Selector, family: Family, register: u32) -> Instruction {
+    let network = libc::NFT_PAYLOAD_NETWORK_HEADER;
+    match (selector, family) {
+        (Selector::Saddr, Family::V4) => payload(network, 12, 4, register),
+        (Selector::Daddr, Family::V4) => payload(network, 16, 4, register),
+        (Selector::Saddr, Family::V6) => payload(network, 8, 16, register),
+        (Selector::Daddr, Family::V6) => payload(network, 24, 16, register),
+        (Selector::Dport, _) => payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, register),
+        (Selector::L4Proto, _) => Instruction::new(c"meta")
+            .constant(sys::NFTNL_EXPR_META_KEY, libc::NFT_META_L4PROTO)
+            .number(sys::NFTNL_EXPR_META_DREG, register),
+        (Selector::Random { modulus, offset }, _) => Instruction::new(c"numgen")
+            .number(sys::NFTNL_EXPR_NG_DREG, register)
+            .constant(sys::NFTNL_EXPR_NG_TYPE, libc::NFT_NG_RANDOM)
+            .number(sys::NFTNL_EXPR_NG_MODULUS, modulus.into())
+            .number(sys::NFTNL_EXPR_NG_OFFSET, offset.into()),
+    }
+}
+
+fn payload(base: libc::c_int, offset: u32, len: u32, register: u32) -> Instruction {
+    Instruction::new(c"payload")
+        .number(sys::NFTNL_EXPR_PAYLOAD_DREG, register)
+        .constant(sys::NFTNL_EXPR_PAYLOAD_BASE, base)
+        .number(sys::NFTNL_EXPR_PAYLOAD_OFFSET, offset)
+        .number(sys::NFTNL_EXPR_PAYLOAD_LEN, len)
+}
+
+fn lookup(set: &str, into: Option<u32>, flags: libc::c_int) -> Instruction {
+    let lookup = Instruction::new(c"lookup")
+        .number(sys::NFTNL_EXPR_LOOKUP_SREG, register(FIRST))
+        .text(sys::NFTNL_EXPR_LOOKUP_SET, set)
+        .constant(sys::NFTNL_EXPR_LOOKUP_FLAGS, flags);
+    match into {
+        Some(register) => lookup.number(sys::NFTNL_EXPR_LOOKUP_DREG, register),
+        None => lookup,
+    }
+}
+
+/// Address in the first register, port behind it. The kernel fills in range ends and flags, so they
+/// are written here.
+fn dnat(family: Family) -> Instruction {
+    let port = register(padded_len(family, KeyField::Address));
+    let nfproto = match family {
+        Family::V4 => libc::NFPROTO_IPV4,
+        Family::V6 => libc::NFPROTO_IPV6,
+    };
+    Instruction::new(c"nat")
+        .constant(sys::NFTNL_EXPR_NAT_TYPE, libc::NFT_NAT_DNAT)
+        .constant(sys::NFTNL_EXPR_NAT_FAMILY, nfproto)
+        .number(sys::NFTNL_EXPR_NAT_REG_ADDR_MIN, register(FIRST))
+        .number(sys::NFTNL_EXPR_NAT_REG_ADDR_MAX, register(FIRST))
+        .number(sys::NFTNL_EXPR_NAT_REG_PROTO_MIN, port)
+        .number(sys::NFTNL_EXPR_NAT_REG_PROTO_MAX, port)
+        .number(sys::NFTNL_EXPR_NAT_FLAGS, NAT_MAP_IPS | NAT_PROTO_SPECIFIED)
+}
+
+fn ct_bits(key: libc::c_int, bits: u32) -> Vec<Instruction> {
+    vec![
+        Instruction::new(c"ct")
+            .number(sys::NFTNL_EXPR_CT_DREG, register(FIRST))
+            .constant(sys::NFTNL_EXPR_CT_KEY, key),
+        bitwise(bits, 0),
+        compare(libc::NFT_CMP_NEQ, &0_u32.to_ne_bytes()),
+    ]
+}
+
+fn load_mark() -> Instruction {
+    Instruction::new(c"meta")
+        .constant(sys::NFTNL_EXPR_META_KEY, libc::NFT_META_MARK)
+        .number(sys::NFTNL_EXPR_META_DREG, register(FIRST))
+}
+
+fn store_mark() -> Instruction {
+    Instruction::new(c"meta")
+        .constant(sys::NFTNL_EXPR_META_KEY, libc::NFT_META_MARK)
+        .number(sys::NFTNL_EXPR_META_SREG, register(FIRST))
+}
+
+/// `register = (register & mask) ^ xor`
+fn bitwise(mask: u32, xor: u32) -> Instruction {
+    Instruction::new(c"bitwise")
+        .number(sys::NFTNL_EXPR_BITWISE_SREG, register(FIRST))
+        .number(sys::NFTNL_EXPR_BITWISE_DREG, register(FIRST))
+        .number(sys::NFTNL_EXPR_BITWISE_OP, 0)
+        .number(sys::NFTNL_EXPR_BITWISE_LEN, 4)
+        .data(sys::NFTNL_EXPR_BITWISE_MASK, &mask.to_ne_bytes())
+        .data(sys::NFTNL_EXPR_BITWISE_XOR, &xor.to_ne_bytes())
+}
+
+fn compare(op: libc::c_int, with: &[u8]) -> Instruction {
+    Instruction::new(c"cmp")
+        .number(sys::NFTNL_EXPR_CMP_SREG, register(FIRST))
+        .constant(sys::NFTNL_EXPR_CMP_OP, op)
+        .data(sys::NFTNL_EXPR_CMP_DATA, with)
+}
+
+fn verdict(code: libc::c_int, chain: Option<&str>) -> Instruction {
+    let immediate = Instruction::new(c"immediate")
+        .constant(sys::NFTNL_EXPR_IMM_DREG, libc::NFT_REG_VERDICT)
+        .constant(sys::NFTNL_EXPR_IMM_VERDICT, code);
+    match chain {
+        Some(chain) => immediate.text(sys::NFTNL_EXPR_IMM_CHAIN, chain),
+        None => immediate,
+    }
+}

@@ -1,0 +1,50 @@
+//! Everything that should be in the kernel, both families, as one ordered value.
+//!
+//! The content of a chain follows from its name ([`super::dataplane`]), so a ruleset only says which
+//! of the shared chains exist. It is built whole for `render`, `diff` and the first commit; updates
+//! never need it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr};
+
+use super::dataplane::{self, Options};
+use super::element::{ElementId, Key, Value};
+use super::names::{ChainName, SetName};
+use super::rule::Chain;
+use crate::model::{Family, Protocol};
+
+/// The wanted content of both tables.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ruleset {
+    /// Shapes the rules.
+    pub options: Options,
+    /// The shared chains in use.
+    pub shared_chains: BTreeSet<(Family, ChainName)>,
+    /// Every element.
+    pub elements: BTreeMap<ElementId, Value>,
+}
+
+impl Ruleset {
+    /// The chains of a family: shared ones first, as selections are what base chains lead to.
+    pub fn chains(&self, family: Family) -> impl Iterator<Item = Chain> + '_ {
+        self.shared_chains
+            .iter()
+            .filter(move |(f, _)| *f == family)
+            .map(|(_, name)| *name)
+            .chain(ChainName::FIXED)
+            .map(move |name| dataplane::chain(name, family, &self.options))
+    }
+
+    /// The elements of one set.
+    pub fn elements_of(
+        &self,
+        family: Family,
+        set: SetName,
+    ) -> impl Iterator<Item = (&ElementId, &Value)> + '_ {
+        // The lowest key of all: `Frontend` is the first variant, and these its lowest values.
+        let key = Key::Frontend(IpAddr::V4(Ipv4Addr::UNSPECIFIED), Protocol::Tcp, 0);
+        self.elements
+            .range(ElementId { family, set, key }..)
+            .take_while(move |(id, _)| id.family == family && id.set == set)
+    }
+}

@@ -1,0 +1,234 @@
+//! The typed values as nft text, through the templates under `templates/`.
+//!
+//! `nft -f` loads it into what the netlink batch makes, and `nft list` shows it back much the same.
+//! No name, label or annotation of an object reaches the text: it consists of numbers, addresses and
+//! the program's own words, so there is nothing to escape.
+
+use std::fmt::{self, Write as _};
+
+use askama::Template;
+
+use super::element::Value;
+use super::names::{DataType, KeyField, LAYOUT, SetName, TABLE};
+use super::rule::{Base, BaseKind, Chain, Hook, Rule, Selector, Statement};
+use super::ruleset::Ruleset;
+use super::transaction::Op;
+use crate::model::Family;
+
+#[derive(Template)]
+#[template(path = "table.nft", escape = "none")]
+struct TableText<'a> {
+    family: Family,
+    table: &'a str,
+    layout: &'a str,
+    sets: Vec<SetText>,
+    chains: Vec<ChainText>,
+}
+
+struct SetText {
+    kind: &'static str,
+    name: SetName,
+    definition: String,
+    interval: bool,
+    /// Elements, joined; empty if there are none.
+    elements: String,
+}
+
+struct ChainText {
+    name: String,
+    base: Option<Base>,
+    rules: Vec<String>,
+}
+
+/// The table of a family as nft text.
+#[must_use]
+pub fn table(ruleset: &Ruleset, family: Family) -> String {
+    let sets = SetName::ALL.into_iter().map(|name| SetText {
+        kind: kind(name),
+        name,
+        definition: definition(name, family),
+        interval: name.is_interval(),
+        elements: elements(ruleset, family, name),
+    });
+    let chains = ruleset.chains(family).map(|chain: Chain| ChainText {
+        name: chain.name.to_string(),
+        base: chain.base,
+        rules: chain.rules.iter().map(|r| rule(r, family)).collect(),
+    });
+    let text = TableText {
+        family,
+        table: TABLE,
+        layout: LAYOUT,
+        sets: sets.collect(),
+        chains: chains.collect(),
+    };
+    text.render().expect("writing to a string does not fail")
+}
+
+/// Both tables as nft text.
+#[must_use]
+pub fn ruleset(ruleset: &Ruleset) -> String {
+    Family::BOTH.into_iter().map(|family| table(ruleset, family)).collect::<Vec<_>>().join("\n")
+}
+
+fn kind(set: SetName) -> &'static str {
+    if set.data() == DataType::None { "set" } else { "map" }
+}
+
+/// `type …` or, where a field has no type of its own, `typeof …`.
+fn definition(set: SetName, family: Family) -> String {
+    if set.key().contains(&KeyField::Slot) {
+        let key: Vec<_> = set.key().iter().map(|&f| type_of(f, family)).collect();
+        return format!(
+            "typeof {} : {} . {}",
+            key.join(" . "),
+            type_of(KeyField::Address, family),
+            type_of(KeyField::Port, family)
+        );
+    }
+    let key: Vec<_> = set.key().iter().map(|&f| type_name(f, family)).collect();
+    let key = key.join(" . ");
+    match set.data() {
+        DataType::Verdict => format!("type {key} : verdict"),
+        DataType::None | DataType::Backend => format!("type {key}"),
+    }
+}
+
+fn type_name(field: KeyField, family: Family) -> &'static str {
+    match (field, family) {
+        (KeyField::Address, Family::V4) => "ipv4_addr",
+        (KeyField::Address, Family::V6) => "ipv6_addr",
+        (KeyField::Protocol, _) => "inet_proto",
+        (KeyField::Port, _) => "inet_service",
+        (KeyField::Slot, _) => "integer",
+    }
+}
+
+fn type_of(field: KeyField, family: Family) -> &'static str {
+    match (field, family) {
+        (KeyField::Address, Family::V4) => "ip daddr",
+        (KeyField::Address, Family::V6) => "ip6 daddr",
+        (KeyField::Protocol, _) => "meta l4proto",
+        (KeyField::Port, _) => "th dport",
+        (KeyField::Slot, _) => "numgen random mod 65536",
+    }
+}
+
+fn elements(ruleset: &Ruleset, family: Family, set: SetName) -> String {
+    let mut text = String::new();
+    for (id, value) in ruleset.elements_of(family, set) {
+        if !text.is_empty() {
+            text.push_str(",\n\t\t\t     ");
+        }
+        write!(text, "{}", id.key).expect("writing to a string does not fail");
+        if *value != Value::None {
+            write!(text, " : {value}").expect("writing to a string does not fail");
+        }
+    }
+    text
+}
+
+impl fmt::Display for Base {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            BaseKind::Filter => "filter",
+            BaseKind::Nat => "nat",
+        };
+        let hook = match self.hook {
+            Hook::Prerouting => "prerouting",
+            Hook::Input => "input",
+            Hook::Forward => "forward",
+            Hook::Output => "output",
+            Hook::Postrouting => "postrouting",
+        };
+        write!(f, "type {kind} hook {hook} priority {}; policy accept;", self.priority)
+    }
+}
+
+/// A rule as nft text.
+#[must_use]
+pub fn rule(rule: &Rule, family: Family) -> String {
+    let mut words: Vec<_> = rule.statements.iter().map(|s| statement(s, family)).collect();
+    words.extend(rule.comment.map(|comment| format!("comment \"{comment}\"")));
+    words.join(" ")
+}
+
+fn statement(statement: &Statement, family: Family) -> String {
+    let key = |selectors: &[Selector]| joined(selectors, family);
+    match statement {
+        Statement::CtStateNew => "ct state new".into(),
+        Statement::CtStatusDnat => "ct status dnat".into(),
+        Statement::In(selectors, set) => format!("{} @{set}", key(selectors)),
+        Statement::NotIn(selectors, set) => format!("{} != @{set}", key(selectors)),
+        Statement::MarkClear(bits) => format!("meta mark & {bits:#010x} == 0x00000000"),
+        Statement::MarkOr(bits) => format!("meta mark set meta mark | {bits:#010x}"),
+        Statement::MarkXor(bits) => format!("meta mark set meta mark ^ {bits:#010x}"),
+        Statement::Vmap(selectors, map) => format!("{} vmap @{map}", key(selectors)),
+        Statement::Dnat(selectors, map) => {
+            format!("dnat {family} to {} map @{map}", key(selectors))
+        }
+        Statement::Masquerade => "masquerade fully-random".into(),
+        Statement::Jump(chain) => format!("jump {chain}"),
+        Statement::Goto(chain) => format!("goto {chain}"),
+        Statement::Return => "return".into(),
+        Statement::Reject => "reject".into(),
+        Statement::Drop => "drop".into(),
+    }
+}
+
+fn joined(selectors: &[Selector], family: Family) -> String {
+    let words: Vec<_> =
+        selectors.iter().map(|&selector| self::selector(selector, family)).collect();
+    words.join(" . ")
+}
+
+fn selector(selector: Selector, family: Family) -> String {
+    match selector {
+        Selector::Saddr => format!("{family} saddr"),
+        Selector::Daddr => format!("{family} daddr"),
+        Selector::L4Proto => "meta l4proto".into(),
+        Selector::Dport => "th dport".into(),
+        Selector::Random { modulus, offset: 0 } => format!("numgen random mod {modulus}"),
+        Selector::Random { modulus, offset } => {
+            format!("numgen random mod {modulus} offset {offset}")
+        }
+    }
+}
+
+/// An operation as nft commands, one a line.
+#[must_use]
+pub fn op(op: &Op) -> String {
+    match op {
+        Op::AddTable(family) => {
+            format!("add table {family} {TABLE} {{ comment \"{LAYOUT}\"; }}")
+        }
+        Op::DeleteTable(family) => format!("delete table {family} {TABLE}"),
+        Op::AddSet(family, set) => {
+            let flags = if set.is_interval() { " flags interval;" } else { "" };
+            let definition = definition(*set, *family);
+            format!("add {} {family} {TABLE} {set} {{ {definition};{flags} }}", kind(*set))
+        }
+        Op::AddChain(family, chain) => match chain.base {
+            Some(base) => format!("add chain {family} {TABLE} {} {{ {base} }}", chain.name),
+            None => format!("add chain {family} {TABLE} {}", chain.name),
+        },
+        Op::AddRules(family, chain) => {
+            let rules = chain
+                .rules
+                .iter()
+                .map(|r| format!("add rule {family} {TABLE} {} {}", chain.name, rule(r, *family)));
+            rules.collect::<Vec<_>>().join("\n")
+        }
+        Op::FlushChain(family, chain) => format!("flush chain {family} {TABLE} {chain}"),
+        Op::DeleteChain(family, chain) => format!("delete chain {family} {TABLE} {chain}"),
+        Op::AddElement(id, Value::None) => {
+            format!("add element {} {TABLE} {} {{ {} }}", id.family, id.set, id.key)
+        }
+        Op::AddElement(id, value) => {
+            format!("add element {} {TABLE} {} {{ {} : {value} }}", id.family, id.set, id.key)
+        }
+        Op::DeleteElement(id, _) => {
+            format!("delete element {} {TABLE} {} {{ {} }}", id.family, id.set, id.key)
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! An ordered list of operations that the kernel takes as one: all of it, or nothing.
+//!
+//! The order within is what the kernel's references ask for: sets and chains before rules, rules and
+//! chains before the elements that go to them, removals of elements before additions (a map element
+//! cannot change its value, only be replaced), and chains last to go.
+
+use std::collections::BTreeMap;
+
+use super::dataplane::{self, Options};
+use super::element::{ElementId, Value};
+use super::names::{ChainName, SetName};
+use super::rule::Chain;
+use crate::model::Family;
+
+/// One operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Creates the table of a family.
+    AddTable(Family),
+    /// Removes the table of a family with everything in it.
+    DeleteTable(Family),
+    /// Creates a set or map.
+    AddSet(Family, SetName),
+    /// Declares a chain, still empty.
+    AddChain(Family, Chain),
+    /// Appends all rules of a chain.
+    AddRules(Family, Chain),
+    /// Removes all rules of a chain.
+    FlushChain(Family, String),
+    /// Removes an empty chain that nothing refers to.
+    DeleteChain(Family, String),
+    /// Adds an element.
+    AddElement(ElementId, Value),
+    /// Removes an element, which had this value.
+    DeleteElement(ElementId, Value),
+}
+
+/// Operations in the order they are sent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Transaction {
+    /// The operations.
+    pub ops: Vec<Op>,
+}
+
+impl Transaction {
+    /// Whether there is nothing to do.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ops.is_empty()
+    }
+
+    /// Declares chains and then fills them, so that they may refer to each other.
+    pub(crate) fn add_chains(
+        &mut self,
+        chains: impl Iterator<Item = (Family, ChainName)> + Clone,
+        options: &Options,
+    ) {
+        let built = chains.map(|(family, name)| (family, dataplane::chain(name, family, options)));
+        self.ops.extend(built.clone().map(|(family, chain)| Op::AddChain(family, chain)));
+        self.ops.extend(built.map(|(family, chain)| Op::AddRules(family, chain)));
+    }
+
+    /// Removes what is no longer wanted, then adds what is new.
+    pub(crate) fn change_elements(&mut self, changes: &BTreeMap<ElementId, Change>) {
+        self.ops.extend(changes.iter().filter_map(|(&id, change)| match *change {
+            Change { from: Some(value), to } if to != Some(value) => {
+                Some(Op::DeleteElement(id, value))
+            }
+            _ => None,
+        }));
+        self.ops.extend(changes.iter().filter_map(|(&id, change)| match *change {
+            Change { from, to: Some(value) } if from != Some(value) => {
+                Some(Op::AddElement(id, value))
+            }
+            _ => None,
+        }));
+    }
+
+    /// Empties chains, then removes them: they may refer to each other until then.
+    pub(crate) fn delete_chains(&mut self, chains: impl Iterator<Item = (Family, String)> + Clone) {
+        self.ops.extend(chains.clone().map(|(family, name)| Op::FlushChain(family, name)));
+        self.ops.extend(chains.map(|(family, name)| Op::DeleteChain(family, name)));
+    }
+}
+
+/// What an element was and is to be; None where it does not exist.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Change {
+    /// In the kernel.
+    pub from: Option<Value>,
+    /// Wanted.
+    pub to: Option<Value>,
+}

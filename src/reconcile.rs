@@ -1,0 +1,296 @@
+//! From events to commits: the state, the ledger and the kernel, tied together.
+//!
+//! Nothing here waits or reads a clock; when to commit is decided by [`crate::app`], which drives
+//! this, as do the benches and the packet tests. A commit that the kernel refuses is first answered
+//! by reading back what the kernel really holds and sending the difference: that cures every case in
+//! which someone else changed our tables. If an operation is refused even then, the contributor it
+//! came from is set aside and everything else is committed.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tracing::{debug, error, info, warn};
+
+use crate::contribution::{Contribution, Contributor};
+use crate::ledger::{Ledger, Staged};
+use crate::model::{Event, Problem};
+use crate::nft::dataplane::Options;
+use crate::nft::diff::{diff, foreign};
+use crate::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
+use crate::nft::ruleset::Ruleset;
+use crate::nft::text;
+use crate::nft::transaction::Transaction;
+use crate::state::State;
+
+/// How many contributors one commit may set aside before it gives up until the next try.
+const MAX_SET_ASIDE: usize = 100;
+
+/// The proxy of one node, without time.
+#[derive(Debug)]
+pub struct Proxy<K> {
+    state: State,
+    kernel: K,
+    /// None until the tables were adopted, and after a commit that left them in doubt.
+    ledger: Option<Ledger>,
+    options: Options,
+    /// Contributors whose operations the kernel refuses; they keep what they had until they change.
+    set_aside: BTreeSet<Contributor>,
+    /// What was last said about a contributor, so that it is said once.
+    reported: BTreeMap<Contributor, Vec<Problem>>,
+}
+
+/// What a commit did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Committed {
+    /// Operations in the transaction; 0 if nothing had to change.
+    pub operations: usize,
+    /// What went over the socket.
+    pub applied: Applied,
+    /// Whether the kernel was read back for it.
+    pub adopted: bool,
+    /// Contributors set aside by it.
+    pub set_aside: usize,
+}
+
+/// A commit that has to be tried again. The kernel holds what it held before.
+#[derive(Debug, thiserror::Error)]
+pub enum CommitError {
+    /// What the kernel holds could not be read.
+    #[error("reading back the tables: {0}")]
+    Load(#[from] LoadError),
+    /// The kernel did not take the change.
+    #[error("committing {operations} operations: {source}")]
+    Apply {
+        /// Size of the transaction.
+        operations: usize,
+        /// The kernel's answer.
+        source: ApplyError,
+    },
+}
+
+impl<K: Kernel> Proxy<K> {
+    /// A proxy that has seen nothing yet.
+    pub fn new(state: State, kernel: K) -> Self {
+        Self {
+            options: state.options(),
+            state,
+            kernel,
+            ledger: None,
+            set_aside: BTreeSet::new(),
+            reported: BTreeMap::new(),
+        }
+    }
+
+    /// Takes in an event; returns whether it left something to commit.
+    pub fn observe(&mut self, event: Event) -> bool {
+        for contributor in self.state.observe(event) {
+            // It changed: what the kernel refused may be gone.
+            self.set_aside.remove(&contributor);
+        }
+        self.state.is_stale()
+    }
+
+    /// Whether every kind of object was listed, so that committing is safe.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.state.is_complete()
+    }
+
+    /// Whether something waits to be committed.
+    #[must_use]
+    pub fn is_stale(&self) -> bool {
+        self.state.is_stale() || self.ledger.is_none()
+    }
+
+    /// The state, for reading.
+    #[must_use]
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// The kernel, for tests and benches.
+    pub fn kernel_mut(&mut self) -> &mut K {
+        &mut self.kernel
+    }
+
+    /// Brings the kernel to what the events so far ask for.
+    pub fn commit(&mut self) -> Result<Committed, CommitError> {
+        // The node's pod ranges may have become known or changed family.
+        let options = self.state.options();
+        if options != self.options {
+            self.options = options;
+            self.ledger = None;
+        }
+        if let Some(ledger) = &self.ledger {
+            let stale = self.state.stale_contributions();
+            let staged = ledger.stage(accepted(stale, &mut self.reported, &self.set_aside));
+            let transaction = staged.transaction(&self.options);
+            match apply(&mut self.kernel, &transaction) {
+                Ok(applied) => {
+                    let ledger = self.ledger.as_mut().expect("borrowed above");
+                    ledger.accept(staged);
+                    self.state.settle();
+                    return Ok(committed(&transaction, applied, false));
+                }
+                Err(refused) => {
+                    warn!(reason = %refused, "commit failed, reading back what the kernel holds");
+                }
+            }
+        }
+        self.adopt()
+    }
+
+    /// Whether shared chains stand idle, and could be collected.
+    #[must_use]
+    pub fn has_idle_chains(&self) -> bool {
+        self.ledger.as_ref().is_some_and(Ledger::has_idle_chains)
+    }
+
+    /// Removes shared chains that nobody uses any more.
+    pub fn collect_idle_chains(&mut self) -> Result<Committed, CommitError> {
+        let Some(ledger) = self.ledger.as_mut() else { return Ok(Committed::default()) };
+        let staged = ledger.collecting(ledger.stage(Vec::new()));
+        let transaction = staged.transaction(&self.options);
+        let applied = apply(&mut self.kernel, &transaction)?;
+        ledger.accept(staged);
+        Ok(committed(&transaction, applied, false))
+    }
+
+    /// Everything that is wanted now, as one value.
+    pub fn wanted(&mut self) -> Ruleset {
+        let all = self.state.all_contributions();
+        let all = accepted(all, &mut self.reported, &self.set_aside);
+        Ledger::default().stage(all).ruleset(self.state.options())
+    }
+
+    /// Reads back what the kernel holds and sends the difference to what is wanted.
+    fn adopt(&mut self) -> Result<Committed, CommitError> {
+        let first = self.ledger.is_none();
+        let loaded = self.kernel.load(&self.options)?;
+        if first {
+            report_found(&loaded);
+            for table in loaded.tables.values().filter(|table| foreign(table).is_none()) {
+                self.state.adopt_slots(&table.elements);
+            }
+        }
+        let mut set_aside = 0;
+        loop {
+            let staged = self.stage_all();
+            let wanted = staged.ruleset(self.options);
+            let transaction = diff(&loaded, &wanted);
+            match apply(&mut self.kernel, &transaction) {
+                Ok(applied) => {
+                    let mut ledger = Ledger::default();
+                    ledger.accept(staged);
+                    self.ledger = Some(ledger);
+                    self.state.settle();
+                    return Ok(Committed { set_aside, ..committed(&transaction, applied, true) });
+                }
+                Err(CommitError::Apply { source: ApplyError::Refused { refusals }, .. })
+                    if set_aside < MAX_SET_ASIDE =>
+                {
+                    let guilty = self.guilty(&staged, &transaction, &refusals);
+                    if guilty.is_empty() {
+                        let operations = transaction.ops.len();
+                        let source = ApplyError::Refused { refusals };
+                        return Err(CommitError::Apply { operations, source });
+                    }
+                    set_aside += guilty.len();
+                    self.set_aside.extend(guilty);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// All contributions, on an empty ledger. One that is set aside keeps what it has committed.
+    fn stage_all(&mut self) -> Staged {
+        let all = self.state.all_contributions();
+        let mut all = accepted(all, &mut self.reported, &self.set_aside);
+        if let Some(ledger) = &self.ledger {
+            let kept = self.set_aside.iter().filter_map(|contributor| {
+                Some((contributor.clone(), ledger.contribution(contributor)?.clone()))
+            });
+            all.extend(kept);
+        }
+        Ledger::default().stage(all)
+    }
+
+    /// Whose operations were refused, each said once.
+    fn guilty(
+        &self,
+        staged: &Staged,
+        transaction: &Transaction,
+        refusals: &[Refusal],
+    ) -> BTreeSet<Contributor> {
+        let mut guilty = BTreeSet::new();
+        for refusal in refusals {
+            let Some(op) = refusal.op.and_then(|index| transaction.ops.get(index)) else {
+                continue;
+            };
+            let Some(contributor) = staged.contributor(op) else { continue };
+            if !self.set_aside.contains(contributor) && guilty.insert(contributor.clone()) {
+                error!(
+                    object = %contributor,
+                    operation = text::op(op),
+                    reason = %refusal,
+                    "the kernel refuses this object's change; it is left out until the object changes"
+                );
+            }
+        }
+        guilty
+    }
+}
+
+fn apply<K: Kernel>(kernel: &mut K, transaction: &Transaction) -> Result<Applied, CommitError> {
+    if transaction.is_empty() {
+        return Ok(Applied::default());
+    }
+    let operations = transaction.ops.len();
+    kernel.apply(transaction).map_err(|source| CommitError::Apply { operations, source })
+}
+
+fn committed(transaction: &Transaction, applied: Applied, adopted: bool) -> Committed {
+    let operations = transaction.ops.len();
+    debug!(operations, bytes = applied.bytes, "committed");
+    Committed { operations, applied, adopted, set_aside: 0 }
+}
+
+/// Reports the problems of contributions that are new, and leaves out those set aside.
+fn accepted(
+    contributions: Vec<(Contributor, Contribution, Vec<Problem>)>,
+    reported: &mut BTreeMap<Contributor, Vec<Problem>>,
+    set_aside: &BTreeSet<Contributor>,
+) -> Vec<(Contributor, Contribution)> {
+    let mut list = Vec::with_capacity(contributions.len());
+    for (contributor, contribution, problems) in contributions {
+        let known = reported.get(&contributor).map_or(&[][..], Vec::as_slice);
+        for problem in problems.iter().filter(|problem| !known.contains(problem)) {
+            warn!(object = problem.object, field = problem.field, "{}", problem.message);
+        }
+        if problems.is_empty() {
+            reported.remove(&contributor);
+        } else {
+            reported.insert(contributor.clone(), problems);
+        }
+        if !set_aside.contains(&contributor) {
+            list.push((contributor, contribution));
+        }
+    }
+    list
+}
+
+/// Says what start-up found in the kernel under our name.
+fn report_found(loaded: &Loaded) {
+    for (family, table) in &loaded.tables {
+        let (chains, sets, elements) = (table.chains.len(), table.sets.len(), table.elements.len());
+        match foreign(table) {
+            None => info!(%family, chains, sets, elements, "adopting the table found"),
+            Some(why) => warn!(
+                %family,
+                chains,
+                sets,
+                "a table of our name was made by someone else ({why}): replacing it as a whole"
+            ),
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! What is known of the cluster, and which contributions it made stale.
+//!
+//! Events change this state and mark what they touch; contributions are computed only when they are
+//! about to be committed, so that ten changes of one Service between two commits cost one.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::contribution::{self, Contribution, Contributor, PortSlots};
+use crate::frontend::Frontends;
+use crate::model::{
+    EndpointSlice, Event, Family, Kind, NamespacedName, NodeFacts, Problem, Protocol, Service,
+    ServiceCidr,
+};
+use crate::nft::dataplane::Options;
+use crate::nft::element::{Backend, ElementId, Key, Value};
+use crate::nft::names::SetName;
+use crate::settings::Settings;
+use crate::slots::Slots;
+
+/// The objects of the cluster that concern this node.
+#[derive(Debug)]
+pub struct State {
+    settings: Settings,
+    node: NodeFacts,
+    services: BTreeMap<NamespacedName, Known<Service>>,
+    slices: BTreeMap<NamespacedName, Known<EndpointSlice>>,
+    /// Slices by the Service they belong to; a slice can arrive before its Service.
+    slices_of: BTreeMap<NamespacedName, BTreeSet<NamespacedName>>,
+    cidrs: BTreeMap<NamespacedName, Known<ServiceCidr>>,
+    slots: BTreeMap<NamespacedName, PortSlots>,
+    frontends: Frontends,
+    stale: BTreeSet<Contributor>,
+    listings: BTreeMap<Kind, Listing>,
+}
+
+/// An object and the listing that named it last.
+#[derive(Debug)]
+struct Known<T> {
+    object: T,
+    listing: u32,
+}
+
+#[derive(Debug, Default)]
+struct Listing {
+    /// Number of the present listing.
+    number: u32,
+    /// Whether one was complete, or the kind cannot be had.
+    settled: bool,
+}
+
+impl State {
+    /// Nothing known yet but the node's own facts as far as the host tells them.
+    #[must_use]
+    pub fn new(settings: Settings, node: NodeFacts) -> Self {
+        Self {
+            settings,
+            node,
+            services: BTreeMap::new(),
+            slices: BTreeMap::new(),
+            slices_of: BTreeMap::new(),
+            cidrs: BTreeMap::new(),
+            slots: BTreeMap::new(),
+            frontends: Frontends::default(),
+            stale: BTreeSet::from([Contributor::Node]),
+            listings: BTreeMap::new(),
+        }
+    }
+
+    /// Whether every kind was listed once: before that, programming would look like deletions.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        Kind::ALL.iter().all(|kind| self.listings.get(kind).is_some_and(|l| l.settled))
+    }
+
+    /// What shapes the rules, with the node as it is known now.
+    #[must_use]
+    pub fn options(&self) -> Options {
+        self.settings.options(&self.node)
+    }
+
+    /// Whether something waits to be committed.
+    #[must_use]
+    pub fn is_stale(&self) -> bool {
+        !self.stale.is_empty()
+    }
+
+    /// How many Services are known.
+    #[must_use]
+    pub fn service_count(&self) -> usize {
+        self.services.len()
+    }
+
+    /// Takes in an event. Returns whose contributions it touched.
+    pub fn observe(&mut self, event: Event) -> BTreeSet<Contributor> {
+        let touched = match event {
+            Event::Listing(kind) => {
+                self.listings.entry(kind).or_default().number += 1;
+                BTreeSet::new()
+            }
+            Event::Listed(kind) => self.listed(kind),
+            Event::Unavailable(kind) => {
+                self.listings.entry(kind).or_default().settled = true;
+                BTreeSet::new()
+            }
+            Event::Service(service) => self.service(service),
+            Event::EndpointSlice(slice) => self.slice(slice),
+            Event::ServiceCidr(cidr) => {
+                let listing = self.listing(Kind::ServiceCidr);
+                self.cidrs.insert(cidr.name.clone(), Known { object: cidr, listing });
+                BTreeSet::from([Contributor::Node])
+            }
+            Event::Node(node) => {
+                let changed = self.node != node;
+                self.node = node;
+                if changed { BTreeSet::from([Contributor::Node]) } else { BTreeSet::new() }
+            }
+            Event::Gone(kind, name) => self.gone(kind, &name),
+        };
+        self.stale.extend(touched.iter().cloned());
+        touched
+    }
+
+    fn listing(&self, kind: Kind) -> u32 {
+        self.listings.get(&kind).map_or(0, |listing| listing.number)
+    }
+
+    /// Forgets what the listing that just ended did not name.
+    fn listed(&mut self, kind: Kind) -> BTreeSet<Contributor> {
+        let listing = self.listings.entry(kind).or_default();
+        listing.settled = true;
+        let number = listing.number;
+        let unnamed: Vec<NamespacedName> = match kind {
+            Kind::Service => unnamed(&self.services, number),
+            Kind::EndpointSlice => unnamed(&self.slices, number),
+            Kind::ServiceCidr => unnamed(&self.cidrs, number),
+            // A Node that is away for a moment must not take the node's addresses along.
+            Kind::Node => Vec::new(),
+        };
+        unnamed.iter().flat_map(|name| self.gone(kind, name)).collect()
+    }
+
+    fn service(&mut self, service: Service) -> BTreeSet<Contributor> {
+        let listing = self.listing(Kind::Service);
+        let name = service.name.clone();
+        if let Some(known) = self.services.get_mut(&name)
+            && known.object == service
+        {
+            known.listing = listing;
+            return BTreeSet::new();
+        }
+        let before = self.services.get(&name).map(|known| &known.object);
+        let others = self.frontends.update(before, Some(&service));
+        self.services.insert(name.clone(), Known { object: service, listing });
+        others.into_iter().chain([name]).map(Contributor::Service).collect()
+    }
+
+    fn slice(&mut self, slice: EndpointSlice) -> BTreeSet<Contributor> {
+        let listing = self.listing(Kind::EndpointSlice);
+        let mut touched = BTreeSet::new();
+        if let Some(known) = self.slices.get_mut(&slice.name) {
+            if known.object == slice {
+                known.listing = listing;
+                return touched;
+            }
+            let owner = known.object.service.clone();
+            if owner != slice.service {
+                touched.extend(self.detach(&owner, &slice.name));
+            }
+        }
+        self.slices_of.entry(slice.service.clone()).or_default().insert(slice.name.clone());
+        if self.services.contains_key(&slice.service) {
+            touched.insert(Contributor::Service(slice.service.clone()));
+        }
+        self.slices.insert(slice.name.clone(), Known { object: slice, listing });
+        touched
+    }
+
+    /// Takes a slice from a Service.
+    fn detach(&mut self, owner: &NamespacedName, slice: &NamespacedName) -> Option<Contributor> {
+        if let Some(slices) = self.slices_of.get_mut(owner) {
+            slices.remove(slice);
+            if slices.is_empty() {
+                self.slices_of.remove(owner);
+            }
+        }
+        self.services.contains_key(owner).then(|| Contributor::Service(owner.clone()))
+    }
+
+    fn gone(&mut self, kind: Kind, name: &NamespacedName) -> BTreeSet<Contributor> {
+        match kind {
+            Kind::Service => {
+                let Some(known) = self.services.remove(name) else { return BTreeSet::new() };
+                let others = self.frontends.update(Some(&known.object), None);
+                others.into_iter().chain([name.clone()]).map(Contributor::Service).collect()
+            }
+            Kind::EndpointSlice => {
+                let Some(known) = self.slices.remove(name) else { return BTreeSet::new() };
+                self.detach(&known.object.service, name).into_iter().collect()
+            }
+            Kind::ServiceCidr => {
+                let removed = self.cidrs.remove(name);
+                removed.into_iter().map(|_| Contributor::Node).collect()
+            }
+            Kind::Node => BTreeSet::new(),
+        }
+    }
+
+    /// The contributions that events made stale, computed now. They stay stale until [`Self::settle`].
+    pub fn stale_contributions(&mut self) -> Vec<(Contributor, Contribution, Vec<Problem>)> {
+        let stale: Vec<_> = self.stale.iter().cloned().collect();
+        stale.into_iter().map(|contributor| self.contribution(contributor)).collect()
+    }
+
+    /// Every contribution, computed now.
+    pub fn all_contributions(&mut self) -> Vec<(Contributor, Contribution, Vec<Problem>)> {
+        let services = self.services.keys().cloned().map(Contributor::Service);
+        let all: Vec<_> = std::iter::once(Contributor::Node).chain(services).collect();
+        all.into_iter().map(|contributor| self.contribution(contributor)).collect()
+    }
+
+    /// Everything stale was committed.
+    pub fn settle(&mut self) {
+        self.stale.clear();
+    }
+
+    fn contribution(
+        &mut self,
+        contributor: Contributor,
+    ) -> (Contributor, Contribution, Vec<Problem>) {
+        let (contribution, problems) = match &contributor {
+            Contributor::Node => {
+                let cidrs = self.cidrs.values().map(|known| &known.object);
+                (contribution::of_node(&self.node, &self.settings, cidrs), Vec::new())
+            }
+            Contributor::Service(name) => match self.services.get(name) {
+                None => {
+                    self.slots.remove(name);
+                    (Contribution::default(), Vec::new())
+                }
+                Some(service) => {
+                    let names = self.slices_of.get(name).into_iter().flatten();
+                    let slices: Vec<_> = names
+                        .filter_map(|slice| self.slices.get(slice))
+                        .map(|known| &known.object)
+                        .collect();
+                    let slots = self.slots.entry(name.clone()).or_default();
+                    contribution::of_service(&service.object, &slices, slots, &self.frontends)
+                }
+            },
+        };
+        (contributor, contribution, problems)
+    }
+
+    /// Takes over the numbering of backends that the kernel holds, so that a restart renumbers
+    /// nothing. Read from the ClusterIP of each port, whose list all its frontends share.
+    pub fn adopt_slots(&mut self, elements: &BTreeMap<ElementId, Value>) {
+        for (name, known) in &self.services {
+            let service = &known.object;
+            for family in Family::BOTH {
+                let Some(cluster_ip) = service.cluster_ip(family) else { continue };
+                for port in &service.ports {
+                    let first = Key::Slot(cluster_ip, port.protocol, port.port, 0);
+                    let last = Key::Slot(cluster_ip, port.protocol, port.port, u16::MAX);
+                    let id = |key| ElementId { family, set: SetName::Endpoints, key };
+                    let held: Vec<Backend> = elements
+                        .range(id(first)..=id(last))
+                        .filter_map(|(_, value)| match value {
+                            Value::Backend(backend) => Some(*backend),
+                            _ => None,
+                        })
+                        .collect();
+                    if !held.is_empty() && all_distinct(&held) {
+                        let key: (Family, Protocol, Box<str>) =
+                            (family, port.protocol, port.name.clone());
+                        let slots = self.slots.entry(name.clone()).or_default();
+                        slots.insert(key, Slots::adopted(held));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A backend listed twice would keep two slots for ever.
+fn all_distinct(backends: &[Backend]) -> bool {
+    let mut sorted = backends.to_vec();
+    sorted.sort_unstable();
+    sorted.windows(2).all(|pair| pair[0] != pair[1])
+}
+
+fn unnamed<T>(known: &BTreeMap<NamespacedName, Known<T>>, listing: u32) -> Vec<NamespacedName> {
+    let old = known.iter().filter(|(_, known)| known.listing != listing);
+    old.map(|(name, _)| name.clone()).collect()
+}
