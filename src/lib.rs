@@ -32,5 +32,9 @@ pub mod state;
 
 pub mod nft;
 
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod host;
 pub mod reconcile;
 pub mod watch;

@@ -18,7 +18,7 @@ use crate::nft::diff::{diff, foreign};
 use crate::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
 use crate::nft::ruleset::Ruleset;
 use crate::nft::text;
-use crate::nft::transaction::Transaction;
+use crate::nft::transaction::{Op, Transaction};
 use crate::state::State;
 
 /// How many contributors one commit may set aside before it gives up until the next try.
@@ -80,13 +80,12 @@ impl<K: Kernel> Proxy<K> {
         }
     }
 
-    /// Takes in an event; returns whether it left something to commit.
-    pub fn observe(&mut self, event: Event) -> bool {
+    /// Takes in an event.
+    pub fn observe(&mut self, event: Event) {
         for contributor in self.state.observe(event) {
             // It changed: what the kernel refused may be gone.
             self.set_aside.remove(&contributor);
         }
-        self.state.is_stale()
     }
 
     /// Whether every kind of object was listed, so that committing is safe.
@@ -162,15 +161,34 @@ impl<K: Kernel> Proxy<K> {
         Ledger::default().stage(all).ruleset(self.state.options())
     }
 
+    /// What a commit would do now, if the kernel was read back for it; and for whom, as far as one
+    /// object alone asks for it. Changes nothing.
+    pub fn plan(&mut self) -> Result<Vec<(Op, Option<Contributor>)>, LoadError> {
+        let options = self.state.options();
+        let loaded = self.kernel.load(&options)?;
+        self.adopt_slots(&loaded);
+        let staged = self.stage_all();
+        let transaction = diff(&loaded, &staged.ruleset(options));
+        let named = |op: Op| {
+            let contributor = staged.contributor(&op).cloned();
+            (op, contributor)
+        };
+        Ok(transaction.ops.into_iter().map(named).collect())
+    }
+
+    fn adopt_slots(&mut self, loaded: &Loaded) {
+        for table in loaded.tables.values().filter(|table| foreign(table).is_none()) {
+            self.state.adopt_slots(&table.elements);
+        }
+    }
+
     /// Reads back what the kernel holds and sends the difference to what is wanted.
     fn adopt(&mut self) -> Result<Committed, CommitError> {
         let first = self.ledger.is_none();
         let loaded = self.kernel.load(&self.options)?;
         if first {
             report_found(&loaded);
-            for table in loaded.tables.values().filter(|table| foreign(table).is_none()) {
-                self.state.adopt_slots(&table.elements);
-            }
+            self.adopt_slots(&loaded);
         }
         let mut set_aside = 0;
         loop {

@@ -69,7 +69,14 @@ impl State {
     /// Whether every kind was listed once: before that, programming would look like deletions.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        Kind::ALL.iter().all(|kind| self.listings.get(kind).is_some_and(|l| l.settled))
+        self.missing().is_empty()
+    }
+
+    /// The kinds that were not listed yet.
+    #[must_use]
+    pub fn missing(&self) -> Vec<Kind> {
+        let settled = |kind: &Kind| self.listings.get(kind).is_some_and(|l| l.settled);
+        Kind::ALL.into_iter().filter(|kind| !settled(kind)).collect()
     }
 
     /// What shapes the rules, with the node as it is known now.

@@ -80,9 +80,6 @@ pub enum ApplyError {
         /// What was refused and why, in the order of the transaction; never empty.
         refusals: Vec<Refusal>,
     },
-    /// Someone else changed the ruleset at the same moment; nothing was applied.
-    #[error("the ruleset changed meanwhile")]
-    Interrupted,
     /// The batch could not be handed over, or its answer not be read.
     #[error("cannot {step}: {source}")]
     Socket {

@@ -1,0 +1,346 @@
+//! Any order of events with the same final objects ends in the same table as a fresh start, every
+//! transaction on the way is one the kernel accepts, and a restart finds nothing to do.
+
+use std::collections::BTreeMap;
+
+use nftproxy::model::{
+    Endpoint, EndpointSlice, Event, Family, Kind, NamespacedName, Protocol, Service, ServiceCidr,
+    ServicePort, SlicePort,
+};
+use nftproxy::nft::element::{Backend, ElementId, Key, Value};
+use nftproxy::nft::fake::FakeKernel;
+use nftproxy::nft::names::SetName;
+use nftproxy::reconcile::Proxy;
+use proptest::prelude::*;
+
+use crate::model::{all_listed, example, name, port, service, slice, state};
+
+/// What happens to the proxy: an event, or a commit.
+#[derive(Clone, Debug)]
+enum Step {
+    Event(Event),
+    Commit,
+}
+
+const SERVICES: [&str; 4] = ["a", "b", "c", "d"];
+/// A small world, so that Services get into each other's way.
+const ADDRESSES: [&str; 6] =
+    ["10.96.0.1", "10.96.0.2", "fd00:10:96::1", "203.0.113.1", "198.51.100.1", "fd00:203::1"];
+
+fn any_ports() -> impl Strategy<Value = Vec<ServicePort>> {
+    let protocol = prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)];
+    let one = (0..2_usize, protocol, 80..82_u16, 30000..30003_u16).prop_map(
+        |(name, protocol, number, node_port)| {
+            // 30000 stands for "none".
+            let node_port = if node_port == 30000 { 0 } else { node_port };
+            port(["", "x"][name], protocol, number, node_port)
+        },
+    );
+    proptest::collection::vec(one, 0..3).prop_map(|mut ports| {
+        // The API allows each name, and each number and protocol, once.
+        ports.sort_by_key(|p| (p.name.clone(), p.protocol));
+        ports.dedup_by_key(|p| (p.name.clone(), p.protocol));
+        ports.sort_by_key(|p| (p.port, p.protocol));
+        ports.dedup_by_key(|p| (p.port, p.protocol));
+        ports
+    })
+}
+
+fn any_service() -> impl Strategy<Value = Service> {
+    let addresses = proptest::sample::subsequence(&ADDRESSES[..], 0..=ADDRESSES.len());
+    (0..SERVICES.len(), addresses, any_ports(), 0..3_i64).prop_map(
+        |(which, mut addresses, ports, created)| {
+            // One ClusterIP of a family.
+            if addresses.contains(&"10.96.0.1") {
+                addresses.retain(|a| *a != "10.96.0.2");
+            }
+            Service { created, ..service(SERVICES[which], &addresses, &ports) }
+        },
+    )
+}
+
+fn any_endpoint() -> impl Strategy<Value = Endpoint> {
+    (1..8_u8, any::<[bool; 4]>()).prop_map(|(host, [ready, serving, terminating, local])| {
+        let address = [10, 244, 0, host].into();
+        Endpoint { address, ready, serving, terminating, local, hints: None }
+    })
+}
+
+fn any_slice() -> impl Strategy<Value = EndpointSlice> {
+    let endpoints = proptest::collection::vec(any_endpoint(), 0..6);
+    (0..SERVICES.len(), 0..2_u8, 0..SERVICES.len(), endpoints).prop_map(
+        |(named_after, number, owner, endpoints)| {
+            let port = |name: &str, protocol| SlicePort { name: name.into(), protocol, port: 8080 };
+            EndpointSlice {
+                // Mostly of one Service, at times moved to another.
+                name: name(&format!("{}-{number}", SERVICES[named_after])),
+                service: name(SERVICES[if number == 0 { named_after } else { owner }]),
+                family: Family::V4,
+                ports: vec![port("", Protocol::Tcp), port("x", Protocol::Tcp), port("", Protocol::Udp)],
+                endpoints,
+            }
+        },
+    )
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    let which = 0..SERVICES.len();
+    let cidr = || ServiceCidr {
+        name: NamespacedName::cluster_scoped("one"),
+        cidrs: ["10.96.0.0/16", "10.96.1.0/24"].map(|cidr| cidr.parse().unwrap()).into(),
+    };
+    prop_oneof![
+        4 => any_service().prop_map(|s| Step::Event(Event::Service(s))),
+        6 => any_slice().prop_map(|s| Step::Event(Event::EndpointSlice(s))),
+        1 => which.clone().prop_map(|w| Step::Event(Event::Gone(Kind::Service, name(SERVICES[w])))),
+        2 => (which, 0..2_u8).prop_map(|(w, n)| {
+            Step::Event(Event::Gone(Kind::EndpointSlice, name(&format!("{}-{n}", SERVICES[w]))))
+        }),
+        1 => any::<bool>().prop_map(move |there| Step::Event(if there {
+            Event::ServiceCidr(cidr())
+        } else {
+            Event::Gone(Kind::ServiceCidr, NamespacedName::cluster_scoped("one"))
+        })),
+        6 => Just(Step::Commit),
+    ]
+}
+
+/// The elements with the slots of a frontend in sorted order: numbers depend on history, the set of
+/// backends does not.
+fn normal(kernel: &FakeKernel) -> BTreeMap<String, Vec<String>> {
+    let mut content: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut slots: BTreeMap<String, Vec<u16>> = BTreeMap::new();
+    for (id, value) in kernel.elements() {
+        let (frontend, slot) = match id.key {
+            Key::Slot(address, proto, port, slot) => {
+                (format!("{} {} {address} {proto} {port}", id.family, id.set), Some(slot))
+            }
+            Key::NodePortSlot(proto, port, slot) => {
+                (format!("{} {} {proto} {port}", id.family, id.set), Some(slot))
+            }
+            _ => (id.to_string(), None),
+        };
+        slots.entry(frontend.clone()).or_default().extend(slot);
+        content.entry(frontend).or_default().push(value.to_string());
+    }
+    for (frontend, slots) in slots {
+        assert!(slots.iter().copied().eq(0..u16::try_from(slots.len()).unwrap()), "{frontend}");
+    }
+    content.values_mut().for_each(|values| values.sort());
+    content
+}
+
+fn committed(proxy: &mut Proxy<FakeKernel>) {
+    let done = proxy.commit().unwrap();
+    assert_eq!(done.set_aside, 0);
+}
+
+/// A proxy that sees only the final objects, in the order of their names.
+fn fresh(objects: &BTreeMap<String, Event>) -> Proxy<FakeKernel> {
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    for event in objects.values().cloned().chain(all_listed()) {
+        proxy.observe(event);
+    }
+    committed(&mut proxy);
+    proxy
+}
+
+fn identity(event: &Event) -> Option<(String, bool)> {
+    Some(match event {
+        Event::Service(s) => (format!("Service {}", s.name), true),
+        Event::EndpointSlice(s) => (format!("EndpointSlice {}", s.name), true),
+        Event::ServiceCidr(c) => (format!("ServiceCIDR {}", c.name), true),
+        Event::Gone(kind, name) => (format!("{kind} {name}"), false),
+        _ => return None,
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_history_ends_like_a_fresh_start(steps in proptest::collection::vec(any_step(), 1..60)) {
+        let mut proxy = Proxy::new(state(), FakeKernel::default());
+        let mut objects = BTreeMap::new();
+        all_listed().for_each(|event| proxy.observe(event));
+        committed(&mut proxy);
+        for step in steps {
+            match step {
+                Step::Event(event) => {
+                    match identity(&event) {
+                        Some((id, true)) => drop(objects.insert(id, event.clone())),
+                        Some((id, false)) => drop(objects.remove(&id)),
+                        None => {}
+                    }
+                    proxy.observe(event);
+                }
+                Step::Commit => {
+                    let done = proxy.commit().unwrap();
+                    prop_assert!(!done.adopted, "the fake kernel refused a transaction");
+                }
+            }
+        }
+        let done = proxy.commit().unwrap();
+        prop_assert!(!done.adopted, "the fake kernel refused a transaction");
+        proxy.collect_idle_chains().unwrap();
+
+        let mut fresh = fresh(&objects);
+        prop_assert_eq!(normal(proxy.kernel_mut()), normal(fresh.kernel_mut()));
+        let chains = |dump: String| -> Vec<String> {
+            dump.lines().filter(|l| l.contains(" chain ")).map(Into::into).collect()
+        };
+        prop_assert_eq!(chains(proxy.kernel_mut().dump()), chains(fresh.kernel_mut().dump()));
+
+        // A restart adopts: nothing to do, not even renumbering.
+        let kernel = proxy.kernel_mut().clone();
+        let before = kernel.dump();
+        let mut restarted = Proxy::new(state(), kernel);
+        for event in objects.values().cloned().chain(all_listed()) {
+            restarted.observe(event);
+        }
+        let done = restarted.commit().unwrap();
+        prop_assert_eq!(done.operations, 0, "{:?}", restarted.kernel_mut().applied.last());
+        prop_assert_eq!(restarted.kernel_mut().dump(), before);
+
+        // A relist that names everything again changes nothing; one that names nothing empties it.
+        proxy.observe(Event::Listing(Kind::Service));
+        for event in objects.values().filter(|e| matches!(e, Event::Service(_))) {
+            proxy.observe(event.clone());
+        }
+        proxy.observe(Event::Listed(Kind::Service));
+        prop_assert_eq!(proxy.commit().unwrap().operations, 0);
+        proxy.observe(Event::Listing(Kind::Service));
+        proxy.observe(Event::Listed(Kind::Service));
+        proxy.commit().unwrap();
+        let left = proxy.kernel_mut().elements().filter(|(id, _)| id.set == SetName::Services);
+        prop_assert_eq!(left.count(), 0);
+    }
+
+    #[test]
+    fn a_start_over_any_table_ends_like_a_fresh_start(
+        one in proptest::collection::vec(any_step(), 1..30),
+        other in proptest::collection::vec(any_step(), 1..30),
+    ) {
+        let objects = |steps: Vec<Step>| -> BTreeMap<String, Event> {
+            steps.into_iter().filter_map(|step| match step {
+                Step::Event(event) => identity(&event).filter(|(_, there)| *there).map(|(id, _)| (id, event)),
+                Step::Commit => None,
+            }).collect()
+        };
+        let (one, other) = (objects(one), objects(other));
+        let mut over = Proxy::new(state(), fresh(&one).kernel_mut().clone());
+        for event in other.values().cloned().chain(all_listed()) {
+            over.observe(event);
+        }
+        committed(&mut over);
+        prop_assert_eq!(normal(over.kernel_mut()), normal(fresh(&other).kernel_mut()));
+    }
+}
+
+fn web(endpoints: &[&str]) -> [Event; 2] {
+    [
+        Event::Service(service("web", &["10.96.0.10"], &[port("", Protocol::Tcp, 80, 0)])),
+        Event::EndpointSlice(slice("web", "4", &[("", Protocol::Tcp, 8080)], endpoints)),
+    ]
+}
+
+#[test]
+fn an_endpoint_more_is_two_elements_and_its_replacement_one() {
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    for event in example().into_iter().chain(web(&["10.0.0.1", "10.0.0.2"])).chain(all_listed()) {
+        proxy.observe(event);
+    }
+    committed(&mut proxy);
+    let ops = |proxy: &mut Proxy<FakeKernel>, endpoints: &[&str]| {
+        web(endpoints).into_iter().for_each(|event| proxy.observe(event));
+        proxy.commit().unwrap().operations
+    };
+    // A new slot, and the verdict replaced; lb-3 is there for dns.
+    assert_eq!(ops(&mut proxy, &["10.0.0.1", "10.0.0.2", "10.0.0.3"]), 3);
+    assert_eq!(ops(&mut proxy, &["10.0.0.1", "10.0.0.4", "10.0.0.3"]), 2);
+    // The first goes: the last takes its slot.
+    assert_eq!(ops(&mut proxy, &["10.0.0.4", "10.0.0.3"]), 5);
+    assert_eq!(ops(&mut proxy, &["10.0.0.3", "10.0.0.4"]), 0);
+}
+
+#[test]
+fn the_older_service_keeps_a_contested_frontend_and_the_next_takes_over() {
+    let claim = |name: &str, cluster_ip: &str, created: i64| {
+        let ports = [port("", Protocol::Tcp, 80, 0)];
+        Event::Service(Service { created, ..service(name, &[cluster_ip, "198.51.100.1"], &ports) })
+    };
+    let endpoint = |name: &str, address: &str| {
+        Event::EndpointSlice(slice(name, "4", &[("", Protocol::Tcp, 8080)], &[address]))
+    };
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    let answer = |proxy: &mut Proxy<FakeKernel>| {
+        proxy.commit().unwrap();
+        let key = Key::Slot([198, 51, 100, 1].into(), Protocol::Tcp, 80, 0);
+        let id = ElementId { family: Family::V4, set: SetName::Endpoints, key };
+        let found = proxy.kernel_mut().elements().find(|(found, _)| **found == id);
+        found.map(|(_, value)| *value)
+    };
+    let backend = |last: u8| {
+        Some(Value::Backend(Backend { address: [10, 244, 0, last].into(), port: 8080 }))
+    };
+    all_listed().for_each(|event| proxy.observe(event));
+    proxy.observe(claim("young", "10.96.0.2", 20));
+    proxy.observe(endpoint("young", "10.244.0.2"));
+    assert_eq!(answer(&mut proxy), backend(2));
+    proxy.observe(claim("old", "10.96.0.1", 10));
+    proxy.observe(endpoint("old", "10.244.0.1"));
+    assert_eq!(answer(&mut proxy), backend(1));
+    // The younger one changing does not matter.
+    proxy.observe(claim("young", "10.96.0.2", 20));
+    proxy.observe(endpoint("young", "10.244.0.3"));
+    assert_eq!(answer(&mut proxy), backend(1));
+    proxy.observe(Event::Gone(Kind::Service, name("old")));
+    assert_eq!(answer(&mut proxy), backend(3));
+}
+
+#[test]
+fn a_refused_service_is_left_out_and_everything_else_committed() {
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    for event in example().into_iter().chain(all_listed()) {
+        proxy.observe(event);
+    }
+    committed(&mut proxy);
+    let before = proxy.kernel_mut().elements().count();
+    web(&["10.0.0.1"]).into_iter().for_each(|event| proxy.observe(event));
+    // The batch is refused, and so is the same change after reading back.
+    let last = {
+        let plan = proxy.plan().unwrap();
+        plan.iter().position(|(op, _)| format!("{op:?}").contains("10.96.0.10")).unwrap()
+    };
+    proxy.kernel_mut().fail = vec![(last, libc::ENOMEM), (last, libc::ENOMEM)];
+    proxy.observe(Event::EndpointSlice(slice(
+        "dns",
+        "4",
+        &[("dns", Protocol::Udp, 53)],
+        &["10.244.1.6!", "10.244.1.7!"],
+    )));
+    let done = proxy.commit().unwrap();
+    assert!(done.adopted);
+    assert_eq!(done.set_aside, 1);
+    assert!(proxy.kernel_mut().elements().count() < before, "dns lost an endpoint");
+    // It is tried again when it changes.
+    web(&["10.0.0.2"]).into_iter().for_each(|event| proxy.observe(event));
+    assert_eq!(proxy.commit().unwrap().set_aside, 0);
+    let web = Key::Frontend([10, 96, 0, 10].into(), Protocol::Tcp, 80);
+    assert!(proxy.kernel_mut().elements().any(|(id, _)| id.key == web));
+}
+
+#[test]
+fn an_element_that_vanished_is_put_back_when_a_commit_meets_it() {
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    for event in web(&["10.0.0.1", "10.0.0.2"]).into_iter().chain(all_listed()) {
+        proxy.observe(event);
+    }
+    committed(&mut proxy);
+    let key = Key::Slot([10, 96, 0, 10].into(), Protocol::Tcp, 80, 1);
+    let id = ElementId { family: Family::V4, set: SetName::Endpoints, key };
+    assert!(proxy.kernel_mut().tamper(&id));
+    web(&["10.0.0.1"]).into_iter().for_each(|event| proxy.observe(event));
+    assert!(proxy.commit().unwrap().adopted);
+    assert_eq!(proxy.kernel_mut().elements().filter(|(id, _)| matches!(id.key, Key::Slot(..))).count(), 1);
+}
