@@ -71,7 +71,8 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let (opened, open) = tokio::sync::oneshot::channel();
     let (ended, mut end) = tokio::sync::oneshot::channel::<()>();
     let state = State::new(config.settings.clone(), host::node_facts(&config.node_name));
-    let pacing = Pacing { min_sync_period: config.min_sync_period, sync_period: config.sync_period };
+    let pacing =
+        Pacing { min_sync_period: config.min_sync_period, sync_period: config.sync_period };
     let thread = std::thread::Builder::new().name("program".into()).spawn(move || {
         match NetlinkKernel::open() {
             Err(error) => drop(opened.send(Err(error))),
@@ -127,7 +128,7 @@ pub async fn watch(
         Source::Manifests(dir) => Manifests::new(dir, node_name).run(events).await?,
         Source::Api { kubeconfig, master } => {
             let client = api::client(kubeconfig.as_deref(), master.as_deref()).await?;
-            api::watch(client, node_name, events).await;
+            api::run(client, node_name, events).await;
         }
     }
     Ok(())

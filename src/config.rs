@@ -219,11 +219,7 @@ pub fn resolve(flags: &Flags) -> Result<(Config, Vec<String>), ConfigError> {
             masquerade_all: flags.masquerade_all || nft.masquerade_all,
             detect_local,
         },
-        min_sync_period: duration(
-            "nftables.minSyncPeriod",
-            &nft.min_sync_period,
-            Duration::ZERO,
-        )?,
+        min_sync_period: duration("nftables.minSyncPeriod", &nft.min_sync_period, Duration::ZERO)?,
         sync_period: duration("nftables.syncPeriod", &nft.sync_period, Duration::from_secs(30))?
             .max(Duration::from_secs(1)),
     };
@@ -231,10 +227,7 @@ pub fn resolve(flags: &Flags) -> Result<(Config, Vec<String>), ConfigError> {
 }
 
 /// Refuses values that kube-proxy acts upon and this program does not yet.
-fn check_supported(
-    file: &File,
-    origin: impl Fn(&str) -> String,
-) -> Result<(), ConfigError> {
+fn check_supported(file: &File, origin: impl Fn(&str) -> String) -> Result<(), ConfigError> {
     let refuse = |field: &str, value: String, expected: &str| {
         Err(ConfigError::Value { origin: origin(field), value, expected: expected.into() })
     };
@@ -339,7 +332,8 @@ mod tests {
         resolve(&flags).map_err(|error| error.to_string().replace(&path, ""))
     }
 
-    const HEAD: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+    const HEAD: &str =
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
 
     #[test]
     fn a_file_of_kubeadm_is_read() {
@@ -349,7 +343,9 @@ mod tests {
         assert_eq!(config.min_sync_period, Duration::from_secs(1));
         assert_eq!(config.sync_period, Duration::from_secs(90));
         assert_eq!(config.settings.masquerade_mark, 0x4000);
-        assert!(matches!(config.settings.detect_local, DetectLocal::ClusterCidr(c) if c.len() == 2));
+        assert!(
+            matches!(config.settings.detect_local, DetectLocal::ClusterCidr(c) if c.len() == 2)
+        );
         assert_eq!(
             remarks,
             ["config.conf: without effect here: bindAddress, clientConnection.qps, conntrack"]
@@ -360,13 +356,28 @@ mod tests {
     #[test]
     fn an_error_is_one_line_with_file_field_and_expectation() {
         let cases = [
-            ("nftables:\n  masqueradeBit: 40\n", "nftables.masqueradeBit: \"40\": expected 0 to 31"),
-            ("nftables:\n  masqueradeAll: maybe\n", "nftables.masqueradeAll: invalid type: string \"maybe\", expected a boolean"),
+            (
+                "nftables:\n  masqueradeBit: 40\n",
+                "nftables.masqueradeBit: \"40\": expected 0 to 31",
+            ),
+            (
+                "nftables:\n  masqueradeAll: maybe\n",
+                "nftables.masqueradeAll: invalid type: string \"maybe\", expected a boolean",
+            ),
             ("clusterCIDR: 10.244.0.0\n", "clusterCIDR: \"10.244.0.0\": expected a range like"),
-            ("detectLocalMode: Magic\n", "detectLocalMode: \"Magic\": expected ClusterCIDR or NodeCIDR"),
+            (
+                "detectLocalMode: Magic\n",
+                "detectLocalMode: \"Magic\": expected ClusterCIDR or NodeCIDR",
+            ),
             ("mode: userspace\n", "mode: \"userspace\": expected nftables"),
-            ("nftables:\n  minSyncPeriod: soon\n", "nftables.minSyncPeriod: \"soon\": expected a duration"),
-            ("nodePortAddresses: [10.0.0.0/8]\n", "nodePortAddresses: \"10.0.0.0/8\": expected [] or [primary]"),
+            (
+                "nftables:\n  minSyncPeriod: soon\n",
+                "nftables.minSyncPeriod: \"soon\": expected a duration",
+            ),
+            (
+                "nodePortAddresses: [10.0.0.0/8]\n",
+                "nodePortAddresses: \"10.0.0.0/8\": expected [] or [primary]",
+            ),
         ];
         for (yaml, expected) in cases {
             let error = resolved(&format!("{HEAD}{yaml}")).unwrap_err();
@@ -381,8 +392,17 @@ mod tests {
     #[test]
     fn durations_are_those_of_go() {
         let cases = [
-            ("1s", Some(1000)), ("1m30s", Some(90_000)), ("1.5s", Some(1500)), ("250ms", Some(250)),
-            ("0s", Some(0)), ("0", Some(0)), ("", None), ("5", None), ("s", None), ("1x", None), ("-1s", None),
+            ("1s", Some(1000)),
+            ("1m30s", Some(90_000)),
+            ("1.5s", Some(1500)),
+            ("250ms", Some(250)),
+            ("0s", Some(0)),
+            ("0", Some(0)),
+            ("", None),
+            ("5", None),
+            ("s", None),
+            ("1x", None),
+            ("-1s", None),
         ];
         for (text, millis) in cases {
             assert_eq!(parse_duration(text), millis.map(Duration::from_millis), "{text:?}");

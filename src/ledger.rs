@@ -133,11 +133,6 @@ impl Ledger {
     pub fn contribution(&self, contributor: &Contributor) -> Option<&Contribution> {
         self.contributions.get(contributor)
     }
-
-    /// Everyone who has something committed.
-    pub fn contributors(&self) -> impl Iterator<Item = &Contributor> {
-        self.contributions.keys()
-    }
 }
 
 impl Staged {
@@ -152,14 +147,15 @@ impl Staged {
         transaction
     }
 
-    /// Everything that is wanted, if this was staged on an empty ledger.
+    /// Everything that is wanted, if this was staged on an empty ledger. Takes the elements out, of
+    /// which there can be hundreds of thousands; what is left can still be accepted.
     #[must_use]
-    pub fn ruleset(&self, options: Options) -> Ruleset {
-        let wanted = |(id, change): (&ElementId, &Change)| Some((*id, change.to?));
+    pub fn take_ruleset(&mut self, options: Options) -> Ruleset {
+        let elements = std::mem::take(&mut self.elements);
         Ruleset {
             options,
             shared_chains: self.new_chains.iter().copied().collect(),
-            elements: self.elements.iter().filter_map(wanted).collect(),
+            elements: elements.into_iter().filter_map(|(id, c)| Some((id, c.to?))).collect(),
         }
     }
 
@@ -176,12 +172,6 @@ impl Staged {
             _ => false,
         };
         self.contributions.iter().find(|(_, contribution)| asks(contribution)).map(|(c, _)| c)
-    }
-
-    /// How many elements change.
-    #[must_use]
-    pub fn changed_elements(&self) -> usize {
-        self.elements.len()
     }
 }
 

@@ -158,7 +158,7 @@ impl<K: Kernel> Proxy<K> {
     pub fn wanted(&mut self) -> Ruleset {
         let all = self.state.all_contributions();
         let all = accepted(all, &mut self.reported, &self.set_aside);
-        Ledger::default().stage(all).ruleset(self.state.options())
+        Ledger::default().stage(all).take_ruleset(self.state.options())
     }
 
     /// What a commit would do now, if the kernel was read back for it; and for whom, as far as one
@@ -167,8 +167,8 @@ impl<K: Kernel> Proxy<K> {
         let options = self.state.options();
         let loaded = self.kernel.load(&options)?;
         self.adopt_slots(&loaded);
-        let staged = self.stage_all();
-        let transaction = diff(&loaded, &staged.ruleset(options));
+        let mut staged = self.stage_all();
+        let transaction = diff(&loaded, &staged.take_ruleset(options));
         let named = |op: Op| {
             let contributor = staged.contributor(&op).cloned();
             (op, contributor)
@@ -192,9 +192,8 @@ impl<K: Kernel> Proxy<K> {
         }
         let mut set_aside = 0;
         loop {
-            let staged = self.stage_all();
-            let wanted = staged.ruleset(self.options);
-            let transaction = diff(&loaded, &wanted);
+            let mut staged = self.stage_all();
+            let transaction = diff(&loaded, &staged.take_ruleset(self.options));
             match apply(&mut self.kernel, &transaction) {
                 Ok(applied) => {
                     let mut ledger = Ledger::default();

@@ -6,19 +6,35 @@
 //! last backends (swap-remove), further newcomers are appended. One endpoint more, less or replaced
 //! is at most two element changes, whatever N is.
 
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
+
 use crate::nft::element::Backend;
 
 /// Slots from 32768 on are the node-local list of the same frontend, which bounds both lists.
 pub const MAX_BACKENDS: usize = 32768;
+
+/// Stands for no backend: nothing can be sent to port 0.
+const VACANT: Backend = Backend { address: IpAddr::V4(Ipv4Addr::UNSPECIFIED), port: 0 };
 
 /// Backends by slot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Slots(Vec<Backend>);
 
 impl Slots {
-    /// Takes over a numbering found in the kernel.
+    /// Takes over a numbering found in the kernel, in ascending order. Slots that are missing there
+    /// are vacant until the first [`update`](Self::update), and so are those of a backend that is
+    /// there twice.
     #[must_use]
-    pub fn adopted(backends: Vec<Backend>) -> Self {
+    pub fn adopted(found: impl IntoIterator<Item = (u16, Backend)>) -> Self {
+        let (mut backends, mut seen) = (Vec::new(), BTreeSet::new());
+        for (slot, backend) in found {
+            let slot = usize::from(slot);
+            if slot < MAX_BACKENDS && seen.insert(backend) {
+                backends.resize(slot, VACANT);
+                backends.push(backend);
+            }
+        }
         Self(backends)
     }
 
@@ -69,7 +85,7 @@ mod tests {
     }
 
     fn updated(from: &[u8], to: &[u8]) -> Vec<Backend> {
-        let mut slots = Slots::adopted(backends(from));
+        let mut slots = Slots::adopted((0..).zip(backends(from)));
         slots.update(&backends(to));
         slots.0
     }
@@ -89,6 +105,14 @@ mod tests {
     fn newcomers_are_appended_in_order() {
         assert_eq!(updated(&[5], &[1, 2, 5]), backends(&[5, 1, 2]));
         assert_eq!(updated(&[], &[1, 2, 5]), backends(&[1, 2, 5]));
+    }
+
+    #[test]
+    fn what_is_missing_in_the_kernel_is_put_back_where_it_was() {
+        let [one, two, three] = backends(&[1, 2, 3])[..] else { unreachable!() };
+        let mut slots = Slots::adopted([(0, one), (2, three), (3, one)]);
+        slots.update(&[one, two, three]);
+        assert_eq!(slots.0, [one, two, three]);
     }
 
     proptest! {

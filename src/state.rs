@@ -8,11 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::contribution::{self, Contribution, Contributor, PortSlots};
 use crate::frontend::Frontends;
 use crate::model::{
-    EndpointSlice, Event, Family, Kind, NamespacedName, NodeFacts, Problem, Protocol, Service,
-    ServiceCidr,
+    EndpointSlice, Event, Family, Kind, NamespacedName, NodeFacts, Problem, Service, ServiceCidr,
 };
 use crate::nft::dataplane::Options;
-use crate::nft::element::{Backend, ElementId, Key, Value};
+use crate::nft::element::{ElementId, Key, Value};
 use crate::nft::names::SetName;
 use crate::settings::Settings;
 use crate::slots::Slots;
@@ -116,7 +115,11 @@ impl State {
                 self.cidrs.insert(cidr.name.clone(), Known { object: cidr, listing });
                 BTreeSet::from([Contributor::Node])
             }
-            Event::Node(node) => {
+            Event::Node(mut node) => {
+                if node.addresses.is_empty() {
+                    // A Node that is not registered completely: what the host says stays.
+                    node.addresses.clone_from(&self.node.addresses);
+                }
                 let changed = self.node != node;
                 self.node = node;
                 if changed { BTreeSet::from([Contributor::Node]) } else { BTreeSet::new() }
@@ -269,30 +272,22 @@ impl State {
                     let first = Key::Slot(cluster_ip, port.protocol, port.port, 0);
                     let last = Key::Slot(cluster_ip, port.protocol, port.port, u16::MAX);
                     let id = |key| ElementId { family, set: SetName::Endpoints, key };
-                    let held: Vec<Backend> = elements
-                        .range(id(first)..=id(last))
-                        .filter_map(|(_, value)| match value {
-                            Value::Backend(backend) => Some(*backend),
-                            _ => None,
-                        })
-                        .collect();
-                    if !held.is_empty() && all_distinct(&held) {
-                        let key: (Family, Protocol, Box<str>) =
-                            (family, port.protocol, port.name.clone());
-                        let slots = self.slots.entry(name.clone()).or_default();
-                        slots.insert(key, Slots::adopted(held));
+                    let held =
+                        elements.range(id(first)..=id(last)).filter_map(|(id, value)| {
+                            match (id.key, value) {
+                                (Key::Slot(.., slot), Value::Backend(b)) => Some((slot, *b)),
+                                _ => None,
+                            }
+                        });
+                    let held = Slots::adopted(held);
+                    if !held.as_slice().is_empty() {
+                        let key = (family, port.protocol, port.name.clone());
+                        self.slots.entry(name.clone()).or_default().insert(key, held);
                     }
                 }
             }
         }
     }
-}
-
-/// A backend listed twice would keep two slots for ever.
-fn all_distinct(backends: &[Backend]) -> bool {
-    let mut sorted = backends.to_vec();
-    sorted.sort_unstable();
-    sorted.windows(2).all(|pair| pair[0] != pair[1])
 }
 
 fn unnamed<T>(known: &BTreeMap<NamespacedName, Known<T>>, listing: u32) -> Vec<NamespacedName> {

@@ -6,11 +6,11 @@
 
 use std::collections::BTreeMap;
 
-use super::element::ElementId;
+use super::element::{ElementId, Value};
 use super::kernel::{ChainState, Loaded, LoadedTable, SetState};
 use super::names::{ChainName, LAYOUT, SetName};
 use super::ruleset::Ruleset;
-use super::transaction::{Change, Op, Transaction};
+use super::transaction::{Op, Transaction};
 use crate::model::Family;
 
 /// Why a table of our name was not adopted.
@@ -48,7 +48,7 @@ pub fn foreign(table: &LoadedTable) -> Option<Foreign> {
 #[must_use]
 pub fn diff(loaded: &Loaded, wanted: &Ruleset) -> Transaction {
     let mut transaction = Transaction::default();
-    let mut changes: BTreeMap<ElementId, Change> = BTreeMap::new();
+    let mut held: BTreeMap<Family, &BTreeMap<ElementId, Value>> = BTreeMap::new();
     let mut chains = Vec::new();
     let mut refill = Vec::new();
     let mut leftover = Vec::new();
@@ -79,9 +79,7 @@ pub fn diff(loaded: &Loaded, wanted: &Ruleset) -> Transaction {
             }
         }
         if let Some(table) = adopted {
-            for (&id, &value) in &table.elements {
-                changes.entry(id).or_default().from = Some(value);
-            }
+            held.insert(family, &table.elements);
             let unwanted = table.chains.keys().filter(|name| {
                 !name.parse().is_ok_and(|name: ChainName| {
                     !name.is_shared() || wanted.shared_chains.contains(&(family, name))
@@ -90,16 +88,23 @@ pub fn diff(loaded: &Loaded, wanted: &Ruleset) -> Transaction {
             leftover.extend(unwanted.map(|name| (family, name.clone())));
         }
     }
-    for (&id, &value) in &wanted.elements {
-        changes.entry(id).or_default().to = Some(value);
-    }
 
     transaction.add_chains(chains.into_iter(), &wanted.options);
     for (family, chain) in refill {
         transaction.ops.push(Op::FlushChain(family, chain.name.to_string()));
         transaction.ops.push(Op::AddRules(family, chain));
     }
-    transaction.change_elements(&changes);
+    let holds = |id: &ElementId| held.get(&id.family).and_then(|elements| elements.get(id));
+    for (&id, &value) in held.values().copied().flatten() {
+        if wanted.elements.get(&id) != Some(&value) {
+            transaction.ops.push(Op::DeleteElement(id, value));
+        }
+    }
+    for (&id, &value) in &wanted.elements {
+        if holds(&id) != Some(&value) {
+            transaction.ops.push(Op::AddElement(id, value));
+        }
+    }
     transaction.delete_chains(leftover.into_iter());
     transaction
 }

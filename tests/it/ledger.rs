@@ -76,7 +76,11 @@ fn any_slice() -> impl Strategy<Value = EndpointSlice> {
                 name: name(&format!("{}-{number}", SERVICES[named_after])),
                 service: name(SERVICES[if number == 0 { named_after } else { owner }]),
                 family: Family::V4,
-                ports: vec![port("", Protocol::Tcp), port("x", Protocol::Tcp), port("", Protocol::Udp)],
+                ports: vec![
+                    port("", Protocol::Tcp),
+                    port("x", Protocol::Tcp),
+                    port("", Protocol::Udp),
+                ],
                 endpoints,
             }
         },
@@ -280,9 +284,8 @@ fn the_older_service_keeps_a_contested_frontend_and_the_next_takes_over() {
         let found = proxy.kernel_mut().elements().find(|(found, _)| **found == id);
         found.map(|(_, value)| *value)
     };
-    let backend = |last: u8| {
-        Some(Value::Backend(Backend { address: [10, 244, 0, last].into(), port: 8080 }))
-    };
+    let backend =
+        |last: u8| Some(Value::Backend(Backend { address: [10, 244, 0, last].into(), port: 8080 }));
     all_listed().for_each(|event| proxy.observe(event));
     proxy.observe(claim("young", "10.96.0.2", 20));
     proxy.observe(endpoint("young", "10.244.0.2"));
@@ -342,5 +345,8 @@ fn an_element_that_vanished_is_put_back_when_a_commit_meets_it() {
     assert!(proxy.kernel_mut().tamper(&id));
     web(&["10.0.0.1"]).into_iter().for_each(|event| proxy.observe(event));
     assert!(proxy.commit().unwrap().adopted);
-    assert_eq!(proxy.kernel_mut().elements().filter(|(id, _)| matches!(id.key, Key::Slot(..))).count(), 1);
+    assert_eq!(
+        proxy.kernel_mut().elements().filter(|(id, _)| matches!(id.key, Key::Slot(..))).count(),
+        1
+    );
 }

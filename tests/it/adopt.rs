@@ -1,0 +1,143 @@
+//! What a start finds in the real kernel, and what it makes of it: its own tables are adopted without
+//! an operation, whatever differs is repaired in one transaction, and a table of our name that is not
+//! ours is replaced.
+
+use nftproxy::model::Event;
+use nftproxy::nft::kernel::Kernel as _;
+use nftproxy::nft::netlink::NetlinkKernel;
+use nftproxy::nft::text;
+use nftproxy::reconcile::{Committed, Proxy};
+
+use crate::model::{all_listed, example, state};
+use crate::namespace::{in_namespace, nft};
+use crate::parity::listed;
+
+/// A start of the program: its first commit.
+fn start(events: Vec<Event>) -> (Proxy<NetlinkKernel>, Committed) {
+    let mut proxy = Proxy::new(state(), NetlinkKernel::open().unwrap());
+    events.into_iter().chain(all_listed()).for_each(|event| proxy.observe(event));
+    let done = proxy.commit().unwrap();
+    (proxy, done)
+}
+
+#[test]
+fn a_restart_with_the_same_objects_sends_nothing() {
+    in_namespace(|| {
+        assert!(start(example()).1.operations > 0);
+        let before = listed();
+        let (_, done) = start(example());
+        assert_eq!((done.operations, done.applied.bytes), (0, 0));
+        assert_eq!(listed(), before);
+    });
+}
+
+#[test]
+fn whatever_differs_is_repaired() {
+    let damages = [
+        "delete element ip nftproxy services { 10.96.0.10 . tcp . 80 }",
+        "delete element ip nftproxy endpoints { 10.96.0.10 . tcp . 80 . 0 }",
+        "flush map ip nftproxy endpoints",
+        "flush map ip6 nftproxy services",
+        "flush chain ip nftproxy dispatch",
+        "flush ruleset",
+        "delete table ip6 nftproxy",
+        "add element ip nftproxy cluster-ips { 10.96.7.7 }",
+        "add element ip nftproxy service-cidrs { 10.200.0.0/16 }",
+        "delete element ip nftproxy service-cidrs { 10.96.0.0/12 }",
+        "add chain ip nftproxy mine; add rule ip nftproxy mine drop",
+        "add rule ip nftproxy nat-prerouting counter",
+        "insert rule ip nftproxy lb-2 drop",
+        "add set ip nftproxy mine { type ipv4_addr; }",
+        "add element ip nftproxy no-endpoints { 10.96.0.10 . tcp . 81 : drop }",
+        "add chain ip nftproxy lb-77",
+        "add chain ip nftproxy external-3; add rule ip nftproxy external-3 goto lb-3",
+    ];
+    for damage in damages {
+        in_namespace(|| {
+            drop(start(example()));
+            let before = listed();
+            nft(&["-f", "-"], damage);
+            assert_ne!(listed(), before, "{damage}");
+            let (_, done) = start(example());
+            assert!(done.operations > 0 && done.adopted, "{damage}");
+            assert_eq!(listed(), before, "{damage}");
+        });
+    }
+}
+
+#[test]
+fn a_table_of_our_name_made_by_someone_else_is_replaced_at_once() {
+    let foreign = "add table ip nftproxy
+        add set ip nftproxy cluster-ips { type inet_service; }
+        add chain ip nftproxy c { type filter hook forward priority 0; policy accept; }
+        add rule ip nftproxy c counter
+        add table ip other
+        add chain ip other c
+        add rule ip other c counter";
+    in_namespace(|| {
+        drop(start(example()));
+        let wanted = nft(&["list", "table", "ip", "nftproxy"], "");
+        nft(&["-f", "-"], "delete table ip nftproxy");
+        nft(&["-f", "-"], foreign);
+        let (_, done) = start(example());
+        assert!(done.operations > 0);
+        assert_eq!(nft(&["list", "table", "ip", "nftproxy"], ""), wanted);
+        assert!(nft(&["list", "table", "ip", "other"], "").contains("counter"), "others' stay");
+    });
+}
+
+#[test]
+fn a_commit_that_meets_a_changed_table_repairs_all_of_it() {
+    in_namespace(|| {
+        let (mut proxy, _) = start(example());
+        let before = listed();
+        nft(&["-f", "-"], "flush ruleset");
+        // Any change makes the next commit; here one that comes back to the same.
+        let mut dns = example();
+        dns.retain(|event| matches!(event, Event::EndpointSlice(slice) if slice.name.as_str() == "default/dns-4"));
+        let Event::EndpointSlice(mut shorter) = dns[0].clone() else { unreachable!() };
+        shorter.endpoints.truncate(1);
+        proxy.observe(Event::EndpointSlice(shorter));
+        assert!(proxy.commit().unwrap().adopted);
+        proxy.observe(dns.remove(0));
+        assert!(!proxy.commit().unwrap().adopted);
+        proxy.collect_idle_chains().unwrap();
+        assert_eq!(listed(), before);
+    });
+}
+
+#[test]
+fn a_refused_operation_is_named_by_the_kernel() {
+    in_namespace(|| {
+        let (mut proxy, _) = start(example());
+        let plan = |proxy: &mut Proxy<NetlinkKernel>| proxy.plan().unwrap();
+        assert!(plan(&mut proxy).is_empty());
+        nft(&["-f", "-"], "delete element ip nftproxy endpoints { 10.96.0.53 . udp . 53 . 1 }");
+        let missing = plan(&mut proxy);
+        let (op, object) = missing.first().unwrap();
+        assert_eq!(object.as_ref().unwrap().to_string(), "Service default/dns");
+        assert_eq!(
+            text::op(op),
+            "add element ip nftproxy endpoints { 10.96.0.53 . udp . 53 . 1 : 10.244.1.7 . 53 }"
+        );
+        // Removing what is there and what is not: the kernel names the second.
+        use nftproxy::nft::transaction::{Op, Transaction};
+        let Op::AddElement(id, value) = op else { panic!("{op:?}") };
+        let there = {
+            let loaded = proxy.kernel_mut().load(&Default::default()).unwrap();
+            let table = &loaded.tables[&id.family];
+            table
+                .elements
+                .iter()
+                .find(|(found, _)| found.set == id.set)
+                .map(|(a, b)| (*a, *b))
+                .unwrap()
+        };
+        let ops = vec![Op::DeleteElement(there.0, there.1), Op::DeleteElement(*id, *value)];
+        let error = proxy.kernel_mut().apply(&Transaction { ops }).unwrap_err();
+        let nftproxy::nft::kernel::ApplyError::Refused { refusals } = error else {
+            panic!("{error}")
+        };
+        assert_eq!((refusals[0].op, refusals[0].errno), (Some(1), libc::ENOENT), "{refusals:?}");
+    });
+}

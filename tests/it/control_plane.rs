@@ -1,0 +1,348 @@
+//! A real control plane, for tests that need the API as it is: etcd and kube-apiserver, and nothing
+//! else of a cluster.
+//!
+//! A mock answers what its author believes; the real server validates, defaults, allocates
+//! ClusterIPs, ends watches and enforces RBAC. As no controllers and no kubelets run beside it, a
+//! test is the only author of what the proxy sees: it writes Services, EndpointSlices and Nodes
+//! itself, with [`ControlPlane::apply`]. The programs are built by `tests/control-plane/build`.
+//!
+//! Both programs are children in the network namespace of the thread that starts them (whose `lo`
+//! must be up). Everything they write is in one temporary folder, which goes when they go.
+
+use std::error::Error;
+use std::fs::{self, File};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Service;
+use kube::api::{Api, DeleteParams, DynamicObject, GetParams, Patch, PatchParams, PostParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::core::{ApiResource, Request};
+use kube::discovery::{ApiCapabilities, Scope};
+use kube::{Client, Config, Discovery};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// It takes about five seconds on an idle machine.
+const READY_WITHIN: Duration = Duration::from_secs(120);
+
+const WRITABLE: &str = "the temporary folder can be written to";
+
+/// Who asks. RBAC is on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum User {
+    /// May do everything.
+    Admin,
+    /// The user that the server's own roles let watch what a kube-proxy watches.
+    KubeProxy,
+    /// The service account `nftproxy` in `kube-system`, which may do what a test grants it.
+    ServiceAccount,
+}
+
+impl User {
+    const ALL: [Self; 3] = [Self::Admin, Self::KubeProxy, Self::ServiceAccount];
+
+    fn name_and_groups(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Admin => ("admin", "system:masters"),
+            Self::KubeProxy => ("system:kube-proxy", "system:authenticated"),
+            Self::ServiceAccount => (
+                "system:serviceaccount:kube-system:nftproxy",
+                "system:serviceaccounts,system:serviceaccounts:kube-system",
+            ),
+        }
+    }
+
+    fn token(self) -> String {
+        format!("token-of-{self:?}")
+    }
+}
+
+/// The two programs, while they run. A drop ends them.
+pub(crate) struct ControlPlane {
+    address: SocketAddr,
+    etcd_port: u16,
+    // Fields are dropped in this order: no program outlives its folder.
+    apiserver: Option<Process>,
+    etcd: Process,
+    folder: TempDir,
+}
+
+impl ControlPlane {
+    /// Starts both programs, the API server on a free port of `bind`, and waits until it is ready.
+    /// Panics with the ends of their logs if it does not get ready.
+    pub(crate) async fn start(bind: IpAddr) -> Self {
+        let folder = tempfile::Builder::new().prefix("control-plane.").tempdir().expect(WRITABLE);
+        let [etcd_port, peer_port, port] =
+            free_ports([Ipv4Addr::LOCALHOST.into(), Ipv4Addr::LOCALHOST.into(), bind]);
+        write_credentials(folder.path());
+        let (client_url, peer_url) =
+            (format!("http://127.0.0.1:{etcd_port}"), format!("http://127.0.0.1:{peer_port}"));
+        let etcd = Process::start(
+            "etcd",
+            &folder.path().join("etcd.log"),
+            &[
+                &format!("--data-dir={}", folder.path().join("etcd").display()),
+                "--unsafe-no-fsync",
+                &format!("--listen-client-urls={client_url}"),
+                &format!("--advertise-client-urls={client_url}"),
+                &format!("--listen-peer-urls={peer_url}"),
+                &format!("--initial-advertise-peer-urls={peer_url}"),
+                &format!("--initial-cluster=default={peer_url}"),
+            ],
+        );
+        let address = SocketAddr::new(bind, port);
+        let mut this = Self { address, etcd_port, apiserver: None, etcd, folder };
+        this.start_apiserver().await;
+        this
+    }
+
+    /// Starts the API server again after [`Self::kill_apiserver`], at the same address and with the
+    /// same data and certificate, and waits until it is ready.
+    pub(crate) async fn start_apiserver(&mut self) {
+        assert!(self.apiserver.is_none(), "the API server runs already");
+        let path = |name: &str| self.folder.path().join(name).display().to_string();
+        // The family of the first range has to be that of the advertised address.
+        let mut ranges = ["10.96.0.0/12", "fd00:10:96::/108"];
+        if self.address.is_ipv6() {
+            ranges.reverse();
+        }
+        // It becomes the endpoint of the Service `kubernetes`, for which loopback is refused. Left
+        // out, it would be looked for by way of a default route, which a namespace need not have.
+        let advertised = match self.address.ip() {
+            IpAddr::V4(ip) if ip.is_loopback() || ip.is_unspecified() => "192.0.2.1".into(),
+            IpAddr::V6(ip) if ip.is_loopback() || ip.is_unspecified() => "2001:db8::1".into(),
+            ip => ip.to_string(),
+        };
+        self.apiserver = Some(Process::start(
+            "kube-apiserver",
+            Path::new(&path("kube-apiserver.log")),
+            &[
+                &format!("--etcd-servers=http://127.0.0.1:{}", self.etcd_port),
+                &format!("--bind-address={}", self.address.ip()),
+                &format!("--secure-port={}", self.address.port()),
+                &format!("--advertise-address={advertised}"),
+                &format!("--cert-dir={}", path("certificates")),
+                &format!("--service-cluster-ip-range={}", ranges.join(",")),
+                "--service-account-issuer=https://kubernetes.default.svc",
+                &format!("--service-account-key-file={}", path("service-account.key")),
+                &format!("--service-account-signing-key-file={}", path("service-account.key")),
+                &format!("--token-auth-file={}", path("tokens.csv")),
+                "--authorization-mode=Node,RBAC",
+                "--disable-admission-plugins=ServiceAccount", // pods would wait for a controller
+            ],
+        ));
+        if let Err(reason) = tokio::time::timeout(READY_WITHIN, self.ready())
+            .await
+            .unwrap_or_else(|_| Err(format!("not ready within {READY_WITHIN:?}")))
+        {
+            let log = |process: &Process| tail(&process.log, 30);
+            let apiserver = self.apiserver.as_ref().map(log).unwrap_or_default();
+            panic!(
+                "kube-apiserver: {reason}\n--- its log:\n{apiserver}\n--- etcd's log:\n{}",
+                log(&self.etcd)
+            );
+        }
+    }
+
+    /// Ends the API server at once, as a crash would; etcd stays.
+    pub(crate) fn kill_apiserver(&mut self) {
+        assert!(self.apiserver.take().is_some(), "the API server does not run");
+    }
+
+    /// Writes a kubeconfig file for a user.
+    pub(crate) fn kubeconfig(&self, user: User) -> PathBuf {
+        let path = self.folder.path().join(format!("{user:?}.kubeconfig"));
+        fs::write(&path, self.kubeconfig_of(user).to_string()).expect(WRITABLE);
+        path
+    }
+
+    /// A new client of the admin. It belongs to the runtime in which it is made.
+    pub(crate) async fn client(&self) -> Client {
+        self.client_of(User::Admin).await.unwrap_or_else(|error| panic!("no client: {error}"))
+    }
+
+    /// Makes the objects of a YAML text, or changes them to be as told there. A `status` is written,
+    /// too: as a whole, since no controller has a part in it.
+    pub(crate) async fn apply(&self, yaml: &str) {
+        let kinds = self.kinds().await;
+        let objects: Vec<DynamicObject> = serde_saphyr::from_multiple(yaml)
+            .unwrap_or_else(|error| panic!("not Kubernetes objects: {error}\n{yaml}"));
+        for mut object in objects {
+            let types = object.types.clone().unwrap_or_default();
+            let name = object.metadata.name.clone().expect("an object has a name");
+            let resource = kinds.resolve_typemeta(&types).unwrap_or_else(|| {
+                panic!("the server has no {} {}", types.api_version, types.kind)
+            });
+            let api = self.api(&resource, object.metadata.namespace.as_deref()).await;
+            let status = object.data.as_object_mut().and_then(|fields| fields.remove("status"));
+            let field_manager = PatchParams::apply("nftproxy-tests").force();
+            let mut result = api.patch(&name, &field_manager, &Patch::Apply(&object)).await;
+            if let (Ok(made), Some(status)) = (&mut result, status) {
+                // No patch: it could not tell a Node's two addresses of type InternalIP apart.
+                made.data["status"] = status;
+                result = api.replace_status(&name, &PostParams::default(), made).await;
+            }
+            result.unwrap_or_else(|error| panic!("cannot apply {} {name}: {error}", types.kind));
+        }
+    }
+
+    /// Deletes an object; the namespace of one that has none is not looked at.
+    pub(crate) async fn delete(&self, kind: &str, namespace: &str, name: &str) {
+        let kinds = self.kinds().await;
+        let resource = kinds
+            .groups_alphabetical() // the core group, which has no name, is the first
+            .iter()
+            .find_map(|group| group.recommended_kind(kind))
+            .unwrap_or_else(|| panic!("the server has no {kind}"));
+        let api = self.api(&resource, Some(namespace)).await;
+        api.delete(name, &DeleteParams::default())
+            .await
+            .unwrap_or_else(|error| panic!("cannot delete {kind} {namespace}/{name}: {error}"));
+    }
+
+    async fn kinds(&self) -> Discovery {
+        Discovery::new(self.client().await).run_aggregated().await.expect("the server lists kinds")
+    }
+
+    async fn api(
+        &self,
+        (resource, capabilities): &(ApiResource, ApiCapabilities),
+        namespace: Option<&str>,
+    ) -> Api<DynamicObject> {
+        let client = self.client().await;
+        match capabilities.scope {
+            Scope::Cluster => Api::all_with(client, resource),
+            Scope::Namespaced => {
+                Api::namespaced_with(client, namespace.unwrap_or("default"), resource)
+            }
+        }
+    }
+
+    fn kubeconfig_of(&self, user: User) -> Value {
+        let authority = self.folder.path().join("certificates/apiserver.crt");
+        json!({
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{ "name": "test", "cluster": {
+                "server": format!("https://{}", self.address),
+                "certificate-authority": authority,
+            }}],
+            "users": [{ "name": "test", "user": { "token": user.token() } }],
+            "contexts": [{ "name": "test", "context": { "cluster": "test", "user": "test" } }],
+            "current-context": "test",
+        })
+    }
+
+    async fn client_of(&self, user: User) -> Result<Client, Box<dyn Error>> {
+        let kubeconfig: Kubeconfig = serde_json::from_value(self.kubeconfig_of(user))?;
+        let options = KubeConfigOptions::default();
+        Ok(Client::try_from(Config::from_custom_kubeconfig(kubeconfig, &options).await?)?)
+    }
+
+    /// Comes back when the server is ready, or has ended.
+    async fn ready(&mut self) -> Result<(), String> {
+        loop {
+            let Err(error) = self.answer().await else { return Ok(()) };
+            for process in self.apiserver.iter_mut().chain([&mut self.etcd]) {
+                if let Ok(Some(status)) = process.child.try_wait() {
+                    return Err(format!("{} ended, {status} ({error})", process.log.display()));
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Asks for what is there last: the server says that it is ready before the first Service is
+    /// made, and only with that one it is known that there are a namespace `default` and ClusterIPs.
+    async fn answer(&self) -> Result<(), Box<dyn Error>> {
+        let client = self.client_of(User::Admin).await?;
+        client.request_text(Request::new("").get("readyz", &GetParams::default())?).await?;
+        Api::<Service>::namespaced(client, "default").get("kubernetes").await?;
+        Ok(())
+    }
+}
+
+/// A child that ends with its owner, and with the test process in whatever way that one ends.
+struct Process {
+    child: Child,
+    log: PathBuf,
+    /// The thread that started the child ends when this is dropped.
+    _starter: mpsc::Sender<()>,
+}
+
+impl Process {
+    fn start(program: &str, log: &Path, arguments: &[&str]) -> Self {
+        let file = File::options().create(true).append(true).open(log).expect(WRITABLE);
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--"]).arg(binary(program)).args(arguments);
+        let same_file = file.try_clone().expect("there are file descriptors left");
+        command.stdin(Stdio::null()).stdout(file).stderr(same_file);
+        // The kernel sends that signal when the *thread* that started the child ends, and a test's
+        // thread may end before others are done with the control plane. So it is one that lives as
+        // long as the child. Being started here it is in the caller's network namespace.
+        let (to_owner, child) = mpsc::channel();
+        let (starter, ended) = mpsc::channel();
+        std::thread::spawn(move || {
+            let _ = to_owner.send(command.spawn());
+            let _ = ended.recv();
+        });
+        let child = child.recv().expect("the thread sends").unwrap_or_else(|error| {
+            panic!("cannot start {program} by setpriv (package util-linux): {error}")
+        });
+        Self { child, log: log.into(), _starter: starter }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Either fails only if it has ended before.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Finds one of the programs that `tests/control-plane/build` makes.
+pub(crate) fn binary(program: &str) -> PathBuf {
+    let provided = std::env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
+    let built = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("control-plane").join("bin");
+    let places: Vec<_> =
+        provided.into_iter().chain([built]).map(|folder| folder.join(program)).collect();
+    places.iter().find(|path| path.exists()).cloned().unwrap_or_else(|| {
+        panic!("run `tests/control-plane/build {program}`: there is none of {places:?}")
+    })
+}
+
+/// The key that signs service accounts' tokens, and the tokens of [`User::ALL`].
+fn write_credentials(folder: &Path) {
+    let key = Command::new("openssl")
+        .args(["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out"])
+        .arg(folder.join("service-account.key"))
+        .output()
+        .expect("openssl is installed");
+    assert!(key.status.success(), "openssl: {}", String::from_utf8_lossy(&key.stderr));
+    let line = |user: User| {
+        let (name, groups) = user.name_and_groups();
+        format!("{},{name},{user:?},\"{groups}\"\n", user.token())
+    };
+    fs::write(folder.join("tokens.csv"), User::ALL.map(line).concat()).expect(WRITABLE);
+}
+
+/// Ports that nobody listens on at these addresses, all different. Nothing keeps them free until they
+/// are used, but the kernel hands out others first.
+fn free_ports<const N: usize>(addresses: [IpAddr; N]) -> [u16; N] {
+    let listeners = addresses.map(|ip| {
+        TcpListener::bind((ip, 0)).unwrap_or_else(|error| panic!("cannot listen on {ip}: {error}"))
+    });
+    listeners.map(|listener| listener.local_addr().expect("a listener has an address").port())
+}
+
+/// The last lines of a file.
+fn tail(path: &Path, count: usize) -> String {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}

@@ -1,0 +1,83 @@
+//! The corpus: one small manifest file in, the whole table as text out, one snapshot each.
+//!
+//! A snapshot is nft text, so that a change of behaviour is a diff that a reviewer can read; and nft
+//! itself checks every one of them.
+
+use std::fs;
+use std::path::Path;
+
+use nftproxy::model::Family;
+use nftproxy::nft::fake::FakeKernel;
+use nftproxy::nft::ruleset::Ruleset;
+use nftproxy::nft::text;
+use nftproxy::reconcile::Proxy;
+use nftproxy::settings::Settings;
+use nftproxy::state::State;
+use nftproxy::watch::manifests::Manifests;
+
+use crate::model::{node, settings};
+use crate::namespace::{in_namespace, nft};
+
+/// What the manifests in a file ask for on `node-1`, and what was wrong with them.
+pub(crate) fn wanted(manifests: &str, settings: Settings) -> (Ruleset, Vec<String>) {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("case.yaml"), manifests).unwrap();
+    let read = Manifests::new(dir.path().to_owned(), "node-1".into()).read();
+    let (events, problems) = read.unwrap();
+    let mut proxy = Proxy::new(State::new(settings, node()), FakeKernel::default());
+    events.into_iter().for_each(|event| proxy.observe(event));
+    (proxy.wanted(), problems.iter().map(ToString::to_string).collect())
+}
+
+fn snapshots() -> insta::Settings {
+    let mut settings = insta::Settings::clone_current();
+    settings.set_snapshot_path(concat!(env!("CARGO_MANIFEST_DIR"), "/snapshots"));
+    settings.set_prepend_module_to_snapshot(false);
+    settings.set_omit_expression(true);
+    settings
+}
+
+/// Which families a fixture is about, as its second line says.
+fn families(manifests: &str) -> &'static [Family] {
+    match manifests.lines().nth(1) {
+        Some("# family: ip") => &[Family::V4],
+        Some("# family: ip6") => &[Family::V6],
+        Some("# family: both") => &Family::BOTH,
+        other => panic!("the second line names the family, found {other:?}"),
+    }
+}
+
+fn check(name: &str, manifests: &str, settings: Settings) {
+    let (ruleset, problems) = wanted(manifests, settings);
+    let about = manifests.lines().next().unwrap();
+    let mut text = format!("{about}\n");
+    for problem in problems {
+        text.push_str(&format!("# reported: {problem}\n"));
+    }
+    for &family in families(manifests) {
+        text.push_str(&text::table(&ruleset, family));
+        text.push('\n');
+    }
+    snapshots().bind(|| insta::assert_snapshot!(name, text));
+    in_namespace(|| drop(nft(&["-c", "-f", "-"], &text)));
+}
+
+#[test]
+fn every_fixture_renders_what_its_snapshot_shows() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let mut names: Vec<_> = fs::read_dir(fixtures).unwrap().map(|e| e.unwrap().path()).collect();
+    names.sort();
+    assert!(!names.is_empty());
+    for path in names {
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        check(name, &fs::read_to_string(&path).unwrap(), settings());
+    }
+}
+
+#[test]
+fn masquerading_follows_the_configuration() {
+    let manifests = include_str!("../fixtures/cluster-ip.yaml");
+    check("cluster-ip--no-cluster-cidr", manifests, Settings::default());
+    let all = Settings { masquerade_all: true, masquerade_mark: 1, ..settings() };
+    check("cluster-ip--masquerade-all", manifests, all);
+}

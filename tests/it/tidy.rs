@@ -1,0 +1,232 @@
+//! The house rules that a compiler does not check: which ring may know what, where `unsafe` may be,
+//! that every module says what it is for, and that files stay readable.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn rust_files(dir: &str) -> Vec<(PathBuf, String)> {
+    let mut found = Vec::new();
+    let mut open = vec![root().join(dir)];
+    while let Some(dir) = open.pop() {
+        for entry in fs::read_dir(&dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                open.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = fs::read_to_string(&path).unwrap();
+                found.push((path.strip_prefix(root()).unwrap().to_owned(), text));
+            }
+        }
+    }
+    found.sort();
+    assert!(!found.is_empty(), "no Rust file under {dir}");
+    found
+}
+
+/// The program's code: without the tests at the end of the file.
+fn code(text: &str) -> &str {
+    text.split("#[cfg(test)]").next().unwrap()
+}
+
+/// Files of a ring, and what must not appear in their code.
+struct Ring {
+    files: &'static [&'static str],
+    banned: &'static [&'static str],
+}
+
+const RINGS: [Ring; 3] = [
+    Ring {
+        files: &["src/model/"],
+        banned: &[
+            "kube::",
+            "k8s_openapi",
+            "tokio",
+            "nftnl",
+            "mnl::",
+            "askama",
+            "tracing",
+            "std::fs",
+            "std::time",
+            "std::process",
+            "std::env",
+            "UdpSocket",
+            "TcpStream",
+            "TcpListener",
+            "rand::",
+            "crate::nft",
+            "crate::state",
+            "crate::watch",
+            "crate::ledger",
+        ],
+    },
+    Ring {
+        files: &[
+            "src/selection.rs",
+            "src/slots.rs",
+            "src/frontend.rs",
+            "src/contribution.rs",
+            "src/ledger.rs",
+            "src/state.rs",
+            "src/settings.rs",
+            "src/nft/names.rs",
+            "src/nft/element.rs",
+            "src/nft/rule.rs",
+            "src/nft/dataplane.rs",
+            "src/nft/ruleset.rs",
+            "src/nft/transaction.rs",
+            "src/nft/diff.rs",
+        ],
+        banned: &[
+            "kube::",
+            "k8s_openapi",
+            "tokio",
+            "nftnl",
+            "mnl::",
+            "askama",
+            "tracing",
+            "std::fs",
+            "std::time",
+            "std::process",
+            "std::env",
+            "UdpSocket",
+            "TcpStream",
+            "TcpListener",
+            "rand::",
+            "libc::",
+            "nix::",
+            "crate::watch",
+            "crate::reconcile",
+            "crate::app",
+            "crate::host",
+            "netlink::",
+        ],
+    },
+    // Adapters: one foreign vocabulary each, no sockets, files or clocks.
+    Ring {
+        files: &["src/watch/convert.rs", "src/nft/text.rs", "src/nft/netlink/encode.rs"],
+        banned: &[
+            "kube::",
+            "tokio",
+            "std::fs",
+            "std::time",
+            "std::process",
+            "std::env",
+            "UdpSocket",
+            "TcpStream",
+            "TcpListener",
+            "crate::reconcile",
+            "crate::app",
+        ],
+    },
+];
+
+#[test]
+fn each_ring_knows_only_what_it_may() {
+    let files = rust_files("src");
+    for ring in RINGS {
+        for prefix in ring.files {
+            let mut matched = false;
+            for (path, text) in
+                files.iter().filter(|(p, _)| p.to_str().unwrap().starts_with(prefix))
+            {
+                matched = true;
+                for (number, line) in code(text).lines().enumerate() {
+                    let line = line.split("//").next().unwrap();
+                    let found = ring.banned.iter().find(|word| line.contains(**word));
+                    assert!(
+                        found.is_none(),
+                        "{}:{}: {found:?} has no place in this ring",
+                        path.display(),
+                        number + 1
+                    );
+                }
+            }
+            assert!(matched, "{prefix} is in a ring, but there is no such file");
+        }
+    }
+}
+
+#[test]
+fn kubernetes_types_stay_in_watch_and_libnftnl_in_netlink() {
+    for (path, text) in rust_files("src") {
+        let path = path.to_str().unwrap();
+        let code = code(&text);
+        if !path.starts_with("src/watch/") {
+            assert!(!code.contains("k8s_openapi"), "{path}: Kubernetes types end at src/watch/");
+            assert!(!code.contains("use kube"), "{path}: kube ends at src/watch/");
+        }
+        if !path.starts_with("src/nft/netlink/") {
+            assert!(!code.contains("nftnl"), "{path}: libnftnl ends at src/nft/netlink/");
+            assert!(!code.contains("mnl_sys"), "{path}: libmnl ends at src/nft/netlink/");
+        }
+    }
+}
+
+#[test]
+fn unsafe_code_stays_in_netlink_and_says_why_it_is_sound() {
+    for (path, text) in rust_files("src") {
+        let has_unsafe = text.lines().any(|line| {
+            let line = line.split("//").next().unwrap();
+            line.contains("unsafe {") || line.contains("unsafe fn") || line.contains("unsafe impl")
+        });
+        if has_unsafe {
+            assert!(path.starts_with("src/nft/netlink"), "{}: unsafe code", path.display());
+            assert!(text.contains("SAFETY:"), "{}: unsafe code without reason", path.display());
+        }
+    }
+}
+
+#[test]
+fn every_module_says_what_it_is_for() {
+    for dir in ["src", "tests"] {
+        for (path, text) in rust_files(dir) {
+            assert!(text.starts_with("//!"), "{}: no head paragraph", path.display());
+        }
+    }
+}
+
+#[test]
+fn files_stay_readable() {
+    for dir in ["src", "tests"] {
+        for (path, text) in rust_files(dir) {
+            let lines = text.lines().count();
+            assert!(lines <= 800, "{}: {lines} lines; split it", path.display());
+        }
+    }
+}
+
+#[test]
+fn names_are_the_fields_own() {
+    for (path, _) in rust_files("src") {
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        for word in ["manager", "helper", "util", "processor", "handler", "common", "misc"] {
+            assert!(!name.contains(word), "{}: {word} says nothing", path.display());
+        }
+    }
+}
+
+#[test]
+fn the_top_level_is_fixed() {
+    let allowed = [
+        "Cargo.toml",
+        "Cargo.lock",
+        "LICENSE",
+        "CHANGELOG.md",
+        "README.md",
+        "src",
+        "templates",
+        "deploy",
+        "tests",
+        "snapshots",
+        "target",
+    ];
+    for entry in fs::read_dir(root()).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        let known = allowed.contains(&name.as_str()) || name.starts_with('.');
+        assert!(known, "{name} does not belong at the top level");
+    }
+}
