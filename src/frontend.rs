@@ -28,7 +28,7 @@ impl std::fmt::Display for Frontend {
     }
 }
 
-/// Where a frontend of a Service comes from; decides whose traffic is masqueraded.
+/// Where a frontend of a Service comes from; decides which of its traffic policies applies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrontendKind {
     /// `spec.clusterIPs`: traffic inside the cluster.

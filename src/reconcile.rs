@@ -177,8 +177,8 @@ impl<K: Kernel> Proxy<K> {
     }
 
     fn adopt_slots(&mut self, loaded: &Loaded) {
-        for table in loaded.tables.values().filter(|table| foreign(table).is_none()) {
-            self.state.adopt_slots(&table.elements);
+        for (family, table) in loaded.tables.iter().filter(|(_, t)| foreign(t).is_none()) {
+            self.state.adopt_slots(*family, &table.elements);
         }
     }
 

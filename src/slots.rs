@@ -9,10 +9,11 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
+use crate::nft::dataplane::FIRST_LOCAL_SLOT;
 use crate::nft::element::Backend;
 
-/// Slots from 32768 on are the node-local list of the same frontend, which bounds both lists.
-pub const MAX_BACKENDS: usize = 32768;
+/// A frontend has two lists, each of which has half of the slots.
+pub const MAX_BACKENDS: usize = FIRST_LOCAL_SLOT as usize;
 
 /// Stands for no backend: nothing can be sent to port 0.
 const VACANT: Backend = Backend { address: IpAddr::V4(Ipv4Addr::UNSPECIFIED), port: 0 };

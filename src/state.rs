@@ -4,13 +4,14 @@
 //! about to be committed, so that ten changes of one Service between two commits cost one.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
-use crate::contribution::{self, Contribution, Contributor, PortSlots};
-use crate::frontend::Frontends;
+use crate::contribution::{self, Contribution, Contributor, Lists, PortSlots};
+use crate::frontend::{Frontend, Frontends, frontends};
 use crate::model::{
     EndpointSlice, Event, Family, Kind, NamespacedName, NodeFacts, Problem, Service, ServiceCidr,
 };
-use crate::nft::dataplane::Options;
+use crate::nft::dataplane::{FIRST_LOCAL_SLOT, Options};
 use crate::nft::element::{ElementId, Key, Value};
 use crate::nft::names::SetName;
 use crate::settings::Settings;
@@ -120,9 +121,7 @@ impl State {
                     // A Node that is not registered completely: what the host says stays.
                     node.addresses.clone_from(&self.node.addresses);
                 }
-                let changed = self.node != node;
-                self.node = node;
-                if changed { BTreeSet::from([Contributor::Node]) } else { BTreeSet::new() }
+                self.node(node)
             }
             Event::Gone(kind, name) => self.gone(kind, &name),
         };
@@ -147,6 +146,23 @@ impl State {
             Kind::Node => Vec::new(),
         };
         unnamed.iter().flat_map(|name| self.gone(kind, name)).collect()
+    }
+
+    fn node(&mut self, node: NodeFacts) -> BTreeSet<Contributor> {
+        let before = std::mem::replace(&mut self.node, node);
+        let mut touched = BTreeSet::new();
+        if before != self.node {
+            touched.insert(Contributor::Node);
+        }
+        if (&before.zone, &before.name) != (&self.node.zone, &self.node.name) {
+            // The one event that concerns many Services: those whose endpoints are for some zones.
+            let hinted =
+                self.slices.values().map(|known| &known.object).filter(|slice| {
+                    slice.endpoints.iter().any(|endpoint| endpoint.hints.is_some())
+                });
+            touched.extend(hinted.map(|slice| Contributor::Service(slice.service.clone())));
+        }
+        touched
     }
 
     fn service(&mut self, service: Service) -> BTreeSet<Contributor> {
@@ -254,40 +270,69 @@ impl State {
                         .map(|known| &known.object)
                         .collect();
                     let slots = self.slots.entry(name.clone()).or_default();
-                    contribution::of_service(&service.object, &slices, slots, &self.frontends)
+                    contribution::of_service(
+                        &service.object,
+                        &slices,
+                        &self.node,
+                        slots,
+                        &self.frontends,
+                    )
                 }
             },
         };
         (contributor, contribution, problems)
     }
 
-    /// Takes over the numbering of backends that the kernel holds, so that a restart renumbers
-    /// nothing. Read from the ClusterIP of each port, whose list all its frontends share.
-    pub fn adopt_slots(&mut self, elements: &BTreeMap<ElementId, Value>) {
+    /// Takes over the numbering of backends that the kernel holds in a family, so that a restart
+    /// renumbers nothing. All frontends of a port share its lists; the first that has one in the kernel tells.
+    pub fn adopt_slots(&mut self, family: Family, elements: &BTreeMap<ElementId, Value>) {
         for (name, known) in &self.services {
             let service = &known.object;
-            for family in Family::BOTH {
-                let Some(cluster_ip) = service.cluster_ip(family) else { continue };
-                for port in &service.ports {
-                    let first = Key::Slot(cluster_ip, port.protocol, port.port, 0);
-                    let last = Key::Slot(cluster_ip, port.protocol, port.port, u16::MAX);
-                    let id = |key| ElementId { family, set: SetName::Endpoints, key };
-                    let held =
-                        elements.range(id(first)..=id(last)).filter_map(|(id, value)| {
-                            match (id.key, value) {
-                                (Key::Slot(.., slot), Value::Backend(b)) => Some((slot, *b)),
-                                _ => None,
-                            }
-                        });
-                    let held = Slots::adopted(held);
-                    if !held.as_slice().is_empty() {
-                        let key = (family, port.protocol, port.name.clone());
-                        self.slots.entry(name.clone()).or_default().insert(key, held);
+            for port in &service.ports {
+                let mut lists = Lists::default();
+                let all = frontends(service, port, family).into_iter();
+                for (frontend, _) in all.filter(|(f, _)| self.frontends.owner(*f) == Some(name)) {
+                    let held = |slots| held_slots(elements, family, frontend, slots);
+                    if lists.cluster.as_slice().is_empty() {
+                        lists.cluster = held(0..FIRST_LOCAL_SLOT);
+                    }
+                    if lists.local.as_slice().is_empty() {
+                        lists.local = held(FIRST_LOCAL_SLOT..u16::MAX);
                     }
                 }
+                let key = (family, port.protocol, port.name.clone());
+                self.slots.entry(name.clone()).or_default().insert(key, lists);
             }
         }
     }
+}
+
+/// The backends of a frontend in these slots, numbered from the first of them.
+fn held_slots(
+    elements: &BTreeMap<ElementId, Value>,
+    family: Family,
+    frontend: Frontend,
+    slots: Range<u16>,
+) -> Slots {
+    let id = |slot| match frontend {
+        Frontend::Address(address, protocol, port) => ElementId {
+            family,
+            set: SetName::Endpoints,
+            key: Key::Slot(address, protocol, port, slot),
+        },
+        Frontend::NodePort(_, protocol, port) => ElementId {
+            family,
+            set: SetName::NodeportEndpoints,
+            key: Key::NodePortSlot(protocol, port, slot),
+        },
+    };
+    let found = elements.range(id(slots.start)..id(slots.end));
+    Slots::adopted(found.filter_map(|(id, value)| match (id.key, value) {
+        (Key::Slot(.., slot) | Key::NodePortSlot(.., slot), Value::Backend(backend)) => {
+            Some((slot - slots.start, *backend))
+        }
+        _ => None,
+    }))
 }
 
 fn unnamed<T>(known: &BTreeMap<NamespacedName, Known<T>>, listing: u32) -> Vec<NamespacedName> {

@@ -67,11 +67,23 @@ fn rules(name: ChainName, family: Family, options: &Options) -> Vec<Rule> {
     };
     let mark = options.masquerade_mark;
     match name {
-        ChainName::Lb(n) => select(&FRONTEND, n, SetName::Endpoints),
-        ChainName::NodeportLb(n) => select(&NODE_PORT, n, SetName::NodeportEndpoints),
+        ChainName::Lb(n) => select(&FRONTEND, n, 0, SetName::Endpoints),
+        ChainName::LbLocal(n) => select(&FRONTEND, n, FIRST_LOCAL_SLOT, SetName::Endpoints),
+        ChainName::NodeportLb(n) => select(&NODE_PORT, n, 0, SetName::NodeportEndpoints),
+        ChainName::NodeportLbLocal(n) => {
+            select(&NODE_PORT, n, FIRST_LOCAL_SLOT, SetName::NodeportEndpoints)
+        }
         ChainName::External(n) => masquerade_then(ChainName::Lb(n)),
         ChainName::Nodeport(n) => masquerade_then(ChainName::NodeportLb(n)),
         ChainName::MarkForMasquerade => vec![Rule::new([MarkOr(mark)])],
+        ChainName::ExternalLocal => {
+            let (cluster, local) = (SetName::ServicesCluster, SetName::ServicesLocal);
+            by_client(&FRONTEND, cluster, local, options.detects_local(family))
+        }
+        ChainName::NodeportExternalLocal => {
+            let (cluster, local) = (SetName::NodeportsCluster, SetName::NodeportsLocal);
+            by_client(&NODE_PORT, cluster, local, options.detects_local(family))
+        }
         ChainName::Dispatch => dispatch(family, options),
         ChainName::NoEndpoint => vec![Rule::new([Reject])],
         ChainName::ClusterIpsCheck => vec![
@@ -109,16 +121,40 @@ fn rules(name: ChainName, family: Family, options: &Options) -> Vec<Rule> {
     }
 }
 
-/// Draws one of `n` backends; a draw that met no element is followed by slot 0.
-fn select(frontend: &[Selector], n: u16, map: SetName) -> Vec<Rule> {
+/// Slots from here on are the backends on this node.
+pub const FIRST_LOCAL_SLOT: u16 = 32768;
+
+/// Draws one of `n` backends; a draw that met no element is followed by the first slot.
+fn select(frontend: &[Selector], n: u16, offset: u16, map: SetName) -> Vec<Rule> {
     [n, 1]
         .into_iter()
         .map(|modulus| {
             let mut key = frontend.to_vec();
-            key.push(Selector::Random { modulus, offset: 0 });
+            key.push(Selector::Random { modulus, offset });
             Rule::new([Statement::Dnat(key, map)])
         })
         .collect()
+}
+
+/// Under externalTrafficPolicy Local, pods and the node itself reach any endpoint, as if the traffic
+/// had come in on a node that has one (the node's own is masqueraded); everybody else reaches those
+/// of this node only, and keeps the source address.
+fn by_client(frontend: &[Selector], cluster: SetName, local: SetName, detect: bool) -> Vec<Rule> {
+    let take = |map| Statement::Vmap(frontend.to_vec(), map);
+    let from_pod =
+        Rule::new([Statement::In(vec![Selector::Saddr], SetName::LocalPods), take(cluster)]);
+    let mark = Statement::Jump(ChainName::MarkForMasquerade);
+    let from_host = Rule::new([Statement::FromThisHost, take(cluster)]);
+    let from_outside = Rule::new([take(local)]);
+    let twice = |rule: Rule| [rule.clone(), rule.comment("second try")];
+    let mut rules = Vec::new();
+    if detect {
+        rules.extend(twice(from_pod));
+    }
+    rules.push(Rule::new([Statement::FromThisHost, mark]));
+    rules.extend(twice(from_host));
+    rules.extend(twice(from_outside));
+    rules
 }
 
 fn masquerade_then(selection: ChainName) -> Vec<Rule> {

@@ -49,6 +49,8 @@ pub enum Value {
     None,
     /// `goto` a chain.
     Goto(ChainName),
+    /// Drop the packet.
+    Drop,
     /// A backend.
     Backend(Backend),
 }
@@ -284,6 +286,7 @@ impl fmt::Display for Value {
         match self {
             Self::None => Ok(()),
             Self::Goto(chain) => write!(f, "goto {chain}"),
+            Self::Drop => f.write_str("drop"),
             Self::Backend(backend) => write!(f, "{backend}"),
         }
     }
@@ -338,18 +341,17 @@ mod tests {
                         Family::V4 => IpAddr::V4(Ipv4Addr::from((bits >> 96) as u32)),
                         Family::V6 => IpAddr::V6(Ipv6Addr::from(bits)),
                     };
-                    let key = match set {
-                        SetName::Services | SetName::NoEndpoints => {
+                    let key = match set.key() {
+                        [KeyField::Address, KeyField::Protocol, KeyField::Port] => {
                             Key::Frontend(ip(a), proto, port)
                         }
-                        SetName::Endpoints => Key::Slot(ip(a), proto, port, slot),
-                        SetName::Nodeports | SetName::NoEndpointNodeports => {
-                            Key::NodePort(proto, port)
+                        [KeyField::Address, KeyField::Protocol, ..] => {
+                            Key::Slot(ip(a), proto, port, slot)
                         }
-                        SetName::NodeportEndpoints => Key::NodePortSlot(proto, port, slot),
-                        SetName::NodeportIps | SetName::ClusterIps => Key::Address(ip(a)),
-                        SetName::Hairpin => Key::Pair(ip(a), ip(b)),
-                        SetName::ServiceCidrs | SetName::LocalPods => return None,
+                        [KeyField::Protocol, KeyField::Port] => Key::NodePort(proto, port),
+                        [KeyField::Protocol, ..] => Key::NodePortSlot(proto, port, slot),
+                        [KeyField::Address] => Key::Address(ip(a)),
+                        _ => Key::Pair(ip(a), ip(b)),
                     };
                     Some((family, set, key))
                 },

@@ -17,10 +17,18 @@ pub const LAYOUT: &str = "nftproxy layout 1";
 pub enum SetName {
     /// Frontend address → what to do with a new connection.
     Services,
+    /// Of frontend addresses under a Local policy: what to do for clients that may reach any endpoint.
+    ServicesCluster,
+    /// Of frontend addresses under a Local policy: what to do for all others.
+    ServicesLocal,
     /// Frontend address and slot → backend.
     Endpoints,
     /// Node port → what to do with a new connection.
     Nodeports,
+    /// As `services-cluster`, for node ports.
+    NodeportsCluster,
+    /// As `services-local`, for node ports.
+    NodeportsLocal,
     /// Node port and slot → backend.
     NodeportEndpoints,
     /// Addresses of this node that node ports are served on.
@@ -65,10 +73,14 @@ pub enum DataType {
 
 impl SetName {
     /// All of them, in the order of the table's text.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 15] = [
         Self::Services,
+        Self::ServicesCluster,
+        Self::ServicesLocal,
         Self::Endpoints,
         Self::Nodeports,
+        Self::NodeportsCluster,
+        Self::NodeportsLocal,
         Self::NodeportEndpoints,
         Self::NodeportIps,
         Self::ClusterIps,
@@ -84,8 +96,12 @@ impl SetName {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Services => "services",
+            Self::ServicesCluster => "services-cluster",
+            Self::ServicesLocal => "services-local",
             Self::Endpoints => "endpoints",
             Self::Nodeports => "nodeports",
+            Self::NodeportsCluster => "nodeports-cluster",
+            Self::NodeportsLocal => "nodeports-local",
             Self::NodeportEndpoints => "nodeport-endpoints",
             Self::NodeportIps => "nodeport-ips",
             Self::ClusterIps => "cluster-ips",
@@ -102,9 +118,14 @@ impl SetName {
     pub fn key(self) -> &'static [KeyField] {
         use KeyField::{Address, Port, Protocol, Slot};
         match self {
-            Self::Services | Self::NoEndpoints => &[Address, Protocol, Port],
+            Self::Services | Self::ServicesCluster | Self::ServicesLocal | Self::NoEndpoints => {
+                &[Address, Protocol, Port]
+            }
             Self::Endpoints => &[Address, Protocol, Port, Slot],
-            Self::Nodeports | Self::NoEndpointNodeports => &[Protocol, Port],
+            Self::Nodeports
+            | Self::NodeportsCluster
+            | Self::NodeportsLocal
+            | Self::NoEndpointNodeports => &[Protocol, Port],
             Self::NodeportEndpoints => &[Protocol, Port, Slot],
             Self::NodeportIps | Self::ClusterIps | Self::ServiceCidrs | Self::LocalPods => {
                 &[Address]
@@ -117,11 +138,20 @@ impl SetName {
     #[must_use]
     pub fn data(self) -> DataType {
         match self {
-            Self::Services | Self::Nodeports | Self::NoEndpoints | Self::NoEndpointNodeports => {
-                DataType::Verdict
-            }
+            Self::Services
+            | Self::ServicesCluster
+            | Self::ServicesLocal
+            | Self::Nodeports
+            | Self::NodeportsCluster
+            | Self::NodeportsLocal
+            | Self::NoEndpoints
+            | Self::NoEndpointNodeports => DataType::Verdict,
             Self::Endpoints | Self::NodeportEndpoints => DataType::Backend,
-            _ => DataType::None,
+            Self::NodeportIps
+            | Self::ClusterIps
+            | Self::ServiceCidrs
+            | Self::LocalPods
+            | Self::Hairpin => DataType::None,
         }
     }
 
@@ -164,14 +194,22 @@ impl FromStr for SetName {
 pub enum ChainName {
     /// Picks one of N backends of a frontend address.
     Lb(u16),
-    /// The same for traffic from outside the cluster: masqueraded.
+    /// Picks one of N backends on this node of a frontend address.
+    LbLocal(u16),
+    /// As `lb-N` for traffic from outside the cluster: masqueraded.
     External(u16),
     /// Picks one of N backends of a node port.
     NodeportLb(u16),
+    /// Picks one of N backends on this node of a node port.
+    NodeportLbLocal(u16),
     /// The same, masqueraded.
     Nodeport(u16),
     /// Sets the mark that postrouting masquerades by.
     MarkForMasquerade,
+    /// Tells clients of a frontend address under a Local policy apart.
+    ExternalLocal,
+    /// The same for node ports.
+    NodeportExternalLocal,
     /// Looks a new connection up in the maps.
     Dispatch,
     /// Refuses a connection nobody can answer.
@@ -194,8 +232,10 @@ pub enum ChainName {
 
 impl ChainName {
     /// The chains that always exist, in the order of the table's text.
-    pub const FIXED: [Self; 10] = [
+    pub const FIXED: [Self; 12] = [
         Self::MarkForMasquerade,
+        Self::ExternalLocal,
+        Self::NodeportExternalLocal,
         Self::Dispatch,
         Self::NoEndpoint,
         Self::ClusterIpsCheck,
@@ -211,9 +251,13 @@ impl ChainName {
     fn parts(self) -> (&'static str, Option<u16>) {
         match self {
             Self::Lb(n) => ("lb-", Some(n)),
+            Self::LbLocal(n) => ("lb-local-", Some(n)),
             Self::External(n) => ("external-", Some(n)),
             Self::NodeportLb(n) => ("nodeport-lb-", Some(n)),
+            Self::NodeportLbLocal(n) => ("nodeport-lb-local-", Some(n)),
             Self::Nodeport(n) => ("nodeport-", Some(n)),
+            Self::ExternalLocal => ("external-local", None),
+            Self::NodeportExternalLocal => ("nodeport-external-local", None),
             Self::MarkForMasquerade => ("mark-for-masquerade", None),
             Self::Dispatch => ("dispatch", None),
             Self::NoEndpoint => ("no-endpoint", None),
@@ -254,8 +298,10 @@ impl FromStr for ChainName {
         let n: u16 = number.parse().map_err(|_| UnknownName)?;
         let chain = match prefix {
             "lb-" => Self::Lb(n),
+            "lb-local-" => Self::LbLocal(n),
             "external-" => Self::External(n),
             "nodeport-lb-" => Self::NodeportLb(n),
+            "nodeport-lb-local-" => Self::NodeportLbLocal(n),
             "nodeport-" => Self::Nodeport(n),
             _ => return Err(UnknownName),
         };
@@ -275,7 +321,9 @@ mod tests {
         }
         let shared = [
             ChainName::Lb(1),
+            ChainName::LbLocal(2),
             ChainName::External(65535),
+            ChainName::NodeportLbLocal(3),
             ChainName::NodeportLb(32768),
             ChainName::Nodeport(7),
         ];

@@ -33,6 +33,8 @@ pub enum Statement {
     CtStateNew,
     /// The connection's destination was translated.
     CtStatusDnat,
+    /// The source is an address of this host (a look-up in its routing tables).
+    FromThisHost,
     /// The selectors, joined, are in a set.
     In(Vec<Selector>, SetName),
     /// The selectors, joined, are not in a set.

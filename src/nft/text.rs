@@ -158,6 +158,7 @@ fn statement(statement: &Statement, family: Family) -> String {
     match statement {
         Statement::CtStateNew => "ct state new".into(),
         Statement::CtStatusDnat => "ct status dnat".into(),
+        Statement::FromThisHost => "fib saddr type local".into(),
         Statement::In(selectors, set) => format!("{} @{set}", key(selectors)),
         Statement::NotIn(selectors, set) => format!("{} != @{set}", key(selectors)),
         Statement::MarkClear(bits) => format!("meta mark & {bits:#010x} == 0x00000000"),

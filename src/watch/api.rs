@@ -1,11 +1,429 @@
-//! placeholder
-#[derive(Debug, thiserror::Error)]
-#[error("x")]
-pub struct ClientError;
-pub async fn client(
-    _: Option<&std::path::Path>,
-    _: Option<&str>,
-) -> Result<kube::Client, ClientError> {
-    Err(ClientError)
+//! The API server as a source of events.
+//!
+//! One task for each kind runs `kube`'s watcher, which lists, watches, resumes where a connection
+//! broke off, and lists again when the server no longer knows that place. This module decides what
+//! to ask for, turns what comes into [`Event`]s, and paces and explains failures.
+//!
+//! Lists are streamed where the server can do that: then neither side ever holds a whole list. Where
+//! it cannot, one list is taken from the server's cache. Streaming is what thousands of nodes can do
+//! at once without hurting it.
+
+mod incoming;
+mod outage;
+
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
+use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError};
+use kube::runtime::utils::Backoff as _;
+use kube::runtime::watcher::{self, DefaultBackoff, watcher};
+use kube::{Api, Client, Config, Resource as _};
+use thiserror::Error;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use self::incoming::Incoming;
+use self::outage::{Connection, Report, Trouble};
+use super::convert::{HEADLESS_LABEL, PROXY_NAME_LABEL, name_of, one_line, shown};
+use super::{ProblemLog, Watched};
+use crate::model::{Event, Kind, Problem};
+
+/// How long the server may be silent while it streams a list. One that does not know streaming takes
+/// the request for a watch, and would be silent for ever after the first objects.
+const STREAMING_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Failures in a row after which a watch is not resumed but begun anew. A server that was restored
+/// from a backup may never accept the place where the watch stopped.
+const RESUMPTIONS: u32 = 10;
+
+/// How long a kind that the server does not know is left alone.
+const NOT_SERVED_PAUSE: Duration = Duration::from_secs(300);
+
+/// Why there is no client for the API server.
+#[derive(Debug, Error)]
+pub enum ClientError {
+    /// Neither a kubeconfig nor a master was given, and this is no pod with a service account.
+    #[error("cannot use the pod's service account (no kubeconfig and no master given): {0}")]
+    InCluster(#[source] InClusterError),
+    /// The kubeconfig could not be read.
+    #[error("cannot read the kubeconfig {}: {source}", path.display())]
+    ReadKubeconfig {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: Box<KubeconfigError>,
+    },
+    /// The kubeconfig names something that is not there.
+    #[error("cannot use the kubeconfig {}: {source}", path.display())]
+    UseKubeconfig {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: Box<KubeconfigError>,
+    },
+    /// The master is no URL of a server.
+    #[error("the master {master} is not a URL like https://10.0.0.1:6443: {reason}")]
+    Master {
+        /// As given.
+        master: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Certificates, keys or tokens could not be loaded.
+    #[error("cannot set up the client of the API server: {0}")]
+    Build(#[source] Box<kube::Error>),
 }
-pub async fn run(_: kube::Client, _: String, _: tokio::sync::mpsc::Sender<crate::model::Event>) {}
+
+/// A client of the API server: by the kubeconfig, at the master, or with the pod's service account
+/// when neither is given. The master overrides the server of the kubeconfig.
+pub async fn client(
+    kubeconfig: Option<&Path>,
+    master: Option<&str>,
+) -> Result<Client, ClientError> {
+    let mut config = match (kubeconfig, master) {
+        (None, None) => Config::incluster().map_err(ClientError::InCluster)?,
+        (None, Some(master)) => Config::new(server(master)?),
+        (Some(path), master) => {
+            let read = Kubeconfig::read_from(path).map_err(|source| {
+                ClientError::ReadKubeconfig { path: path.to_owned(), source: Box::new(source) }
+            })?;
+            let options = KubeConfigOptions::default();
+            let mut config =
+                Config::from_custom_kubeconfig(read, &options).await.map_err(|source| {
+                    ClientError::UseKubeconfig { path: path.to_owned(), source: Box::new(source) }
+                })?;
+            if let Some(master) = master {
+                config.cluster_url = server(master)?;
+            }
+            config
+        }
+    };
+    config.connect_timeout = Some(Duration::from_secs(10));
+    config.write_timeout = Some(Duration::from_secs(30));
+    // A quiet watch gets a bookmark every minute, so that two minutes of silence mean that the
+    // other end is gone. Without this it takes the watcher five to find out.
+    config.read_timeout = Some(Duration::from_secs(120));
+    config.reset_reader_on_write = true;
+    // The client's own retries go on for minutes without a word; the watch loop has its own.
+    config.default_retry = false;
+    Client::try_from(config).map_err(|error| ClientError::Build(Box::new(error)))
+}
+
+/// The URL of a server, complete enough to connect to.
+fn server<U>(master: &str) -> Result<U, ClientError>
+where
+    U: std::str::FromStr,
+    U::Err: std::fmt::Display,
+{
+    let refused = |reason: String| ClientError::Master { master: shown(master), reason };
+    if !master.starts_with("https://") && !master.starts_with("http://") {
+        return Err(refused("it has no scheme".to_owned()));
+    }
+    master.parse().map_err(|error: U::Err| refused(error.to_string()))
+}
+
+/// What all kinds share.
+#[derive(Debug)]
+struct Shared {
+    connection: Arc<Connection>,
+    /// Whether the server is believed to stream lists.
+    streams: AtomicBool,
+}
+
+impl Shared {
+    /// Said once, by whichever kind notices first.
+    fn stop_streaming(&self, reason: &str) {
+        if self.streams.swap(false, Ordering::Relaxed) {
+            tracing::info!(reason, "the API server does not stream lists; using ordinary ones");
+        }
+    }
+}
+
+/// Watches all kinds and sends what happens, until the receiver is gone. Dropping the future stops
+/// the watches.
+pub async fn run(client: Client, node_name: String, events: mpsc::Sender<Event>) {
+    let shared = Arc::new(Shared {
+        connection: Arc::new(Connection::default()),
+        streams: AtomicBool::new(true),
+    });
+    let node_name: Arc<str> = node_name.into();
+    let mut watches = JoinSet::new();
+    watches.spawn(Watch::<Service>::new(&client, &node_name, &shared, &events).run());
+    watches.spawn(Watch::<EndpointSlice>::new(&client, &node_name, &shared, &events).run());
+    watches.spawn(Watch::<ServiceCIDR>::new(&client, &node_name, &shared, &events).run());
+    watches.spawn(Watch::<Node>::new(&client, &node_name, &shared, &events).run());
+    drop((client, shared, events));
+    while let Some(ended) = watches.join_next().await {
+        if let Err(error) = ended
+            && error.is_panic()
+        {
+            std::panic::resume_unwind(error.into_panic());
+        }
+    }
+}
+
+/// The receiver of the events is gone, and with it the reason to watch.
+struct Closed;
+
+/// How a watch goes on after an error.
+enum Next {
+    /// Where it was.
+    Resume,
+    /// With a listing.
+    Anew,
+}
+
+/// The watch of one kind.
+struct Watch<K> {
+    api: Api<Incoming<K>>,
+    node_name: Arc<str>,
+    shared: Arc<Shared>,
+    report: Arc<Report>,
+    events: mpsc::Sender<Event>,
+    problems: ProblemLog,
+    backoff: DefaultBackoff,
+    /// Errors since something last worked.
+    failures: u32,
+    /// The consumer was told that the kind cannot be had.
+    unavailable: bool,
+}
+
+/// How far the present watcher has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The server has not answered yet.
+    Asking,
+    /// The list is begun, and nothing of it was seen.
+    Begun,
+    /// The list is coming.
+    Listing,
+    /// The list is complete; changes are coming.
+    Watching,
+}
+
+impl<K: Watched> Watch<K> {
+    fn new(
+        client: &Client,
+        node_name: &Arc<str>,
+        shared: &Arc<Shared>,
+        events: &mpsc::Sender<Event>,
+    ) -> Self {
+        let report = Arc::new(Report::new(
+            K::KIND,
+            K::group(&()).into_owned(),
+            K::plural(&()).into_owned(),
+            shared.connection.clone(),
+        ));
+        Self {
+            api: Api::all(observed(client.clone(), report.clone())),
+            node_name: node_name.clone(),
+            shared: shared.clone(),
+            report,
+            events: events.clone(),
+            problems: ProblemLog::default(),
+            backoff: DefaultBackoff::default(),
+            failures: 0,
+            unavailable: false,
+        }
+    }
+
+    async fn run(mut self) {
+        // Each turn is a new watcher, which begins by listing.
+        while self.watch().await.is_ok() {}
+    }
+
+    /// What to ask the server for.
+    fn config(&self, streaming: bool) -> watcher::Config {
+        let config = watcher::Config::default();
+        let config = match K::KIND {
+            Kind::Service => {
+                config.labels(&format!("!{PROXY_NAME_LABEL}")).fields("spec.clusterIP!=None")
+            }
+            Kind::EndpointSlice => config.labels(&format!("!{HEADLESS_LABEL}")),
+            Kind::ServiceCidr => config,
+            Kind::Node => config.fields(&format!("metadata.name={}", self.node_name)),
+        };
+        if streaming {
+            config.streaming_lists()
+        } else {
+            // Without a limit: a server answers "any version, 500 at a time" from its database,
+            // and "any version" from its cache.
+            watcher::Config { page_size: None, ..config.any_semantic() }
+        }
+    }
+
+    /// One watcher, until the watch has to begin anew.
+    async fn watch(&mut self) -> Result<(), Closed> {
+        let streaming = self.shared.streams.load(Ordering::Relaxed);
+        let mut stream = pin!(watcher(self.api.clone(), self.config(streaming)));
+        let mut phase = Phase::Asking;
+        loop {
+            let patience = if streaming && matches!(phase, Phase::Begun | Phase::Listing) {
+                STREAMING_PATIENCE
+            } else {
+                Duration::MAX
+            };
+            let next = tokio::select! {
+                next = tokio::time::timeout(patience, stream.next()) => next,
+                () = self.events.closed() => return Err(Closed),
+            };
+            match next {
+                Err(_) => {
+                    self.shared.stop_streaming("no end of the list within 30 s of silence");
+                    return Ok(());
+                }
+                // The watcher's stream has no end.
+                Ok(None) => return Ok(()),
+                Ok(Some(Ok(event))) => self.accept(event, &mut phase).await?,
+                Ok(Some(Err(error))) => match self.failed(&error, phase, streaming).await? {
+                    Next::Resume => {}
+                    Next::Anew => return Ok(()),
+                },
+            }
+        }
+    }
+
+    async fn accept(
+        &mut self,
+        event: watcher::Event<Incoming<K>>,
+        phase: &mut Phase,
+    ) -> Result<(), Closed> {
+        match event {
+            watcher::Event::Init => *phase = Phase::Begun,
+            watcher::Event::InitApply(object) => {
+                self.begin_listing(phase).await?;
+                self.deliver(object).await?;
+            }
+            watcher::Event::InitDone => {
+                self.begin_listing(phase).await?;
+                *phase = Phase::Watching;
+                self.unavailable = false;
+                self.works();
+                self.send(Event::Listed(K::KIND)).await?;
+            }
+            watcher::Event::Apply(object) => {
+                self.works();
+                self.deliver(object).await?;
+            }
+            watcher::Event::Delete(object) => {
+                self.works();
+                if let Ok(name) = name_of(K::KIND, object.meta()) {
+                    self.problems.report(&format!("{} {name}", K::KIND), &[]);
+                    self.send(Event::Gone(K::KIND, name)).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The watcher says that a list begins before it has asked for it, and says it again at every
+    /// attempt; it is passed on when there is an answer.
+    async fn begin_listing(&mut self, phase: &mut Phase) -> Result<(), Closed> {
+        if *phase != Phase::Listing {
+            *phase = Phase::Listing;
+            self.send(Event::Listing(K::KIND)).await?;
+        }
+        Ok(())
+    }
+
+    fn works(&mut self) {
+        self.report.answered(true);
+        if self.failures > 0 {
+            self.failures = 0;
+            self.backoff.reset();
+        }
+    }
+
+    async fn send(&self, event: Event) -> Result<(), Closed> {
+        self.events.send(event).await.map_err(|_| Closed)
+    }
+
+    /// Converts an object and passes it on. One that cannot be decoded is left as it is known.
+    async fn deliver(&mut self, object: Incoming<K>) -> Result<(), Closed> {
+        let name = name_of(K::KIND, object.meta());
+        let key = match &name {
+            Ok(name) => format!("{} {name}", K::KIND),
+            Err(problem) => problem.object.clone(),
+        };
+        let object = match object {
+            Incoming::Decoded(object) => object,
+            Incoming::Undecodable(fault) => {
+                let problem = Problem {
+                    object: key.clone(),
+                    field: fault.field,
+                    message: format!(
+                        "{}; what was known of the object stays in force",
+                        one_line(&fault.message)
+                    ),
+                };
+                self.problems.report(&key, &[problem]);
+                return Ok(());
+            }
+        };
+        let (event, problems) = object.event(&self.node_name);
+        drop(object);
+        self.problems.report(&key, &problems);
+        match (event, name) {
+            (Some(event), _) => self.send(event).await,
+            (None, Ok(name)) => self.send(Event::Gone(K::KIND, name)).await,
+            (None, Err(_)) => Ok(()),
+        }
+    }
+
+    /// Says what went wrong, waits, and decides how to go on.
+    async fn failed(
+        &mut self,
+        error: &watcher::Error,
+        phase: Phase,
+        streaming: bool,
+    ) -> Result<Next, Closed> {
+        let trouble = Trouble::of(error);
+        if streaming && phase != Phase::Watching && trouble.refuses_streaming() {
+            self.shared.stop_streaming(&one_line(&error.to_string()));
+            return Ok(Next::Anew);
+        }
+        self.report.failed(&trouble);
+        let optional = matches!(K::KIND, Kind::ServiceCidr | Kind::Node);
+        let denied = matches!(trouble, Trouble::Forbidden(_) | Trouble::NotServed);
+        if optional && denied && !self.unavailable {
+            self.unavailable = true;
+            self.send(Event::Unavailable(K::KIND)).await?;
+        }
+
+        self.failures += 1;
+        let mut pause = self.backoff.next().unwrap_or(NOT_SERVED_PAUSE);
+        if matches!(trouble, Trouble::NotServed) {
+            pause = NOT_SERVED_PAUSE;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = self.events.closed() => return Err(Closed),
+        }
+        // A broken list must not be completed: what was lost from it would count as gone. A change
+        // that could not be read is lost, too. And 410 in answer to a request, rather than in the
+        // stream, is not understood by the watcher.
+        let broken_list = matches!(phase, Phase::Begun | Phase::Listing);
+        let lost = matches!(trouble, Trouble::Expired | Trouble::Undecodable(_));
+        if broken_list || lost || self.failures.is_multiple_of(RESUMPTIONS) {
+            return Ok(Next::Anew);
+        }
+        Ok(Next::Resume)
+    }
+}
+
+/// A client that tells the report of every answer. The watcher itself is silent when a watch is
+/// established again.
+fn observed(client: Client, report: Arc<Report>) -> Client {
+    drop(report);
+    client
+}

@@ -1,17 +1,461 @@
-//! placeholder
-use crate::model::*;
-#[derive(Debug, thiserror::Error)]
-#[error("x")]
-pub struct ManifestError;
-pub struct Manifests;
+//! A directory of manifests as a source of events: `run --manifests` and `render --manifests`.
+//!
+//! It serves nodes without an API server, tests, and "what would this do". The files are the API:
+//! what they say is in force, and a file that cannot be read changes nothing until it can. Only
+//! differences are sent, so that touching a file is not an event.
+
+mod decode;
+mod follow;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, Metadata};
+use std::io::{self, Read as _};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::sync::mpsc;
+
+use self::decode::{Contents, Fault, SIZE_LIMIT, decode, label, refused};
+use self::follow::{Follower, Touched};
+use super::log;
+use crate::model::{Event, Kind, NamespacedName, Problem};
+
+/// How often a directory that disappeared is looked for.
+const LOOK_FOR_DIRECTORY: Duration = Duration::from_secs(1);
+
+/// Why a directory of manifests cannot be used at all.
+#[derive(Debug, Error)]
+pub enum ManifestError {
+    /// The directory could not be listed.
+    #[error("cannot read the manifest directory {}: {source}", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// An object, wherever it is written.
+type Key = (Kind, NamespacedName);
+
+/// What tells one state of a file from another without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+/// A file, and what of it is in force.
+#[derive(Debug, Default)]
+struct ManifestFile {
+    stamp: Option<Stamp>,
+    /// Its objects, by its last good state.
+    objects: BTreeMap<Key, Option<Event>>,
+    ignored: usize,
+    /// What was said about it.
+    problems: Vec<Problem>,
+    /// Whether its present state does not count.
+    broken: bool,
+}
+
+/// What a look at the directory brought.
+#[derive(Debug, Default)]
+struct Changes {
+    events: Vec<Event>,
+    /// Problems that were not there before.
+    problems: Vec<Problem>,
+    /// Files that count again.
+    mended: Vec<String>,
+}
+
+/// The manifests of one directory.
+#[derive(Debug)]
+pub struct Manifests {
+    dir: PathBuf,
+    node_name: String,
+    files: BTreeMap<OsString, ManifestFile>,
+    /// Which files hold an object; the first one's counts.
+    claims: BTreeMap<Key, BTreeSet<OsString>>,
+    /// Which of them were reported as second ones.
+    doubled: BTreeMap<Key, BTreeSet<OsString>>,
+    /// Which directory was read: device and inode.
+    identity: Option<(u64, u64)>,
+}
+
 impl Manifests {
-    pub fn new(_: std::path::PathBuf, _: String) -> Self {
-        Self
+    /// The manifests in `dir`, for the node of this name. Nothing is read yet.
+    #[must_use]
+    pub fn new(dir: impl Into<PathBuf>, node_name: impl Into<String>) -> Self {
+        Self {
+            dir: dir.into(),
+            node_name: node_name.into(),
+            files: BTreeMap::new(),
+            claims: BTreeMap::new(),
+            doubled: BTreeMap::new(),
+            identity: None,
+        }
     }
-    pub fn read(self) -> Result<(Vec<Event>, Vec<Problem>), ManifestError> {
-        Err(ManifestError)
+
+    /// Reads everything: a listing of all four kinds, and what is wrong with the files.
+    pub fn read(&mut self) -> Result<(Vec<Event>, Vec<Problem>), ManifestError> {
+        *self = Self::new(std::mem::take(&mut self.dir), std::mem::take(&mut self.node_name));
+        let changes = self
+            .rescan(&Touched::default())
+            .map_err(|source| ManifestError::Directory { path: self.dir.clone(), source })?;
+
+        let mut events = Vec::with_capacity(changes.events.len() + 8);
+        let mut objects = changes.events.into_iter().peekable();
+        for kind in Kind::ALL {
+            events.push(Event::Listing(kind));
+            // The objects come sorted by kind.
+            while let Some(event) = objects.next_if(|event| kind_of(event) == kind) {
+                events.push(event);
+            }
+            events.push(Event::Listed(kind));
+        }
+        tracing::info!(
+            dir = %self.dir.display(),
+            files = self.files.len(),
+            objects = events.len() - 2 * Kind::ALL.len(),
+            ignored = self.files.values().map(|file| file.ignored).sum::<usize>(),
+            "read the manifests"
+        );
+        Ok((events, changes.problems))
     }
-    pub async fn run(self, _: tokio::sync::mpsc::Sender<Event>) -> Result<(), ManifestError> {
-        Err(ManifestError)
+
+    /// Reads everything, then sends what changes until the receiver is gone. Problems are logged.
+    pub async fn run(mut self, events: mpsc::Sender<Event>) -> Result<(), ManifestError> {
+        // Before the first read, so that no change falls between the two.
+        let mut follower = Follower::new(&self.dir);
+        let (listing, problems) = blocking(&mut self, Self::read).await?;
+        let first = Changes { events: listing, problems, mended: Vec::new() };
+        if send(first, &events).await.is_err() {
+            return Ok(());
+        }
+        let mut touched = None;
+        loop {
+            let look_at = if let Some(touched) = touched.take() {
+                touched
+            } else {
+                tokio::select! {
+                    touched = follower.next() => touched,
+                    () = events.closed() => return Ok(()),
+                }
+            };
+            let identity = self.identity;
+            match blocking(&mut self, move |this| this.rescan(&look_at)).await {
+                Ok(changes) => {
+                    if send(changes, &events).await.is_err() {
+                        return Ok(());
+                    }
+                    if self.identity != identity {
+                        // Another directory of the same name; the old watch sees the old one.
+                        follower = Follower::new(&self.dir);
+                        touched = Some(Touched::default());
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        dir = %self.dir.display(),
+                        %error,
+                        "the manifest directory cannot be read; what is in force stays"
+                    );
+                    loop {
+                        tokio::select! {
+                            () = tokio::time::sleep(LOOK_FOR_DIRECTORY) => {}
+                            () = events.closed() => return Ok(()),
+                        }
+                        if fs::read_dir(&self.dir).is_ok() {
+                            break;
+                        }
+                    }
+                    tracing::info!(dir = %self.dir.display(), "the manifest directory is back");
+                    follower = Follower::new(&self.dir);
+                    touched = Some(Touched::default());
+                }
+            }
+        }
     }
+
+    /// Looks at the directory and reads what changed. An error means that nothing is known about
+    /// the files, and nothing was changed.
+    fn rescan(&mut self, touched: &Touched) -> io::Result<Changes> {
+        let identity = identity(&self.dir)?;
+        let listed = list(&self.dir)?;
+
+        let mut fresh: BTreeMap<OsString, Option<ManifestFile>> = BTreeMap::new();
+        for (name, stamp) in &listed {
+            let known = self.files.get(name);
+            let same = known.is_some_and(|file| file.stamp == *stamp);
+            if touched.held.contains(name) || (same && !touched.changed.contains(name)) {
+                continue;
+            }
+            fresh.insert(name.clone(), Some(self.look_into(name, *stamp)));
+        }
+        for name in self.files.keys() {
+            if !listed.contains_key(name) && !touched.held.contains(name) {
+                fresh.insert(name.clone(), None);
+            }
+        }
+        // Files that vanish together with their directory were not removed by anybody.
+        if self::identity(&self.dir)? != identity {
+            return Err(io::Error::other("it was replaced while it was read"));
+        }
+        self.identity = Some(identity);
+        Ok(self.replace(fresh))
+    }
+
+    /// Reads a file. One that does not count keeps the objects it had.
+    fn look_into(&self, name: &OsStr, stamp: Option<Stamp>) -> ManifestFile {
+        let shown = label(name);
+        let known = self.files.get(name);
+        let had_objects = known.is_some_and(|file| !file.objects.is_empty());
+        let read = read_file(&self.dir.join(name)).and_then(|bytes| {
+            // `> file` is the first half of many ways to write one.
+            if had_objects && bytes.is_empty() {
+                return Err("is empty; remove it to remove its objects".to_owned());
+            }
+            Ok(bytes)
+        });
+        let contents = match read {
+            Ok(bytes) => decode(&shown, &bytes, &self.node_name),
+            Err(message) => Err(Fault { place: shown.clone(), field: String::new(), message }),
+        };
+        match contents {
+            Ok(contents) => ManifestFile { stamp, ..ManifestFile::good(contents) },
+            Err(fault) => ManifestFile {
+                stamp,
+                objects: known.map(|file| file.objects.clone()).unwrap_or_default(),
+                ignored: known.map_or(0, |file| file.ignored),
+                problems: vec![refused(&fault, had_objects)],
+                broken: true,
+            },
+        }
+    }
+
+    /// Puts new states of files in force, all at once, so that an object that moved from one file
+    /// to another never goes.
+    fn replace(&mut self, fresh: BTreeMap<OsString, Option<ManifestFile>>) -> Changes {
+        let mut changes = Changes::default();
+        let mut keys: BTreeSet<Key> = BTreeSet::new();
+        for (name, file) in &fresh {
+            let old = self.files.get(name);
+            keys.extend(old.into_iter().chain(file).flat_map(|file| file.objects.keys().cloned()));
+        }
+        let before: Vec<Option<Event>> = keys.iter().map(|key| self.in_force(key)).collect();
+
+        for (name, file) in fresh {
+            if let Some(old) = self.files.get(&name) {
+                for key in old.objects.keys() {
+                    if let Some(claims) = self.claims.get_mut(key) {
+                        claims.remove(&name);
+                    }
+                }
+            }
+            let Some(file) = file else {
+                self.files.remove(&name);
+                continue;
+            };
+            for key in file.objects.keys() {
+                self.claims.entry(key.clone()).or_default().insert(name.clone());
+            }
+            let old = self.files.get(&name);
+            let said = old.map(|old| old.problems.as_slice()).unwrap_or_default();
+            changes.problems.extend(file.problems.iter().filter(|p| !said.contains(p)).cloned());
+            if old.is_some_and(|old| old.broken) && !file.broken {
+                changes.mended.push(label(&name));
+            }
+            self.files.insert(name, file);
+        }
+
+        for (key, before) in keys.into_iter().zip(before) {
+            let now = self.in_force(&key);
+            self.report_doubles(&key, &mut changes.problems);
+            match now {
+                now if now == before => {}
+                Some(event) => changes.events.push(event),
+                None => changes.events.push(Event::Gone(key.0, key.1)),
+            }
+        }
+        changes
+    }
+
+    /// What the first file that holds an object says about it.
+    fn in_force(&self, key: &Key) -> Option<Event> {
+        let first = self.claims.get(key)?.first()?;
+        self.files.get(first)?.objects.get(key)?.clone()
+    }
+
+    /// Says that an object is in several files, once for each file that does not count.
+    fn report_doubles(&mut self, key: &Key, problems: &mut Vec<Problem>) {
+        let claims = self.claims.get(key).filter(|claims| !claims.is_empty());
+        let Some(claims) = claims else {
+            self.claims.remove(key);
+            self.doubled.remove(key);
+            return;
+        };
+        let mut names = claims.iter();
+        let Some(first) = names.next() else { return };
+        let others: BTreeSet<OsString> = names.cloned().collect();
+        if others.is_empty() {
+            self.doubled.remove(key);
+            return;
+        }
+        let said = self.doubled.get(key);
+        for other in others.iter().filter(|other| said.is_none_or(|said| !said.contains(*other))) {
+            problems.push(Problem {
+                object: format!("{}, {} {}", label(other), key.0, key.1),
+                field: String::new(),
+                message: format!(
+                    "is in {}, too, and that one counts; this one takes over when that one goes",
+                    label(first)
+                ),
+            });
+        }
+        self.doubled.insert(key.clone(), others);
+    }
+}
+
+impl ManifestFile {
+    /// A file that counts. Of an object it holds twice, the first one does.
+    fn good(contents: Contents) -> Self {
+        let Contents { objects, mut problems, ignored } = contents;
+        let mut by_key = BTreeMap::new();
+        for object in objects {
+            let key = (object.kind, object.name);
+            match by_key.entry(key) {
+                Entry::Vacant(entry) => {
+                    entry.insert(object.event);
+                }
+                Entry::Occupied(entry) => problems.push(Problem {
+                    object: format!("{} {}", entry.key().0, entry.key().1),
+                    field: String::new(),
+                    message: "is twice in one file; the first one counts".to_owned(),
+                }),
+            }
+        }
+        Self { stamp: None, objects: by_key, ignored, problems, broken: false }
+    }
+}
+
+/// The kind of object an event is about.
+fn kind_of(event: &Event) -> Kind {
+    match event {
+        Event::Service(_) => Kind::Service,
+        Event::EndpointSlice(_) => Kind::EndpointSlice,
+        Event::ServiceCidr(_) => Kind::ServiceCidr,
+        Event::Node(_) => Kind::Node,
+        Event::Listing(kind)
+        | Event::Listed(kind)
+        | Event::Unavailable(kind)
+        | Event::Gone(kind, _) => *kind,
+    }
+}
+
+/// Logs what was found and sends what changed. An error says that the receiver is gone.
+async fn send(changes: Changes, events: &mpsc::Sender<Event>) -> Result<(), ()> {
+    for file in changes.mended {
+        tracing::info!(file, "the file can be read again and is in force");
+    }
+    changes.problems.iter().for_each(log);
+    for event in changes.events {
+        events.send(event).await.map_err(drop)?;
+    }
+    Ok(())
+}
+
+/// Runs something that reads files where it holds nobody up.
+async fn blocking<T: Send + 'static>(
+    manifests: &mut Manifests,
+    work: impl FnOnce(&mut Manifests) -> T + Send + 'static,
+) -> T {
+    let mut moved = std::mem::replace(manifests, Manifests::new("", ""));
+    let done = tokio::task::spawn_blocking(move || {
+        let result = work(&mut moved);
+        (moved, result)
+    })
+    .await;
+    match done {
+        Ok((moved, result)) => {
+            *manifests = moved;
+            result
+        }
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        // The runtime is shutting down and will not poll this again.
+        Err(_) => std::future::pending().await,
+    }
+}
+
+fn identity(dir: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::metadata(dir)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// The manifest files of a directory. One without a stamp cannot be looked at, and reading it will
+/// say why.
+fn list(dir: &Path) -> io::Result<BTreeMap<OsString, Option<Stamp>>> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(dir)? {
+        let name = entry?.file_name();
+        let hidden = name.as_encoded_bytes().starts_with(b".");
+        let extension = Path::new(&name).extension().and_then(OsStr::to_str);
+        if hidden || !matches!(extension, Some("yaml" | "yml" | "json")) {
+            continue;
+        }
+        match fs::metadata(dir.join(&name)) {
+            Ok(metadata) if metadata.is_dir() => {}
+            Ok(metadata) => {
+                files.insert(name, Some(Stamp::of(&metadata)));
+            }
+            // Removed since it was listed, or a symlink to nothing: a ConfigMap that lost a key.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(_) => {
+                files.insert(name, None);
+            }
+        }
+    }
+    Ok(files)
+}
+
+/// Reads a file whole, if it is a regular one of a sane size. A pipe would block for ever.
+fn read_file(path: &Path) -> Result<Vec<u8>, String> {
+    let unreadable = |error: io::Error| format!("cannot be read: {error}");
+    let metadata = fs::metadata(path).map_err(unreadable)?;
+    if !metadata.is_file() {
+        return Err("is not a regular file".to_owned());
+    }
+    let too_large = || format!("is larger than {} MiB", SIZE_LIMIT >> 20);
+    if metadata.len() > SIZE_LIMIT {
+        return Err(too_large());
+    }
+    let mut bytes = Vec::new();
+    let file = fs::File::open(path).map_err(unreadable)?;
+    file.take(SIZE_LIMIT + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+    if bytes.len() as u64 > SIZE_LIMIT {
+        return Err(too_large());
+    }
+    Ok(bytes)
 }

@@ -1,5 +1,4 @@
-//! A real control plane, for tests that need the API as it is: etcd and kube-apiserver, and nothing
-//! else of a cluster.
+//! A real control plane, for tests that need the API as it is: etcd and kube-apiserver alone.
 //!
 //! A mock answers what its author believes; the real server validates, defaults, allocates
 //! ClusterIPs, ends watches and enforces RBAC. As no controllers and no kubelets run beside it, a
@@ -83,10 +82,11 @@ impl ControlPlane {
             (format!("http://127.0.0.1:{etcd_port}"), format!("http://127.0.0.1:{peer_port}"));
         let etcd = Process::start(
             "etcd",
-            &folder.path().join("etcd.log"),
+            folder.path(),
             &[
                 &format!("--data-dir={}", folder.path().join("etcd").display()),
                 "--unsafe-no-fsync",
+                "--log-level=warn",
                 &format!("--listen-client-urls={client_url}"),
                 &format!("--advertise-client-urls={client_url}"),
                 &format!("--listen-peer-urls={peer_url}"),
@@ -119,7 +119,7 @@ impl ControlPlane {
         };
         self.apiserver = Some(Process::start(
             "kube-apiserver",
-            Path::new(&path("kube-apiserver.log")),
+            self.folder.path(),
             &[
                 &format!("--etcd-servers=http://127.0.0.1:{}", self.etcd_port),
                 &format!("--bind-address={}", self.address.ip()),
@@ -135,16 +135,9 @@ impl ControlPlane {
                 "--disable-admission-plugins=ServiceAccount", // pods would wait for a controller
             ],
         ));
-        if let Err(reason) = tokio::time::timeout(READY_WITHIN, self.ready())
-            .await
-            .unwrap_or_else(|_| Err(format!("not ready within {READY_WITHIN:?}")))
-        {
-            let log = |process: &Process| tail(&process.log, 30);
-            let apiserver = self.apiserver.as_ref().map(log).unwrap_or_default();
-            panic!(
-                "kube-apiserver: {reason}\n--- its log:\n{apiserver}\n--- etcd's log:\n{}",
-                log(&self.etcd)
-            );
+        if let Err(reason) = self.ready().await {
+            let logs = self.apiserver.iter().chain([&self.etcd]).map(Process::end_of_log);
+            panic!("no control plane: {reason}\n{}", logs.collect::<String>());
         }
     }
 
@@ -168,7 +161,8 @@ impl ControlPlane {
     /// Makes the objects of a YAML text, or changes them to be as told there. A `status` is written,
     /// too: as a whole, since no controller has a part in it.
     pub(crate) async fn apply(&self, yaml: &str) {
-        let kinds = self.kinds().await;
+        let client = self.client().await;
+        let kinds = kinds(&client).await;
         let objects: Vec<DynamicObject> = serde_saphyr::from_multiple(yaml)
             .unwrap_or_else(|error| panic!("not Kubernetes objects: {error}\n{yaml}"));
         for mut object in objects {
@@ -177,7 +171,7 @@ impl ControlPlane {
             let resource = kinds.resolve_typemeta(&types).unwrap_or_else(|| {
                 panic!("the server has no {} {}", types.api_version, types.kind)
             });
-            let api = self.api(&resource, object.metadata.namespace.as_deref()).await;
+            let api = api(&client, &resource, object.metadata.namespace.as_deref());
             let status = object.data.as_object_mut().and_then(|fields| fields.remove("status"));
             let field_manager = PatchParams::apply("nftproxy-tests").force();
             let mut result = api.patch(&name, &field_manager, &Patch::Apply(&object)).await;
@@ -192,44 +186,26 @@ impl ControlPlane {
 
     /// Deletes an object; the namespace of one that has none is not looked at.
     pub(crate) async fn delete(&self, kind: &str, namespace: &str, name: &str) {
-        let kinds = self.kinds().await;
+        let client = self.client().await;
+        let kinds = kinds(&client).await;
         let resource = kinds
             .groups_alphabetical() // the core group, which has no name, is the first
             .iter()
             .find_map(|group| group.recommended_kind(kind))
             .unwrap_or_else(|| panic!("the server has no {kind}"));
-        let api = self.api(&resource, Some(namespace)).await;
-        api.delete(name, &DeleteParams::default())
+        api(&client, &resource, Some(namespace))
+            .delete(name, &DeleteParams::default())
             .await
             .unwrap_or_else(|error| panic!("cannot delete {kind} {namespace}/{name}: {error}"));
     }
 
-    async fn kinds(&self) -> Discovery {
-        Discovery::new(self.client().await).run_aggregated().await.expect("the server lists kinds")
-    }
-
-    async fn api(
-        &self,
-        (resource, capabilities): &(ApiResource, ApiCapabilities),
-        namespace: Option<&str>,
-    ) -> Api<DynamicObject> {
-        let client = self.client().await;
-        match capabilities.scope {
-            Scope::Cluster => Api::all_with(client, resource),
-            Scope::Namespaced => {
-                Api::namespaced_with(client, namespace.unwrap_or("default"), resource)
-            }
-        }
-    }
-
     fn kubeconfig_of(&self, user: User) -> Value {
-        let authority = self.folder.path().join("certificates/apiserver.crt");
         json!({
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{ "name": "test", "cluster": {
                 "server": format!("https://{}", self.address),
-                "certificate-authority": authority,
+                "certificate-authority": self.folder.path().join("certificates/apiserver.crt"),
             }}],
             "users": [{ "name": "test", "user": { "token": user.token() } }],
             "contexts": [{ "name": "test", "context": { "cluster": "test", "user": "test" } }],
@@ -243,21 +219,29 @@ impl ControlPlane {
         Ok(Client::try_from(Config::from_custom_kubeconfig(kubeconfig, &options).await?)?)
     }
 
-    /// Comes back when the server is ready, or has ended.
     async fn ready(&mut self) -> Result<(), String> {
-        loop {
-            let Err(error) = self.answer().await else { return Ok(()) };
-            for process in self.apiserver.iter_mut().chain([&mut self.etcd]) {
-                if let Ok(Some(status)) = process.child.try_wait() {
-                    return Err(format!("{} ended, {status} ({error})", process.log.display()));
+        let mut last_error = String::new();
+        let ready = async {
+            loop {
+                match self.answer().await {
+                    Ok(()) => return Ok(()),
+                    Err(error) => last_error = error.to_string(),
                 }
+                for process in self.apiserver.iter_mut().chain([&mut self.etcd]) {
+                    if let Ok(Some(status)) = process.child.try_wait() {
+                        return Err(format!("{status}, log {}", process.log.display()));
+                    }
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        };
+        tokio::time::timeout(READY_WITHIN, ready)
+            .await
+            .unwrap_or_else(|_| Err(format!("not ready within {READY_WITHIN:?}: {last_error}")))
     }
 
-    /// Asks for what is there last: the server says that it is ready before the first Service is
-    /// made, and only with that one it is known that there are a namespace `default` and ClusterIPs.
+    /// Asks for what may come last: the server does not wait for its own Service to say that it is
+    /// ready, but only with that one are there a namespace `default` and ClusterIPs for others.
     async fn answer(&self) -> Result<(), Box<dyn Error>> {
         let client = self.client_of(User::Admin).await?;
         client.request_text(Request::new("").get("readyz", &GetParams::default())?).await?;
@@ -275,8 +259,9 @@ struct Process {
 }
 
 impl Process {
-    fn start(program: &str, log: &Path, arguments: &[&str]) -> Self {
-        let file = File::options().create(true).append(true).open(log).expect(WRITABLE);
+    fn start(program: &str, folder: &Path, arguments: &[&str]) -> Self {
+        let log = folder.join(format!("{program}.log"));
+        let file = File::options().create(true).append(true).open(&log).expect(WRITABLE);
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--"]).arg(binary(program)).args(arguments);
         let same_file = file.try_clone().expect("there are file descriptors left");
@@ -293,7 +278,14 @@ impl Process {
         let child = child.recv().expect("the thread sends").unwrap_or_else(|error| {
             panic!("cannot start {program} by setpriv (package util-linux): {error}")
         });
-        Self { child, log: log.into(), _starter: starter }
+        Self { child, log, _starter: starter }
+    }
+
+    fn end_of_log(&self) -> String {
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<_> = text.lines().collect();
+        let end = lines[lines.len().saturating_sub(30)..].join("\n");
+        format!("--- {}\n{end}\n", self.log.display())
     }
 }
 
@@ -302,6 +294,23 @@ impl Drop for Process {
         // Either fails only if it has ended before.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// What the server knows, with the group, the plural and the scope of every kind.
+async fn kinds(client: &Client) -> Discovery {
+    Discovery::new(client.clone()).run_aggregated().await.expect("the server lists its kinds")
+}
+
+fn api(
+    client: &Client,
+    (resource, capabilities): &(ApiResource, ApiCapabilities),
+    namespace: Option<&str>,
+) -> Api<DynamicObject> {
+    let (client, namespace) = (client.clone(), namespace.unwrap_or("default"));
+    match capabilities.scope {
+        Scope::Cluster => Api::all_with(client, resource),
+        Scope::Namespaced => Api::namespaced_with(client, namespace, resource),
     }
 }
 
@@ -331,18 +340,11 @@ fn write_credentials(folder: &Path) {
     fs::write(folder.join("tokens.csv"), User::ALL.map(line).concat()).expect(WRITABLE);
 }
 
-/// Ports that nobody listens on at these addresses, all different. Nothing keeps them free until they
-/// are used, but the kernel hands out others first.
+/// Ports that nobody listens on at these addresses. Nothing keeps them free until they are used; that
+/// the kernel gives just these to somebody else meanwhile is unlikely.
 fn free_ports<const N: usize>(addresses: [IpAddr; N]) -> [u16; N] {
     let listeners = addresses.map(|ip| {
         TcpListener::bind((ip, 0)).unwrap_or_else(|error| panic!("cannot listen on {ip}: {error}"))
     });
     listeners.map(|listener| listener.local_addr().expect("a listener has an address").port())
-}
-
-/// The last lines of a file.
-fn tail(path: &Path, count: usize) -> String {
-    let text = fs::read_to_string(path).unwrap_or_default();
-    let lines: Vec<_> = text.lines().collect();
-    lines[lines.len().saturating_sub(count)..].join("\n")
 }

@@ -95,8 +95,9 @@ pub(crate) fn all_listed() -> impl Iterator<Item = Event> {
     Kind::ALL.into_iter().map(Event::Listed)
 }
 
-/// Three Services that show every object of the table: `web` in both families with all kinds of
-/// frontends, `dns` over UDP, and `empty` without endpoints; and an address plan.
+/// Services that show every object of the table: `web` in both families with all kinds of frontends,
+/// `dns` over UDP, `near` and `far` under Local policies with and without an endpoint on this node,
+/// and `empty` without endpoints; and an address plan.
 pub(crate) fn example() -> Vec<Event> {
     use Protocol::{Tcp, Udp};
     let web_ports = [port("http", Tcp, 80, 30080), port("metrics", Tcp, 9090, 0)];
@@ -115,6 +116,18 @@ pub(crate) fn example() -> Vec<Event> {
             &[("dns", Udp, 53)],
             &["10.244.1.6!", "10.244.1.7!", "10.244.2.6"],
         )),
+        Event::Service(Service {
+            internal_traffic_policy: TrafficPolicy::Local,
+            external_traffic_policy: TrafficPolicy::Local,
+            ..service("near", &["10.96.0.20", "203.0.113.20"], &[port("", Tcp, 80, 30020)])
+        }),
+        Event::EndpointSlice(slice("near", "4", &[("", Tcp, 80)], &["10.244.1.8!", "10.244.2.8"])),
+        Event::Service(Service {
+            internal_traffic_policy: TrafficPolicy::Local,
+            external_traffic_policy: TrafficPolicy::Local,
+            ..service("far", &["10.96.0.21", "203.0.113.21"], &[port("", Tcp, 80, 30021)])
+        }),
+        Event::EndpointSlice(slice("far", "4", &[("", Tcp, 80)], &["10.244.2.8"])),
         Event::Service(service(
             "empty",
             &["10.96.0.99", "fd00:10:96::99"],

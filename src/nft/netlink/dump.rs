@@ -285,12 +285,15 @@ fn read(element: &ElementRef<'_>, family: Family, set: SetName) -> Option<(Key, 
     let value = match set.data() {
         DataType::None => Value::None,
         DataType::Verdict => {
-            let code = element.get_u32(sys::NFTNL_SET_ELEM_VERDICT)?;
-            if code != libc::NFT_GOTO.cast_unsigned() {
-                return None;
+            let code = element.get_u32(sys::NFTNL_SET_ELEM_VERDICT)?.cast_signed();
+            match code {
+                libc::NF_DROP => Value::Drop,
+                libc::NFT_GOTO => {
+                    let chain = element.get_str(sys::NFTNL_SET_ELEM_CHAIN)?;
+                    Value::Goto(chain.parse().ok()?)
+                }
+                _ => return None,
             }
-            let chain = element.get_str(sys::NFTNL_SET_ELEM_CHAIN)?;
-            Value::Goto(chain.parse().ok()?)
         }
         DataType::Backend => {
             let (data, len) = element.get_data::<64>(sys::NFTNL_SET_ELEM_DATA)?;

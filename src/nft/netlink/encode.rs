@@ -228,6 +228,9 @@ fn element(key: &Key, value: &Value) -> Element {
             element.set_u32(sys::NFTNL_SET_ELEM_VERDICT, code);
             element.set_str(sys::NFTNL_SET_ELEM_CHAIN, &c_string(&chain.to_string()));
         }
+        Value::Drop => {
+            element.set_u32(sys::NFTNL_SET_ELEM_VERDICT, libc::NF_DROP.cast_unsigned());
+        }
         Value::Backend(backend) => {
             element.set_data(sys::NFTNL_SET_ELEM_DATA, backend.bytes().as_slice());
         }

@@ -122,6 +122,9 @@ const NAT_PROTO_SPECIFIED: u32 = 2;
 const NAT_PROTO_RANDOM_FULLY: u32 = 16;
 const CT_STATE_NEW: u32 = 8;
 const CT_STATUS_DST_NAT: u32 = 32;
+/// `NFT_FIB_RESULT_ADDRTYPE` and `NFTA_FIB_F_SADDR` of the kernel's headers.
+const FIB_ADDRESS_TYPE: u32 = 3;
+const FIB_SADDR: u32 = 1;
 const ICMP_PORT_UNREACHABLE: libc::c_int = 3;
 const ICMPV6_PORT_UNREACHABLE: libc::c_int = 4;
 
@@ -134,6 +137,13 @@ fn lower_statement(statement: &Statement, family: Family) -> Vec<Instruction> {
     match statement {
         Statement::CtStateNew => ct_bits(libc::NFT_CT_STATE, CT_STATE_NEW),
         Statement::CtStatusDnat => ct_bits(libc::NFT_CT_STATUS, CT_STATUS_DST_NAT),
+        Statement::FromThisHost => vec![
+            Instruction::new(c"fib")
+                .number(sys::NFTNL_EXPR_FIB_DREG, register(FIRST))
+                .number(sys::NFTNL_EXPR_FIB_RESULT, FIB_ADDRESS_TYPE)
+                .number(sys::NFTNL_EXPR_FIB_FLAGS, FIB_SADDR),
+            compare(libc::NFT_CMP_EQ, &u32::from(libc::RTN_LOCAL).to_ne_bytes()),
+        ],
         Statement::In(key, set) => {
             let mut list = load(key, family);
             list.push(lookup(set.as_str(), None, 0));

@@ -1,0 +1,185 @@
+//! What the log is told when the API server does not do as asked.
+//!
+//! Retries go on for as long as an outage lasts, four kinds at a time; the log wants one line when
+//! something breaks and one when it works again. A watch that is back says nothing by itself until
+//! the next change, so recovery is read off the HTTP responses.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use kube::core::Status;
+use kube::runtime::watcher;
+use tokio::time::Instant;
+
+use crate::model::Kind;
+use crate::watch::Causes;
+use crate::watch::convert::one_line;
+
+/// How often a standing complaint is repeated.
+const REPEAT: Duration = Duration::from_secs(60);
+
+/// What went wrong with a request, as far as it makes a difference.
+pub(super) enum Trouble<'a> {
+    /// 401: who we are was not believed.
+    Unauthenticated(&'a Status),
+    /// 403: we may not.
+    Forbidden(&'a Status),
+    /// 404: the server does not know the kind.
+    NotServed,
+    /// 410: too long away; everything is listed again.
+    Expired,
+    /// The server answered something else.
+    Answered(&'a Status),
+    /// The answer made no sense.
+    Undecodable(&'a (dyn std::error::Error + Send + Sync)),
+    /// There was no answer, or it broke off.
+    Unreachable(&'a kube::Error),
+}
+
+impl<'a> Trouble<'a> {
+    /// What an error of the watcher means.
+    pub(super) fn of(error: &'a watcher::Error) -> Self {
+        match error {
+            watcher::Error::InitialListFailed(error)
+            | watcher::Error::WatchStartFailed(error)
+            | watcher::Error::WatchFailed(error) => match error {
+                kube::Error::Api(status) => Self::of_status(status),
+                kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) => Self::Undecodable(error),
+                _ => Self::Unreachable(error),
+            },
+            watcher::Error::WatchError(status) => Self::of_status(status),
+            watcher::Error::NoResourceVersion => Self::Undecodable(error),
+        }
+    }
+
+    fn of_status(status: &'a Status) -> Self {
+        match status.code {
+            401 => Self::Unauthenticated(status),
+            403 => Self::Forbidden(status),
+            404 => Self::NotServed,
+            410 => Self::Expired,
+            _ => Self::Answered(status),
+        }
+    }
+
+    /// Whether this is how a server says that it does not stream lists: the request has a parameter
+    /// it does not know or does not allow.
+    pub(super) fn refuses_streaming(&self) -> bool {
+        matches!(self, Self::Answered(status) if matches!(status.code, 400 | 405 | 406 | 422 | 501))
+    }
+}
+
+/// The connection all kinds share.
+#[derive(Debug, Default)]
+pub(super) struct Connection {
+    lost: Mutex<Option<Instant>>,
+}
+
+impl Connection {
+    fn lost(&self, error: &kube::Error) {
+        let mut lost = locked(&self.lost);
+        if lost.is_none() {
+            *lost = Some(Instant::now());
+            tracing::warn!(
+                error = %Causes(error),
+                "no answer from the API server; what is programmed stays, and it is tried again"
+            );
+        }
+    }
+
+    fn answered(&self) {
+        let since = locked(&self.lost).take();
+        if let Some(since) = since {
+            tracing::info!(after = ?since.elapsed(), "the API server answers again");
+        }
+    }
+}
+
+/// What was last said about one kind.
+struct Complaint {
+    text: String,
+    said: Instant,
+    stands: bool,
+}
+
+/// What the log knows about the watch of one kind.
+pub(super) struct Report {
+    kind: Kind,
+    group: String,
+    plural: String,
+    connection: Arc<Connection>,
+    complaint: Mutex<Option<Complaint>>,
+}
+
+impl Report {
+    pub(super) fn new(
+        kind: Kind,
+        group: String,
+        plural: String,
+        connection: Arc<Connection>,
+    ) -> Self {
+        Self { kind, group, plural, connection, complaint: Mutex::new(None) }
+    }
+
+    /// The server answered; `good` if it did as asked.
+    pub(super) fn answered(&self, good: bool) {
+        self.connection.answered();
+        if !good {
+            return;
+        }
+        let mut complaint = locked(&self.complaint);
+        if let Some(complaint) = complaint.as_mut().filter(|c| c.stands) {
+            complaint.stands = false;
+            tracing::info!(kind = %self.kind, "the API server serves the kind again");
+        }
+    }
+
+    /// Says what went wrong, if that is news or was said long ago.
+    pub(super) fn failed(&self, trouble: &Trouble<'_>) {
+        let Self { kind, group, plural, .. } = self;
+        let text = match trouble {
+            Trouble::Unreachable(error) => return self.connection.lost(error),
+            Trouble::Expired => {
+                tracing::debug!(%kind, "the watch is too far behind; listing again");
+                return;
+            }
+            Trouble::Unauthenticated(status) => format!(
+                "the API server does not accept our credentials (401: {}); check the service \
+                 account or the kubeconfig",
+                status.message
+            ),
+            Trouble::Forbidden(status) => format!(
+                "not allowed to list or watch {plural} (403: {}); the ClusterRole needs \
+                 {{apiGroups: [{group:?}], resources: [{plural:?}], verbs: [\"list\", \"watch\"]}}",
+                status.message
+            ),
+            Trouble::NotServed if *kind == Kind::ServiceCidr => {
+                "the API server has no ServiceCIDRs (networking.k8s.io/v1, Kubernetes 1.33); \
+                 packets to unallocated ClusterIPs are not dropped"
+                    .to_owned()
+            }
+            Trouble::NotServed => format!("the API server does not know {plural} (404)"),
+            Trouble::Answered(status) => {
+                format!("the API server answered {}: {}", status.code, status.message)
+            }
+            Trouble::Undecodable(error) => format!("an answer could not be decoded: {error}"),
+        };
+        let text = one_line(&text);
+        let mut complaint = locked(&self.complaint);
+        let now = Instant::now();
+        if let Some(last) = complaint.as_mut().filter(|last| last.text == text) {
+            // A missing API does not come back before the server is upgraded.
+            let once = matches!(trouble, Trouble::NotServed);
+            if once || now.duration_since(last.said) < REPEAT {
+                return;
+            }
+        }
+        tracing::warn!(%kind, "{text}");
+        *complaint = Some(Complaint { text, said: now, stands: true });
+    }
+}
+
+/// A poisoned lock only means that a log line was interrupted.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
