@@ -87,24 +87,14 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     open.await.map_err(|_| RunError::Ended)??;
 
     info!(node = config.node_name, source = %config.source, "starting");
-    let source = tokio::spawn(watch(config.source, config.node_name, sender));
-    let mut source = std::pin::pin!(source);
-    let outcome = tokio::select! {
-        signal = stopped() => {
-            info!(signal = signal?, "stopping; the tables stay in force");
-            Ok(())
-        }
+    tokio::select! {
+        signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
         // Sources end with an error only, and only before they are under way.
-        outcome = &mut source => outcome.unwrap_or(Err(RunError::Ended)),
-        _ = &mut end => Err(RunError::Ended),
-    };
-    source.abort();
-    // With the source, the sender is gone: the thread ends behind its last commit.
-    drop(source.await);
-    if outcome.is_ok() && thread.join().is_err() {
-        return Err(RunError::Ended);
+        outcome = watch(config.source, config.node_name, sender) => outcome?,
+        _ = &mut end => return Err(RunError::Ended),
     }
-    outcome
+    // With the source, the sender is gone: the thread ends behind its last commit.
+    thread.join().map_err(|_| RunError::Ended)
 }
 
 async fn stopped() -> Result<&'static str, RunError> {

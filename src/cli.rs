@@ -1,5 +1,6 @@
 //! The command line: what can be asked, and the commands that answer at once.
 
+use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -174,8 +175,11 @@ impl RunArgs {
 impl Cli {
     /// Does what was asked.
     pub fn execute(self) -> Result<ExitCode, CliError> {
-        start_log(&self.log);
-        match self.command.unwrap_or(Command::Run(self.run)) {
+        let command = self.command.unwrap_or(Command::Run(self.run));
+        // A command whose result is on standard output only speaks up if something is wrong.
+        let quiet = matches!(command, Command::Render(_) | Command::Diff(_));
+        start_log(&self.log, quiet);
+        match command {
             Command::Run(args) => {
                 let config = args.resolve()?;
                 runtime()?.block_on(app::run(config))?;
@@ -188,9 +192,10 @@ impl Cli {
     }
 }
 
-fn start_log(args: &LogArgs) {
+fn start_log(args: &LogArgs, quiet: bool) {
     use tracing_subscriber::EnvFilter;
     let level = match args.verbosity {
+        0 if quiet => "warn",
         0 | 1 => "info",
         2 | 3 => "info,nftproxy=debug",
         4 | 5 => "debug",
@@ -288,9 +293,9 @@ fn diff(config: Config) -> Result<ExitCode, CliError> {
             _ => '+',
         };
         for line in text::op(&op).lines() {
-            lines.push_str(&format!("{sign} {line}"));
+            let _ = write!(lines, "{sign} {line}");
             if let Some(contributor) = &contributor {
-                lines.push_str(&format!("    # {contributor}"));
+                let _ = write!(lines, "    # {contributor}");
             }
             lines.push('\n');
         }

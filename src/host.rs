@@ -63,11 +63,15 @@ fn interface_addresses() -> Vec<(String, IpAddr)> {
 
 /// The interface of the default route with the lowest metric.
 fn default_interface(family: Family) -> Option<String> {
-    let (path, parse): (_, fn(&str) -> Option<(u32, String)>) = match family {
-        Family::V4 => ("/proc/net/route", ipv4_default),
-        Family::V6 => ("/proc/net/ipv6_route", ipv6_default),
+    let path = match family {
+        Family::V4 => "/proc/net/route",
+        Family::V6 => "/proc/net/ipv6_route",
     };
     let routes = fs::read_to_string(path).ok()?;
+    let parse = |line| match family {
+        Family::V4 => ipv4_default(line),
+        Family::V6 => ipv6_default(line),
+    };
     let defaults: BTreeMap<u32, String> = routes.lines().filter_map(parse).collect();
     defaults.into_values().next()
 }

@@ -34,6 +34,10 @@ pub struct SlicePort {
 /// One endpoint. Unset conditions were resolved at conversion: ready and serving default to true,
 /// terminating to false.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "the API's own conditions, independent of another"
+)]
 pub struct Endpoint {
     /// `addresses[0]`; further addresses of an endpoint are not used by proxies.
     pub address: IpAddr,

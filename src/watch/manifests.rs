@@ -108,10 +108,10 @@ pub struct Manifests {
 impl Manifests {
     /// The manifests in `dir`, for the node of this name. Nothing is read yet.
     #[must_use]
-    pub fn new(dir: impl Into<PathBuf>, node_name: impl Into<String>) -> Self {
+    pub fn new(dir: PathBuf, node_name: String) -> Self {
         Self {
-            dir: dir.into(),
-            node_name: node_name.into(),
+            dir,
+            node_name,
             files: BTreeMap::new(),
             claims: BTreeMap::new(),
             doubled: BTreeMap::new(),
@@ -392,7 +392,7 @@ async fn blocking<T: Send + 'static>(
     manifests: &mut Manifests,
     work: impl FnOnce(&mut Manifests) -> T + Send + 'static,
 ) -> T {
-    let mut moved = std::mem::replace(manifests, Manifests::new("", ""));
+    let mut moved = std::mem::replace(manifests, Manifests::new(PathBuf::new(), String::new()));
     let done = tokio::task::spawn_blocking(move || {
         let result = work(&mut moved);
         (moved, result)

@@ -22,7 +22,7 @@ use crate::namespace::{in_namespace, nft};
 pub(crate) fn wanted(manifests: &str, settings: Settings) -> (Ruleset, Vec<String>) {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("case.yaml"), manifests).unwrap();
-    let read = Manifests::new(dir.path(), "node-1").read();
+    let read = Manifests::new(dir.path().to_owned(), "node-1".to_owned()).read();
     let (events, problems) = read.unwrap();
     let mut proxy = Proxy::new(State::new(settings, node()), FakeKernel::default());
     events.into_iter().for_each(|event| proxy.observe(event));

@@ -53,10 +53,10 @@ pub(super) fn batch(transaction: &Transaction, mut batch: Batch) -> Batch {
 /// Whether two operations go into one message. Ranges do not: each is two elements, and an answer
 /// must lead back to one operation.
 fn joins(first: &Op, next: &Op) -> bool {
-    let (a, b) = match (first, next) {
-        (Op::AddElement(a, _), Op::AddElement(b, _))
-        | (Op::DeleteElement(a, _), Op::DeleteElement(b, _)) => (a, b),
-        _ => return false,
+    let ((Op::AddElement(a, _), Op::AddElement(b, _))
+    | (Op::DeleteElement(a, _), Op::DeleteElement(b, _))) = (first, next)
+    else {
+        return false;
     };
     (a.family, a.set) == (b.family, b.set) && !a.set.is_interval()
 }

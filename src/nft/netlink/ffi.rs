@@ -25,6 +25,12 @@ fn attr(attribute: u32) -> u16 {
     u16::try_from(attribute).expect("libnftnl's attributes are small numbers")
 }
 
+/// A received message as libnftnl takes it. Messages start at multiples of four in a receive buffer
+/// that is aligned for more.
+fn header_of(message: &[u8]) -> *const libc::nlmsghdr {
+    message.as_ptr().cast()
+}
+
 fn length(data: &[u8]) -> u32 {
     u32::try_from(data.len()).expect("attributes are short")
 }
@@ -83,10 +89,9 @@ macro_rules! object {
                 /// Reads the object out of a netlink message, which must be complete.
                 pub(super) fn parse(message: &[u8]) -> Option<Self> {
                     let this = Self::new();
-                    let header = message.as_ptr().cast::<libc::nlmsghdr>();
-                    // SAFETY: the message was validated when it was received: aligned, and as long
-                    // as its header says.
-                    let outcome = unsafe { sys::$parse(header, this.0.as_ptr()) };
+                    // SAFETY: the message was validated when it was received: as long as its header
+                    // says.
+                    let outcome = unsafe { sys::$parse(header_of(message), this.0.as_ptr()) };
                     (outcome >= 0).then_some(this)
                 }
             )?
@@ -130,8 +135,10 @@ macro_rules! object {
             )?
             $(
                 pub(super) fn get_str(&self, attribute: u32) -> Option<String> {
-                    // SAFETY: as above; the string is owned by the object.
-                    unsafe { string(sys::$get_str(self.0.as_ptr(), attr(attribute))) }
+                    // SAFETY: as above.
+                    let text = unsafe { sys::$get_str(self.0.as_ptr(), attr(attribute)) };
+                    // SAFETY: the string is owned by the object.
+                    unsafe { string(text) }
                 }
             )?
             $(
@@ -141,12 +148,11 @@ macro_rules! object {
                         return None;
                     }
                     let mut len = 0;
-                    // SAFETY: as above; the data is owned by the object, its length written to
-                    // `len` before it is used.
-                    unsafe {
-                        let data = sys::$get_data(self.0.as_ptr(), attr(attribute), &raw mut len);
-                        bytes(data, len)
-                    }
+                    let raw = self.0.as_ptr();
+                    // SAFETY: as above; the data's length is written to `len`.
+                    let data = unsafe { sys::$get_data(raw, attr(attribute), &raw mut len) };
+                    // SAFETY: `len` bytes, owned by the object.
+                    unsafe { bytes(data, len) }
                 }
             )?
         }
@@ -220,9 +226,8 @@ impl Set {
     /// Reads the elements of a message and hands each on.
     pub(super) fn parse_elements(message: &[u8], mut each: impl FnMut(ElementRef<'_>)) -> bool {
         let this = Self::new();
-        let header = message.as_ptr().cast::<libc::nlmsghdr>();
         // SAFETY: the message was validated when it was received.
-        if unsafe { sys::nftnl_set_elems_nlmsg_parse(header, this.0.as_ptr()) } < 0 {
+        if unsafe { sys::nftnl_set_elems_nlmsg_parse(header_of(message), this.0.as_ptr()) } < 0 {
             return false;
         }
         // SAFETY: the set is live as long as the iterator.
@@ -331,8 +336,10 @@ impl ElementRef<'_> {
         if !self.is_set(attribute) {
             return None;
         }
-        // SAFETY: as above; the string is owned by the element.
-        unsafe { string(sys::nftnl_set_elem_get_str(self.0.as_ptr(), attr(attribute))) }
+        // SAFETY: as above.
+        let text = unsafe { sys::nftnl_set_elem_get_str(self.0.as_ptr(), attr(attribute)) };
+        // SAFETY: the string is owned by the element.
+        unsafe { string(text) }
     }
 
     /// The data, if it is no longer than `N`.
@@ -408,10 +415,11 @@ impl Userdata {
     }
 
     pub(super) fn bytes(&self) -> Vec<u8> {
-        // SAFETY: the buffer is live, data and length are those of what was put.
-        unsafe {
-            let data = sys::nftnl_udata_buf_data(self.0.as_ptr());
-            bytes(data, sys::nftnl_udata_buf_len(self.0.as_ptr())).unwrap_or_default()
-        }
+        // SAFETY: the buffer is live.
+        let data = unsafe { sys::nftnl_udata_buf_data(self.0.as_ptr()) };
+        // SAFETY: as above.
+        let len = unsafe { sys::nftnl_udata_buf_len(self.0.as_ptr()) };
+        // SAFETY: `len` bytes, owned by the buffer.
+        unsafe { bytes(data, len) }.unwrap_or_default()
     }
 }

@@ -80,19 +80,21 @@ impl Instruction {
         let raw = expression.as_ptr();
         for (attribute, value) in &self.attributes {
             let attribute = u16::try_from(*attribute).expect("attributes are small numbers");
-            // SAFETY: the expression is live, the attribute a constant of its kind, and the
-            // library copies what it is given.
-            unsafe {
-                match value {
-                    Value::Number(number) => sys::nftnl_expr_set_u32(raw, attribute, *number),
-                    Value::Byte(byte) => sys::nftnl_expr_set_u8(raw, attribute, *byte),
-                    Value::Data(data) => {
-                        let len = u32::try_from(data.len()).expect("operands are short");
-                        sys::nftnl_expr_set(raw, attribute, data.as_ptr().cast(), len);
-                    }
-                    Value::Text(text) => {
-                        sys::nftnl_expr_set_str(raw, attribute, text.as_ptr());
-                    }
+            match value {
+                // SAFETY: the expression is live, the attribute a constant of its kind.
+                Value::Number(number) => unsafe {
+                    sys::nftnl_expr_set_u32(raw, attribute, *number);
+                },
+                // SAFETY: as above.
+                Value::Byte(byte) => unsafe { sys::nftnl_expr_set_u8(raw, attribute, *byte) },
+                Value::Data(data) => {
+                    let len = u32::try_from(data.len()).expect("operands are short");
+                    // SAFETY: as above; the library copies the data.
+                    unsafe { sys::nftnl_expr_set(raw, attribute, data.as_ptr().cast(), len) };
+                }
+                Value::Text(text) => {
+                    // SAFETY: as above; the library copies the string.
+                    unsafe { sys::nftnl_expr_set_str(raw, attribute, text.as_ptr()) };
                 }
             }
         }
@@ -109,7 +111,7 @@ impl Expression for Instruction {
 /// The register that starts at this byte of the register file, as the kernel numbers it: the four
 /// registers of 16 bytes, and the 4-byte ones between their starts.
 fn register(offset: u32) -> u32 {
-    if offset % 16 == 0 {
+    if offset.is_multiple_of(16) {
         libc::NFT_REG_1.cast_unsigned() + offset / 16
     } else {
         libc::NFT_REG32_00.cast_unsigned() + offset / 4

@@ -53,7 +53,9 @@ pub(super) struct NetlinkSocket {
 
 impl std::fmt::Debug for NetlinkSocket {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("NetlinkSocket").field("send_buffer", &self.send_buffer).finish()
+        f.debug_struct("NetlinkSocket")
+            .field("send_buffer", &self.send_buffer)
+            .finish_non_exhaustive()
     }
 }
 

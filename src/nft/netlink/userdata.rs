@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn the_endpoints_map_carries_the_bytes_that_nft_writes() {
         let ours = set(SetName::Endpoints, Family::V4);
-        let hex: String = ours.iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(hex, NFT_ENDPOINTS);
+        let hex: Vec<_> = ours.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex.concat(), NFT_ENDPOINTS);
     }
 }

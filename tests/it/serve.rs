@@ -1,0 +1,251 @@
+//! Servers that say who they are and whom they saw, and clients that ask them.
+//!
+//! A TCP server answers every line (and greets, so that a client need not ask); a UDP server answers
+//! every datagram. SCTP has no sockets on every kernel, so its client sends an INIT chunk by hand and
+//! the server answers with an INIT ACK.
+
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd as _;
+use std::time::Duration;
+
+use nix::sys::socket::{SockaddrStorage, recvfrom};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use crate::net::{enter, in_netns};
+
+/// Every server listens on these ports.
+pub(crate) const PORTS: [u16; 3] = [8080, 8081, 53];
+
+/// How long a client waits before it calls a packet lost.
+pub(crate) const PATIENCE: Duration = Duration::from_millis(400);
+
+/// What a client met.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Outcome {
+    /// Who answered, on which port, and the source address it saw.
+    Answered { by: String, port: u16, seen: IpAddr },
+    /// Port unreachable.
+    Refused,
+    /// No answer.
+    TimedOut,
+}
+
+/// Starts the servers of one pod on threads in its namespace; they are listening on return.
+pub(crate) fn start(netns: &str, who: &str) {
+    let (sender, ready) = std::sync::mpsc::channel();
+    for port in PORTS {
+        let (netns, who, sender) = (netns.to_owned(), who.to_owned(), sender.clone());
+        std::thread::spawn(move || {
+            enter(&netns);
+            let tcp = TcpListener::bind(("::", port)).unwrap();
+            let udp = UdpSocket::bind(("::", port)).unwrap();
+            let name = who.clone();
+            std::thread::spawn(move || answer_udp(&udp, &name, port));
+            sender.send(()).unwrap();
+            for stream in tcp.incoming().flatten() {
+                answer_tcp(stream, &who, port);
+            }
+        });
+    }
+    for family in [Domain::IPV4, Domain::IPV6] {
+        let (netns, who, sender) = (netns.to_owned(), who.to_owned(), sender.clone());
+        std::thread::spawn(move || {
+            enter(&netns);
+            let socket = sctp_socket(family);
+            sender.send(()).unwrap();
+            answer_sctp(&socket, family, &who);
+        });
+    }
+    for _ in 0..PORTS.len() + 2 {
+        ready.recv_timeout(Duration::from_secs(5)).expect("the servers of a pod start");
+    }
+}
+
+fn greeting(who: &str, port: u16, peer: SocketAddr) -> String {
+    format!("{who} {port} {}\n", peer.ip().to_canonical())
+}
+
+fn answer_tcp(mut stream: TcpStream, who: &str, port: u16) {
+    let Ok(peer) = stream.peer_addr() else { return };
+    let text = greeting(who, port, peer);
+    if stream.write_all(text.as_bytes()).is_err() || port != 8081 {
+        return;
+    }
+    // On this port connections stay.
+    std::thread::spawn(move || {
+        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+        while let Some(Ok(_)) = lines.next() {
+            if stream.write_all(text.as_bytes()).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+fn answer_udp(socket: &UdpSocket, who: &str, port: u16) {
+    let mut buffer = [0; 64];
+    while let Ok((_, peer)) = socket.recv_from(&mut buffer) {
+        // A peer that is gone is no reason to stop.
+        drop(socket.send_to(greeting(who, port, peer).as_bytes(), peer));
+    }
+}
+
+fn parsed(text: &str) -> Outcome {
+    let mut words = text.split_whitespace();
+    let (by, port, seen) = (words.next(), words.next(), words.next());
+    let answer = (by.unwrap(), port.unwrap().parse().unwrap(), seen.unwrap().parse().unwrap());
+    Outcome::Answered { by: answer.0.into(), port: answer.1, seen: answer.2 }
+}
+
+fn outcome_of(error: &std::io::Error) -> Outcome {
+    match error.kind() {
+        ErrorKind::ConnectionRefused => Outcome::Refused,
+        ErrorKind::TimedOut | ErrorKind::WouldBlock => Outcome::TimedOut,
+        _ => panic!("unexpected: {error}"),
+    }
+}
+
+/// Opens a connection from a namespace.
+pub(crate) fn tcp(netns: &str, to: SocketAddr) -> Outcome {
+    in_netns(netns, || tcp_here(to))
+}
+
+/// Opens a connection from the namespace this thread is in.
+pub(crate) fn tcp_here(to: SocketAddr) -> Outcome {
+    match TcpStream::connect_timeout(&to, PATIENCE) {
+        Err(error) => outcome_of(&error),
+        Ok(mut stream) => {
+            // The test must not hang; an accepted connection answers at once.
+            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            let mut text = [0; 128];
+            match stream.read(&mut text) {
+                Ok(len) => parsed(std::str::from_utf8(&text[..len]).unwrap()),
+                Err(error) => outcome_of(&error),
+            }
+        }
+    }
+}
+
+/// Sends a datagram from a new socket in a namespace.
+pub(crate) fn udp(netns: &str, to: SocketAddr) -> Outcome {
+    in_netns(netns, || {
+        let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let socket = UdpSocket::bind(any).unwrap();
+        socket.connect(to).unwrap();
+        udp_on(&socket)
+    })
+}
+
+/// Sends a datagram on a connected socket.
+pub(crate) fn udp_on(socket: &UdpSocket) -> Outcome {
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    if let Err(error) = socket.send(b"?") {
+        return outcome_of(&error);
+    }
+    let mut text = [0; 128];
+    match socket.recv(&mut text) {
+        Ok(len) => parsed(std::str::from_utf8(&text[..len]).unwrap()),
+        Err(error) => outcome_of(&error),
+    }
+}
+
+const INIT: u8 = 1;
+const INIT_ACK: u8 = 2;
+
+fn sctp_socket(domain: Domain) -> Socket {
+    Socket::new(domain, Type::RAW, Some(Protocol::from(132))).unwrap()
+}
+
+/// An SCTP packet with one INIT or INIT ACK chunk. The answer's tag carries the server's name.
+fn sctp_packet(from: u16, to: u16, verification: u32, chunk: u8, tag: u32) -> Vec<u8> {
+    let mut packet = Vec::new();
+    packet.extend(from.to_be_bytes());
+    packet.extend(to.to_be_bytes());
+    packet.extend(verification.to_be_bytes());
+    packet.extend([0; 4]);
+    packet.extend([chunk, 0, 0, 20]);
+    packet.extend(tag.to_be_bytes());
+    packet.extend(65536_u32.to_be_bytes());
+    packet.extend([0, 1, 0, 1]);
+    packet.extend(1_u32.to_be_bytes());
+    let sum = crc32c(&packet).to_le_bytes();
+    packet[8..12].copy_from_slice(&sum);
+    packet
+}
+
+/// The checksum of SCTP (RFC 9260 appendix A), bit by bit: these packets are few and short.
+fn crc32c(data: &[u8]) -> u32 {
+    let mut crc = u32::MAX;
+    for byte in data {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
+        }
+    }
+    !crc
+}
+
+/// Receives a packet: who sent it, and its SCTP part. A raw IPv4 socket sees the IP header, too.
+fn sctp_receive(socket: &Socket, domain: Domain) -> nix::Result<(SocketAddr, Vec<u8>)> {
+    let mut buffer = [0; 512];
+    let (len, from) = recvfrom::<SockaddrStorage>(socket.as_raw_fd(), &mut buffer)?;
+    let from = from.expect("a raw socket names the sender");
+    let v4 = from.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+    let from = v4.unwrap_or_else(|| IpAddr::V6(from.as_sockaddr_in6().unwrap().ip()));
+    let header = if domain == Domain::IPV4 { usize::from(buffer[0] & 15) * 4 } else { 0 };
+    Ok((SocketAddr::new(from, 0), buffer[header..len].to_vec()))
+}
+
+fn number(packet: &[u8], at: usize) -> u16 {
+    u16::from_be_bytes([packet[at], packet[at + 1]])
+}
+
+fn tag(packet: &[u8]) -> u32 {
+    u32::from_be_bytes(packet[16..20].try_into().unwrap())
+}
+
+fn tag_of(who: &str) -> u32 {
+    who.bytes().fold(7, |tag, byte| tag * 31 + u32::from(byte))
+}
+
+fn answer_sctp(socket: &Socket, domain: Domain, who: &str) {
+    while let Ok((from, packet)) = sctp_receive(socket, domain) {
+        let to_us = packet.len() >= 20 && packet[12] == INIT;
+        if to_us && PORTS.contains(&number(&packet, 2)) {
+            let (from_port, to_port) = (number(&packet, 2), number(&packet, 0));
+            let answer = sctp_packet(from_port, to_port, tag(&packet), INIT_ACK, tag_of(who));
+            drop(socket.send_to(&answer, &SockAddr::from(from)));
+        }
+    }
+}
+
+/// Opens an association from a namespace: who answered, or None. Refusals do not reach a raw socket.
+pub(crate) fn sctp(netns: &str, to: SocketAddr, names: &[&str]) -> Option<String> {
+    in_netns(netns, || {
+        let domain = if to.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+        let socket = sctp_socket(domain);
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        // A tuple of its own for each try: connection tracking remembers the others.
+        let port = 20000
+            + (std::process::id()
+                ^ crc32c(format!("{to}{:?}", std::thread::current().id()).as_bytes()))
+                as u16
+                % 20000;
+        let packet = sctp_packet(port, to.port(), 0, INIT, 0x5eed);
+        socket.send_to(&packet, &SockAddr::from(SocketAddr::new(to.ip(), 0))).unwrap();
+        loop {
+            let (from, packet) = sctp_receive(&socket, domain).ok()?;
+            if packet.len() >= 20 && packet[12] == INIT_ACK && number(&packet, 2) == port {
+                assert_eq!(
+                    (from.ip(), number(&packet, 0)),
+                    (to.ip(), to.port()),
+                    "translated back"
+                );
+                assert_eq!(u32::from_be_bytes(packet[4..8].try_into().unwrap()), 0x5eed);
+                let found = names.iter().find(|name| tag_of(name) == tag(&packet));
+                return Some((*found.expect("a server of ours")).to_owned());
+            }
+        }
+    })
+}
