@@ -45,6 +45,9 @@ pub(crate) struct Net {
     pub(crate) dir: tempfile::TempDir,
 }
 
+/// `beyond` is where everything else would be: it takes what the node sends there, and answers nothing.
+const NAMES: [&str; 6] = ["node", "client", "a", "b", "remote", "beyond"];
+
 static COUNT: AtomicU32 = AtomicU32::new(0);
 
 impl Net {
@@ -82,13 +85,12 @@ impl Net {
     }
 
     fn build(&self) {
-        let names = ["node", "client", "a", "b", "remote"];
         let mut batch = String::new();
-        for short in names {
+        for short in NAMES {
             batch.push_str(&format!("netns add {}\n", self.name(short)));
         }
         ip_batch(&batch);
-        for short in names {
+        for short in NAMES {
             in_netns(&self.name(short), || {
                 for key in ["default", "all"] {
                     sysctl(&format!("ipv6/conf/{key}/accept_dad"), "0");
@@ -97,6 +99,9 @@ impl Net {
                 if short == "node" {
                     sysctl("ipv4/ip_forward", "1");
                     sysctl("ipv6/conf/all/forwarding", "1");
+                    // Every refusal is to be seen, not the first few of a second.
+                    sysctl("ipv4/icmp_ratelimit", "0");
+                    sysctl("ipv6/icmp/ratelimit", "0");
                     for key in ["default", "all"] {
                         sysctl(&format!("ipv4/conf/{key}/rp_filter"), "0");
                     }
@@ -148,8 +153,19 @@ impl Net {
             ip_batch_in(&node, &node_lines);
             ip_batch_in(&ns, &peer_lines);
         }
+        // What the node has no better route for leaves by a link of its own: sent back to where it
+        // came from, a packet would cause redirects, which use up the rate of refusals.
+        let mut beyond = format!(
+            "link add beyond type veth peer name eth0 netns {}\nlink set beyond up arp off\n",
+            self.name("beyond")
+        );
+        for address in NODE {
+            beyond.push_str(&format!("route add default dev beyond src {address}\n"));
+        }
+        ip_batch_in(&node, &beyond);
+        ip_batch_in(&self.name("beyond"), "link set eth0 up\n");
         // IPv6 addresses of a link that just came up are not usable at once.
-        for short in names {
+        for short in NAMES {
             wait_until("IPv6 addresses to be usable", || {
                 let show = ["-n", &self.name(short), "-6", "addr", "show", "tentative"];
                 Command::new("ip").args(show).output().unwrap().stdout.is_empty()
@@ -160,7 +176,7 @@ impl Net {
 
 impl Drop for Net {
     fn drop(&mut self) {
-        for short in ["node", "client", "a", "b", "remote"] {
+        for short in NAMES {
             drop(Command::new("ip").args(["netns", "delete", &self.name(short)]).status());
         }
     }

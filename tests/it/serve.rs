@@ -6,10 +6,11 @@
 
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::time::Duration;
 
-use nix::sys::socket::{SockaddrStorage, recvfrom};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{SockaddrStorage, recvfrom, setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::net::{enter, in_netns};
@@ -113,17 +114,38 @@ pub(crate) fn tcp(netns: &str, to: SocketAddr) -> Outcome {
 
 /// Opens a connection from the namespace this thread is in.
 pub(crate) fn tcp_here(to: SocketAddr) -> Outcome {
-    match TcpStream::connect_timeout(&to, PATIENCE) {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
+    // Where all namespaces are on one machine, a refusal can be there before `connect` has let go of
+    // the socket. TCP then takes it for a passing fault and tries again a second later; the error
+    // queue holds it at once.
+    match to {
+        SocketAddr::V4(_) => setsockopt(&socket, sockopt::Ipv4RecvErr, &true).unwrap(),
+        SocketAddr::V6(_) => setsockopt(&socket, sockopt::Ipv6RecvErr, &true).unwrap(),
+    }
+    socket.set_nonblocking(true).unwrap();
+    match socket.connect(&SockAddr::from(to)) {
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
+        Err(error) => return outcome_of(&error),
+        Ok(()) => unreachable!("a non-blocking connect has to wait for an answer"),
+    }
+    let mut wait = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+    let patience = PollTimeout::try_from(PATIENCE).unwrap();
+    if poll(&mut wait, patience).unwrap() == 0 {
+        return Outcome::TimedOut;
+    }
+    let refused = wait[0].revents().unwrap().contains(PollFlags::POLLERR);
+    match socket.take_error().unwrap() {
+        Some(error) => return outcome_of(&error),
+        None if refused => return Outcome::Refused,
+        None => {}
+    }
+    socket.set_nonblocking(false).unwrap();
+    // The test must not hang; an accepted connection answers at once.
+    socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let mut text = [0; 128];
+    match TcpStream::from(socket).read(&mut text) {
+        Ok(len) => parsed(std::str::from_utf8(&text[..len]).unwrap()),
         Err(error) => outcome_of(&error),
-        Ok(mut stream) => {
-            // The test must not hang; an accepted connection answers at once.
-            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-            let mut text = [0; 128];
-            match stream.read(&mut text) {
-                Ok(len) => parsed(std::str::from_utf8(&text[..len]).unwrap()),
-                Err(error) => outcome_of(&error),
-            }
-        }
     }
 }
 
