@@ -4,7 +4,7 @@
 //! ones of the same contributors only, so the cost is that of the change; the ledger itself moves on
 //! when the kernel has accepted the result, and a refused transaction leaves no trace in it.
 //!
-//! Elements of [shared](SetName::is_shared) sets and shared chains are counted: the first claim adds,
+//! Elements of [shared](crate::nft::names::SetName::is_shared) sets and shared chains are counted: the first claim adds,
 //! the last one removes. A chain nobody claims any more stays until it is collected, since Services
 //! tend to come back to a number of endpoints they just left, and since a kernel before 6.2 refuses to
 //! remove a chain together with the element that went to it.

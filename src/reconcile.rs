@@ -193,7 +193,7 @@ impl<K: Kernel> Proxy<K> {
         let mut set_aside = 0;
         loop {
             let mut staged = self.stage_all();
-            let transaction = diff(&loaded, &staged.take_ruleset(self.options));
+            let transaction = diff(&loaded, &staged.take_ruleset(self.options.clone()));
             match apply(&mut self.kernel, &transaction) {
                 Ok(applied) => {
                     let mut ledger = Ledger::default();

@@ -13,7 +13,7 @@ use super::rule::{Base, BaseKind, Chain, Hook, Rule, Selector, Statement};
 use crate::model::Family;
 
 /// What of the configuration shapes the rules.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// The packet mark bit that asks postrouting to masquerade; exactly one bit is set.
     pub masquerade_mark: u32,

@@ -11,9 +11,6 @@
 mod incoming;
 mod outage;
 
-#[cfg(test)]
-mod tests;
-
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;

@@ -9,9 +9,6 @@ mod service;
 mod slice;
 mod text;
 
-#[cfg(test)]
-mod tests;
-
 use std::fmt::Display;
 use std::num::NonZeroU16;
 

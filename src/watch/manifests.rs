@@ -7,9 +7,6 @@
 mod decode;
 mod follow;
 
-#[cfg(test)]
-mod tests;
-
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};

@@ -49,7 +49,9 @@ fn main() {
                 .output()
                 .expect("starting a measurement");
             let text = String::from_utf8_lossy(&run.stdout);
-            print!("{}", text.lines().skip(1).map(|line| format!("{line}\n")).collect::<String>());
+            for line in text.lines().skip(1) {
+                println!("{line}");
+            }
             eprint!("{}", String::from_utf8_lossy(&run.stderr));
             assert!(run.status.success(), "measuring {services} x {endpoints} failed");
         }
@@ -119,7 +121,9 @@ fn feed(proxy: &mut Proxy<NetlinkKernel>, services: usize, endpoints: usize) {
         proxy.observe(Event::Service(service(index)));
         proxy.observe(Event::EndpointSlice(slice(index, endpoints, 0, endpoints)));
     }
-    Kind::ALL.into_iter().for_each(|kind| proxy.observe(Event::Listed(kind)));
+    for kind in Kind::ALL {
+        proxy.observe(Event::Listed(kind));
+    }
 }
 
 fn namespace() -> NetlinkKernel {

@@ -3,6 +3,7 @@
 //! ours is replaced.
 
 use nftproxy::model::Event;
+use nftproxy::nft::dataplane::Options;
 use nftproxy::nft::kernel::Kernel as _;
 use nftproxy::nft::netlink::NetlinkKernel;
 use nftproxy::nft::text;
@@ -124,7 +125,7 @@ fn a_refused_operation_is_named_by_the_kernel() {
         use nftproxy::nft::transaction::{Op, Transaction};
         let Op::AddElement(id, value) = op else { panic!("{op:?}") };
         let there = {
-            let loaded = proxy.kernel_mut().load(&Default::default()).unwrap();
+            let loaded = proxy.kernel_mut().load(&Options::default()).unwrap();
             let table = &loaded.tables[&id.family];
             table
                 .elements

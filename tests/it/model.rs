@@ -11,8 +11,8 @@ pub(crate) fn name(text: &str) -> NamespacedName {
     NamespacedName::new("default", text)
 }
 
-/// A Service with these addresses, of which those of 10.96/12 and fd00:10:96::/108 are ClusterIPs,
-/// those of 203.0.113/24 and fd00:203::/64 balancer addresses, and the others external ones.
+/// A Service with these addresses, of which those of 10.96/12 and `fd00:10:96::/108` are ClusterIPs,
+/// those of 203.0.113/24 and `fd00:203::/64` balancer addresses, and the others external ones.
 pub(crate) fn service(service: &str, addresses: &[&str], ports: &[ServicePort]) -> Service {
     let all: Vec<std::net::IpAddr> = addresses.iter().map(|a| a.parse().unwrap()).collect();
     let within = |nets: [&str; 2]| {

@@ -301,7 +301,7 @@ impl Daemon {
 
     fn signal(&mut self, signal: Signal) {
         let pid = Pid::from_raw(self.child.id().try_into().unwrap());
-        drop(kill(pid, signal));
+        let _ = kill(pid, signal);
         drop(self.child.wait());
     }
 

@@ -7,6 +7,7 @@
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -249,11 +250,8 @@ pub(crate) fn sctp(netns: &str, to: SocketAddr, names: &[&str]) -> Option<String
         let socket = sctp_socket(domain);
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         // A tuple of its own for each try: connection tracking remembers the others.
-        let port = 20000
-            + (std::process::id()
-                ^ crc32c(format!("{to}{:?}", std::thread::current().id()).as_bytes()))
-                as u16
-                % 20000;
+        static TRIES: AtomicU16 = AtomicU16::new(0);
+        let port = 20000 + TRIES.fetch_add(1, Ordering::Relaxed) % 20000;
         let packet = sctp_packet(port, to.port(), 0, INIT, 0x5eed);
         socket.send_to(&packet, &SockAddr::from(SocketAddr::new(to.ip(), 0))).unwrap();
         loop {
