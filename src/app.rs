@@ -210,7 +210,7 @@ impl Clock {
         if proxy.is_stale() {
             return Some(self.next);
         }
-        proxy.has_idle_chains().then(|| self.last_commit + COLLECT_AFTER)
+        proxy.has_idle().then(|| self.last_commit + COLLECT_AFTER)
     }
 
     /// Does what is due.
@@ -227,9 +227,9 @@ impl Clock {
                 let outcome = proxy.commit();
                 self.committed(now, outcome, proxy.state().service_count());
             }
-        } else if proxy.has_idle_chains() && now >= self.last_commit + COLLECT_AFTER {
+        } else if proxy.has_idle() && now >= self.last_commit + COLLECT_AFTER {
             self.last_commit = now;
-            if let Err(error) = proxy.collect_idle_chains() {
+            if let Err(error) = proxy.collect_idle() {
                 debug!(%error, "idle chains stay for now");
             }
         }

@@ -7,13 +7,15 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::host;
-use crate::settings::{DetectLocal, Settings};
+use crate::nft::rule::InterfaceName;
+use crate::settings::{DetectLocal, NodePortAddresses, Settings};
 
 /// What the program runs with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,9 +122,17 @@ struct File {
     #[serde(rename = "clusterCIDR")]
     cluster_cidr: String,
     detect_local_mode: String,
+    detect_local: DetectLocalFields,
     node_port_addresses: Option<Vec<String>>,
     client_connection: ClientConnection,
     nftables: Nftables,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct DetectLocalFields {
+    bridge_interface: String,
+    interface_name_prefix: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -180,19 +190,8 @@ pub fn resolve(flags: &Flags) -> Result<(Config, Vec<String>), ConfigError> {
         Some(cidrs) => ("--cluster-cidr".to_owned(), cidrs.clone()),
         None => (origin("clusterCIDR"), file.cluster_cidr.clone()),
     };
-    let detect_local = match file.detect_local_mode.as_str() {
-        "" | "ClusterCIDR" => DetectLocal::ClusterCidr(parse_cidrs(&cidr_origin, &cidrs)?),
-        "NodeCIDR" => DetectLocal::NodeCidr,
-        other => {
-            return Err(ConfigError::Value {
-                origin: origin("detectLocalMode"),
-                value: other.into(),
-                expected: "expected ClusterCIDR or NodeCIDR; the modes BridgeInterface and \
-                           InterfaceNamePrefix are not supported yet"
-                    .into(),
-            });
-        }
-    };
+    let detect_local = detect_local(&file, origin, (&cidr_origin, &cidrs))?;
+    let node_port_addresses = node_port_addresses(&file, origin)?;
     check_supported(&file, origin)?;
     let bit = file.nftables.masquerade_bit.unwrap_or(14);
     if bit > 31 {
@@ -218,12 +217,58 @@ pub fn resolve(flags: &Flags) -> Result<(Config, Vec<String>), ConfigError> {
             masquerade_mark: 1 << bit,
             masquerade_all: flags.masquerade_all || nft.masquerade_all,
             detect_local,
+            node_port_addresses,
         },
         min_sync_period: duration("nftables.minSyncPeriod", &nft.min_sync_period, Duration::ZERO)?,
         sync_period: duration("nftables.syncPeriod", &nft.sync_period, Duration::from_secs(30))?
             .max(Duration::from_secs(1)),
     };
     Ok((config, remarks))
+}
+
+fn detect_local(
+    file: &File,
+    origin: impl Fn(&str) -> String,
+    cidrs: (&str, &str),
+) -> Result<DetectLocal, ConfigError> {
+    Ok(match file.detect_local_mode.as_str() {
+        "" | "ClusterCIDR" => DetectLocal::ClusterCidr(parse_cidrs(cidrs.0, cidrs.1)?),
+        "NodeCIDR" => DetectLocal::NodeCidr,
+        "BridgeInterface" => {
+            let (field, name) =
+                ("detectLocal.bridgeInterface", &file.detect_local.bridge_interface);
+            DetectLocal::Interface(InterfaceName::Whole(interface(origin(field), name)?))
+        }
+        "InterfaceNamePrefix" => {
+            let field = "detectLocal.interfaceNamePrefix";
+            let name = &file.detect_local.interface_name_prefix;
+            DetectLocal::Interface(InterfaceName::Prefix(interface(origin(field), name)?))
+        }
+        other => {
+            return Err(ConfigError::Value {
+                origin: origin("detectLocalMode"),
+                value: other.into(),
+                expected: "expected ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix"
+                    .into(),
+            });
+        }
+    })
+}
+
+fn node_port_addresses(
+    file: &File,
+    origin: impl Fn(&str) -> String,
+) -> Result<NodePortAddresses, ConfigError> {
+    let scope = file.node_port_addresses.as_deref().unwrap_or_default();
+    if scope.is_empty() || scope == ["primary"] {
+        return Ok(NodePortAddresses::Primary);
+    }
+    let parsed: Result<Vec<IpNet>, _> = scope.iter().map(|range| range.parse()).collect();
+    parsed.map(NodePortAddresses::Ranges).map_err(|_| ConfigError::Value {
+        origin: origin("nodePortAddresses"),
+        value: scope.join(","),
+        expected: "expected ranges like 192.0.2.0/24, or primary alone".into(),
+    })
 }
 
 /// Refuses values that kube-proxy acts upon and this program does not yet.
@@ -233,11 +278,6 @@ fn check_supported(file: &File, origin: impl Fn(&str) -> String) -> Result<(), C
     };
     if !["", "nftables", "iptables", "ipvs"].contains(&file.mode.as_str()) {
         return refuse("mode", file.mode.clone(), "expected nftables (always used here)");
-    }
-    let scope = file.node_port_addresses.as_deref().unwrap_or_default();
-    if !scope.is_empty() && scope != ["primary"] {
-        let expected = "expected [] or [primary]; other addresses are not supported yet";
-        return refuse("nodePortAddresses", scope.join(","), expected);
     }
     Ok(())
 }
@@ -267,6 +307,16 @@ fn read(path: &Path, remarks: &mut Vec<String>) -> Result<File, ConfigError> {
         remarks.push(format!("{}: without effect here: {}", path.display(), ignored.join(", ")));
     }
     Ok(file)
+}
+
+/// The name of a network interface (the kernel takes up to 15 bytes), or what it begins with.
+fn interface(origin: String, name: &str) -> Result<Arc<str>, ConfigError> {
+    let known = |byte: u8| byte.is_ascii_graphic() && !b"/:*\"\\".contains(&byte);
+    if (1..16).contains(&name.len()) && name.bytes().all(known) {
+        return Ok(name.into());
+    }
+    let expected = "expected an interface name of 1 to 15 characters".into();
+    Err(ConfigError::Value { origin, value: name.into(), expected })
 }
 
 fn first_line(text: &str) -> String {
@@ -367,7 +417,11 @@ mod tests {
             ("clusterCIDR: 10.244.0.0\n", "clusterCIDR: \"10.244.0.0\": expected a range like"),
             (
                 "detectLocalMode: Magic\n",
-                "detectLocalMode: \"Magic\": expected ClusterCIDR or NodeCIDR",
+                "detectLocalMode: \"Magic\": expected ClusterCIDR, NodeCIDR, BridgeInterface or",
+            ),
+            (
+                "detectLocalMode: BridgeInterface\n",
+                "detectLocal.bridgeInterface: \"\": expected an interface name",
             ),
             ("mode: userspace\n", "mode: \"userspace\": expected nftables"),
             (
@@ -375,8 +429,8 @@ mod tests {
                 "nftables.minSyncPeriod: \"soon\": expected a duration",
             ),
             (
-                "nodePortAddresses: [10.0.0.0/8]\n",
-                "nodePortAddresses: \"10.0.0.0/8\": expected [] or [primary]",
+                "nodePortAddresses: [primary, 10.0.0.0/8]\n",
+                "nodePortAddresses: \"primary,10.0.0.0/8\": expected ranges like",
             ),
         ];
         for (yaml, expected) in cases {

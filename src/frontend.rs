@@ -33,8 +33,20 @@ impl std::fmt::Display for Frontend {
 pub enum FrontendKind {
     /// `spec.clusterIPs`: traffic inside the cluster.
     ClusterIp,
-    /// `spec.externalIPs`, `status.loadBalancer`, node ports: traffic from outside.
-    External,
+    /// `status.loadBalancer`: traffic from outside, which source ranges can restrict.
+    LoadBalancer,
+    /// `spec.externalIPs`: traffic from outside.
+    ExternalIp,
+    /// `spec.ports[].nodePort`: traffic from outside.
+    NodePort,
+}
+
+impl FrontendKind {
+    /// Whether it is meant for traffic from outside the cluster.
+    #[must_use]
+    pub fn is_external(self) -> bool {
+        self != Self::ClusterIp
+    }
 }
 
 /// The frontends of one port of a Service in a family, ClusterIP first, each once.
@@ -48,19 +60,18 @@ pub fn frontends(
     let at = |address| Frontend::Address(address, port.protocol, port.port);
 
     let mut list = vec![(at(cluster_ip), FrontendKind::ClusterIp)];
-    // Balancer addresses with source ranges would be open to all without the ranges' check, which
-    // is not there yet: such addresses stay unserved, and `contribution` reports them.
-    let restricted = !service.source_ranges.is_empty();
-    let balancer = service.load_balancer_ips.iter().filter(|_| !restricted);
-    for &address in service.external_ips.iter().chain(balancer) {
-        let frontend = (at(address), FrontendKind::External);
-        if Family::of(address) == family && !list.iter().any(|(f, _)| *f == frontend.0) {
-            list.push(frontend);
+    // Of an address that is named as both, the one that can be restricted counts.
+    let balancer = service.load_balancer_ips.iter().map(|ip| (*ip, FrontendKind::LoadBalancer));
+    let external = service.external_ips.iter().map(|ip| (*ip, FrontendKind::ExternalIp));
+    for (address, kind) in balancer.chain(external) {
+        let frontend = at(address);
+        if Family::of(address) == family && !list.iter().any(|(f, _)| *f == frontend) {
+            list.push((frontend, kind));
         }
     }
     if let Some(node_port) = port.node_port {
         let frontend = Frontend::NodePort(family, port.protocol, node_port.get());
-        list.push((frontend, FrontendKind::External));
+        list.push((frontend, FrontendKind::NodePort));
     }
     list
 }

@@ -4,20 +4,21 @@
 //! ones of the same contributors only, so the cost is that of the change; the ledger itself moves on
 //! when the kernel has accepted the result, and a refused transaction leaves no trace in it.
 //!
-//! Elements of [shared](crate::nft::names::SetName::is_shared) sets and shared chains are counted: the first claim adds,
-//! the last one removes. A chain nobody claims any more stays until it is collected, since Services
-//! tend to come back to a number of endpoints they just left, and since a kernel before 6.2 refuses to
-//! remove a chain together with the element that went to it.
+//! Elements of [shared] sets and shared chains are counted: the first claim adds, the last one
+//! removes. A chain nobody claims any more stays until it is collected, since Services tend to come
+//! back to a number of endpoints they just left, and since a kernel before 6.2 refuses to remove a
+//! chain together with the element that went to it. Affinity maps, which such chains look into, stay
+//! with them.
 //!
 //! [shared]: crate::nft::names::SetName::is_shared
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use crate::contribution::{Contribution, Contributor};
+use crate::contribution::{Affinity, Contribution, Contributor};
 use crate::model::Family;
 use crate::nft::dataplane::Options;
-use crate::nft::element::{ElementId, Value};
-use crate::nft::names::ChainName;
+use crate::nft::element::{Backend, ElementId, Value};
+use crate::nft::names::{AffinityName, ChainName};
 use crate::nft::ruleset::Ruleset;
 use crate::nft::transaction::{Change, Op, Transaction};
 
@@ -29,6 +30,24 @@ pub struct Ledger {
     shared: BTreeMap<ElementId, u32>,
     /// How many contributors claim a shared chain; 0 until it is collected.
     chains: BTreeMap<(Family, ChainName), u32>,
+    /// Those with 0.
+    idle_chains: BTreeSet<(Family, ChainName)>,
+    /// The affinity maps that exist.
+    affinities: BTreeMap<AffinityKey, AffinityMap>,
+    /// Those that nobody claims, or that are not settled.
+    open_affinities: BTreeSet<AffinityKey>,
+}
+
+type AffinityKey = (Family, AffinityName);
+
+/// An affinity map of the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct AffinityMap {
+    /// The backends that clients may be held to; None while nobody claims the map.
+    backends: Option<Box<[Backend]>>,
+    /// Whether clients were forgotten since the last collection. A packet that was under way then can
+    /// have brought one back, so they are forgotten once more.
+    unsettled: bool,
 }
 
 /// Contributions on their way to the kernel.
@@ -40,6 +59,11 @@ pub struct Staged {
     chains: BTreeMap<(Family, ChainName), i64>,
     new_chains: Vec<(Family, ChainName)>,
     collected: Vec<(Family, ChainName)>,
+    /// The affinity maps that change, as they will be.
+    affinities: BTreeMap<AffinityKey, AffinityMap>,
+    new_affinities: Vec<AffinityKey>,
+    forgotten: Vec<AffinityKey>,
+    collected_affinities: Vec<AffinityKey>,
 }
 
 impl Ledger {
@@ -56,16 +80,17 @@ impl Ledger {
                     *staged.shared.entry(item).or_default() += step(left, came);
                 } else {
                     let change = staged.elements.entry(item).or_default();
-                    change.from = left.or(change.from);
-                    change.to = came.or(change.to);
+                    change.from = left.cloned().or(change.from.take());
+                    change.to = came.cloned().or(change.to.take());
                 }
             }
             for chain in before.chains.iter().filter(|&c| after.chains.binary_search(c).is_err()) {
-                *staged.chains.entry(*chain).or_default() -= 1;
+                *staged.chains.entry(chain.clone()).or_default() -= 1;
             }
             for chain in after.chains.iter().filter(|&c| before.chains.binary_search(c).is_err()) {
-                *staged.chains.entry(*chain).or_default() += 1;
+                *staged.chains.entry(chain.clone()).or_default() += 1;
             }
+            self.stage_affinities(&before.affinities, &after.affinities, &mut staged);
         }
         for (&id, &delta) in &staged.shared {
             let before = self.shared.get(&id).copied().unwrap_or(0);
@@ -78,28 +103,60 @@ impl Ledger {
             .chains
             .keys()
             .filter(|chain| !self.chains.contains_key(chain))
-            .copied()
+            .cloned()
             .collect();
         staged.contributions = contributions;
         staged
     }
 
-    /// Adds the removal of shared chains that nobody claims to a staged change.
+    /// An affinity map belongs to one Service port, so that there is nothing to count.
+    fn stage_affinities(&self, before: &[Affinity], after: &[Affinity], staged: &mut Staged) {
+        let key = |affinity: &Affinity| (affinity.family, affinity.name.clone());
+        for affinity in before.iter().filter(|affinity| !after.contains(affinity)) {
+            staged.affinities.insert(key(affinity), AffinityMap::default());
+        }
+        for affinity in after.iter().filter(|affinity| !before.contains(affinity)) {
+            let key = key(affinity);
+            let backends = Some(affinity.backends.clone());
+            let mut unsettled = false;
+            match self.affinities.get(&key) {
+                None => staged.new_affinities.push(key.clone()),
+                Some(map) => {
+                    // An idle map still holds the clients of the backends that it had.
+                    let stays = |backend| affinity.backends.binary_search(backend).is_ok();
+                    let kept = map.backends.as_ref().is_some_and(|list| list.iter().all(stays));
+                    unsettled = map.unsettled || !kept;
+                    if !kept {
+                        staged.forgotten.push(key.clone());
+                    }
+                }
+            }
+            staged.affinities.insert(key, AffinityMap { backends, unsettled });
+        }
+    }
+
+    /// The removal of shared chains and affinity maps that nobody claims.
     #[must_use]
-    pub fn collecting(&self, mut staged: Staged) -> Staged {
-        let idle = |chain: &&(Family, ChainName)| !staged.chains.contains_key(chain);
-        staged.collected = self.idle_chains().filter(idle).copied().collect();
+    pub fn collect(&self) -> Staged {
+        let collected = self.idle_chains.iter().cloned().collect();
+        let mut staged = Staged { collected, ..Staged::default() };
+        for key in &self.open_affinities {
+            match self.affinities.get(key) {
+                Some(map) if map.backends.is_some() => {
+                    let settled = AffinityMap { unsettled: false, ..map.clone() };
+                    staged.forgotten.push(key.clone());
+                    staged.affinities.insert(key.clone(), settled);
+                }
+                _ => staged.collected_affinities.push(key.clone()),
+            }
+        }
         staged
     }
 
-    fn idle_chains(&self) -> impl Iterator<Item = &(Family, ChainName)> {
-        self.chains.iter().filter(|(_, count)| **count == 0).map(|(chain, _)| chain)
-    }
-
-    /// Whether there are shared chains to collect.
+    /// Whether there is something to [`collect`](Self::collect).
     #[must_use]
-    pub fn has_idle_chains(&self) -> bool {
-        self.idle_chains().next().is_some()
+    pub fn has_idle(&self) -> bool {
+        !self.idle_chains.is_empty() || !self.open_affinities.is_empty()
     }
 
     /// Moves on to what the kernel has accepted.
@@ -113,11 +170,29 @@ impl Ledger {
             }
         }
         for (chain, delta) in staged.chains {
-            let count = self.chains.entry(chain).or_default();
+            let count = self.chains.entry(chain.clone()).or_default();
             *count = moved(*count, delta);
+            if *count == 0 {
+                self.idle_chains.insert(chain);
+            } else {
+                self.idle_chains.remove(&chain);
+            }
         }
         for chain in staged.collected {
+            self.idle_chains.remove(&chain);
             self.chains.remove(&chain);
+        }
+        for (key, map) in staged.affinities {
+            if map.backends.is_none() || map.unsettled {
+                self.open_affinities.insert(key.clone());
+            } else {
+                self.open_affinities.remove(&key);
+            }
+            self.affinities.insert(key, map);
+        }
+        for key in staged.collected_affinities {
+            self.open_affinities.remove(&key);
+            self.affinities.remove(&key);
         }
         for (contributor, contribution) in staged.contributions {
             if contribution == Contribution::default() {
@@ -140,10 +215,18 @@ impl Staged {
     #[must_use]
     pub fn transaction(&self, options: &Options) -> Transaction {
         let mut transaction = Transaction::default();
-        transaction.add_chains(self.new_chains.iter().copied(), options);
+        let added = self.new_affinities.iter().cloned();
+        transaction.ops.extend(added.map(|(family, name)| Op::AddAffinity(family, name)));
+        transaction.add_chains(self.new_chains.iter().cloned(), options);
         transaction.change_elements(&self.elements);
         let collected = self.collected.iter().map(|(family, name)| (*family, name.to_string()));
         transaction.delete_chains(collected);
+        let collected = self.collected_affinities.iter().cloned();
+        transaction.ops.extend(collected.map(|(family, name)| Op::DeleteAffinity(family, name)));
+        transaction.ops.extend(self.forgotten.iter().filter_map(|key| {
+            let keep = self.affinities.get(key)?.backends.clone()?;
+            Some(Op::Forget(key.0, key.1.clone(), keep))
+        }));
         transaction
     }
 
@@ -154,7 +237,12 @@ impl Staged {
         let elements = std::mem::take(&mut self.elements);
         Ruleset {
             options,
-            shared_chains: self.new_chains.iter().copied().collect(),
+            shared_chains: self.new_chains.iter().cloned().collect(),
+            affinities: self
+                .affinities
+                .iter()
+                .filter_map(|(key, map)| Some((key.clone(), map.backends.clone()?)))
+                .collect(),
             elements: elements.into_iter().filter_map(|(id, c)| Some((id, c.to?))).collect(),
         }
     }
@@ -167,7 +255,10 @@ impl Staged {
                 contribution.elements.binary_search_by_key(id, |(id, _)| *id).is_ok()
             }
             Op::AddChain(family, chain) | Op::AddRules(family, chain) => {
-                contribution.chains.binary_search(&(*family, chain.name)).is_ok()
+                contribution.chains.binary_search(&(*family, chain.name.clone())).is_ok()
+            }
+            Op::AddAffinity(family, name) | Op::Forget(family, name, _) => {
+                contribution.affinities.iter().any(|a| (&a.family, &a.name) == (family, name))
             }
             _ => false,
         };
@@ -182,7 +273,7 @@ fn moved(count: u32, delta: i64) -> u32 {
     u32::try_from(count.max(0)).unwrap_or(u32::MAX)
 }
 
-fn step(left: Option<Value>, came: Option<Value>) -> i64 {
+fn step(left: Option<&Value>, came: Option<&Value>) -> i64 {
     i64::from(came.is_some()) - i64::from(left.is_some())
 }
 
@@ -190,7 +281,7 @@ fn step(left: Option<Value>, came: Option<Value>) -> i64 {
 fn compare<'a>(
     before: &'a [(ElementId, Value)],
     after: &'a [(ElementId, Value)],
-) -> impl Iterator<Item = (ElementId, Option<Value>, Option<Value>)> + 'a {
+) -> impl Iterator<Item = (ElementId, Option<&'a Value>, Option<&'a Value>)> + 'a {
     let (mut before, mut after) = (before.iter().peekable(), after.iter().peekable());
     std::iter::from_fn(move || {
         loop {
@@ -203,7 +294,7 @@ fn compare<'a>(
             let left = if order.is_le() { before.next() } else { None };
             let came = if order.is_ge() { after.next() } else { None };
             let id = left.or(came)?.0;
-            let (left, came) = (left.map(|(_, value)| *value), came.map(|(_, value)| *value));
+            let (left, came) = (left.map(|(_, value)| value), came.map(|(_, value)| value));
             if left != came {
                 return Some((id, left, came));
             }

@@ -25,6 +25,7 @@ pub mod model;
 pub mod contribution;
 pub mod frontend;
 pub mod ledger;
+pub mod maglev;
 pub mod selection;
 pub mod settings;
 pub mod slots;

@@ -138,16 +138,16 @@ impl<K: Kernel> Proxy<K> {
         self.adopt()
     }
 
-    /// Whether shared chains stand idle, and could be collected.
+    /// Whether shared chains or affinity maps stand idle, and could be collected.
     #[must_use]
-    pub fn has_idle_chains(&self) -> bool {
-        self.ledger.as_ref().is_some_and(Ledger::has_idle_chains)
+    pub fn has_idle(&self) -> bool {
+        self.ledger.as_ref().is_some_and(Ledger::has_idle)
     }
 
-    /// Removes shared chains that nobody uses any more.
-    pub fn collect_idle_chains(&mut self) -> Result<Committed, CommitError> {
+    /// Removes shared chains and affinity maps that nobody uses any more.
+    pub fn collect_idle(&mut self) -> Result<Committed, CommitError> {
         let Some(ledger) = self.ledger.as_mut() else { return Ok(Committed::default()) };
-        let staged = ledger.collecting(ledger.stage(Vec::new()));
+        let staged = ledger.collect();
         let transaction = staged.transaction(&self.options);
         let applied = apply(&mut self.kernel, &transaction)?;
         ledger.accept(staged);

@@ -17,6 +17,8 @@ pub struct Candidate {
     pub backend: Backend,
     /// Whether it runs on this node.
     pub local: bool,
+    /// How many slots it gets.
+    pub weight: u16,
 }
 
 /// Which lists the policies of a Service port ask for.
@@ -57,7 +59,8 @@ impl Mention<'_> {
     }
 
     fn candidate(&self) -> Candidate {
-        Candidate { backend: self.backend, local: self.endpoint.local }
+        let Endpoint { local, weight, .. } = *self.endpoint;
+        Candidate { backend: self.backend, local, weight }
     }
 }
 
@@ -108,7 +111,9 @@ fn mentions<'a>(
             .filter(|p| p.name == port.name && p.protocol == port.protocol)
             .map(|p| p.port);
         for number in numbers {
-            mentions.extend(slice.endpoints.iter().map(|endpoint| Mention {
+            // One that is drained by its weight is as good as gone.
+            let endpoints = slice.endpoints.iter().filter(|endpoint| endpoint.weight > 0);
+            mentions.extend(endpoints.map(|endpoint| Mention {
                 backend: Backend { address: endpoint.address, port: number },
                 endpoint,
             }));
@@ -200,6 +205,7 @@ mod tests {
             serving: has("s"),
             terminating: has("t"),
             local: has("L"),
+            weight: 1,
             hints: (hints != Hints::default()).then(|| Box::new(hints)),
         }
     }

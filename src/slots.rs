@@ -4,9 +4,10 @@
 //! and every number that changes its backend is an element to replace. So a backend keeps its slot
 //! while it lives: a newcomer takes the slot of one that left, further vacancies are filled with the
 //! last backends (swap-remove), further newcomers are appended. One endpoint more, less or replaced
-//! is at most two element changes, whatever N is.
+//! is at most two element changes, whatever N is. A backend with a weight is one with several slots.
 
-use std::collections::BTreeSet;
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use crate::nft::dataplane::FIRST_LOCAL_SLOT;
@@ -24,18 +25,23 @@ pub struct Slots(Vec<Backend>);
 
 impl Slots {
     /// Takes over a numbering found in the kernel, in ascending order. Slots that are missing there
-    /// are vacant until the first [`update`](Self::update), and so are those of a backend that is
-    /// there twice.
+    /// are vacant until the first [`update`](Self::update).
     #[must_use]
     pub fn adopted(found: impl IntoIterator<Item = (u16, Backend)>) -> Self {
-        let (mut backends, mut seen) = (Vec::new(), BTreeSet::new());
+        let mut backends = Vec::new();
         for (slot, backend) in found {
             let slot = usize::from(slot);
-            if slot < MAX_BACKENDS && seen.insert(backend) {
+            if slot < MAX_BACKENDS {
                 backends.resize(slot, VACANT);
                 backends.push(backend);
             }
         }
+        Self(backends)
+    }
+
+    /// A numbering that is determined by other means, slot by slot.
+    #[must_use]
+    pub fn table(backends: Vec<Backend>) -> Self {
         Self(backends)
     }
 
@@ -45,30 +51,62 @@ impl Slots {
         &self.0
     }
 
-    /// Moves to another list of backends, which must be sorted and free of duplicates.
+    /// Moves to another list of backends, which must be sorted. One that is listed several times gets
+    /// as many slots.
     pub fn update(&mut self, wanted: &[Backend]) {
-        if self.0.is_empty() {
-            self.0.extend_from_slice(wanted);
-            return;
-        }
-        let mut held: Vec<Backend> = self.0.clone();
+        let mut held = self.0.clone();
         held.sort_unstable();
-        let mut new = wanted.iter().filter(|backend| held.binary_search(backend).is_err());
-
+        let (mut leaving, coming) = difference(&held, wanted);
+        // Of a backend with several slots, the last ones go.
         let mut vacant = Vec::new();
-        for (slot, backend) in self.0.iter_mut().enumerate() {
-            if wanted.binary_search(backend).is_err() {
-                match new.next() {
-                    Some(newcomer) => *backend = *newcomer,
-                    None => vacant.push(slot),
+        for (slot, backend) in self.0.iter().enumerate().rev() {
+            if leaving.is_empty() {
+                break;
+            }
+            if let Some(count) = leaving.get_mut(backend) {
+                *count -= 1;
+                if *count == 0 {
+                    leaving.remove(backend);
                 }
+                vacant.push(slot);
             }
         }
-        for slot in vacant.into_iter().rev() {
+        let mut coming = coming.into_iter();
+        let filled = vacant.len().min(coming.len());
+        for (slot, newcomer) in vacant.drain(vacant.len() - filled..).rev().zip(coming.by_ref()) {
+            self.0[slot] = newcomer;
+        }
+        for slot in vacant {
             self.0.swap_remove(slot);
         }
-        self.0.extend(new);
+        self.0.extend(coming);
         self.0.shrink_to(self.0.len() * 2);
+    }
+}
+
+/// What two sorted lists do not share: how often each backend leaves, and those that come.
+fn difference(held: &[Backend], wanted: &[Backend]) -> (BTreeMap<Backend, u32>, Vec<Backend>) {
+    let (mut leaving, mut coming) = (BTreeMap::new(), Vec::new());
+    let (mut held, mut wanted) = (held.iter().peekable(), wanted.iter().peekable());
+    loop {
+        let order = match (held.peek(), wanted.peek()) {
+            (None, None) => return (leaving, coming),
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (Some(left), Some(right)) => left.cmp(right),
+        };
+        if order.is_le()
+            && let Some(backend) = held.next()
+            && order.is_lt()
+        {
+            *leaving.entry(*backend).or_default() += 1;
+        }
+        if order.is_ge()
+            && let Some(backend) = wanted.next()
+            && order.is_gt()
+        {
+            coming.push(*backend);
+        }
     }
 }
 
@@ -119,18 +157,20 @@ mod tests {
     proptest! {
         #[test]
         fn holds_just_what_is_wanted_and_moves_little(
-            from in proptest::collection::btree_set(any::<u8>(), 0..40),
-            to in proptest::collection::btree_set(any::<u8>(), 0..40),
+            mut from in proptest::collection::vec(0..30_u8, 0..40),
+            mut to in proptest::collection::vec(0..30_u8, 0..40),
         ) {
-            let (from, to): (Vec<u8>, Vec<u8>) = (from.into_iter().collect(), to.into_iter().collect());
+            from.sort_unstable();
+            to.sort_unstable();
             let before = backends(&from);
             let after = updated(&from, &to);
             let mut sorted = after.clone();
             sorted.sort_unstable();
             prop_assert_eq!(sorted, backends(&to));
 
-            let left = from.iter().filter(|host| !to.contains(host)).count();
-            let came = to.iter().filter(|host| !from.contains(host)).count();
+            let (leaving, coming) = difference(&before, &backends(&to));
+            let left = leaving.values().map(|count| *count as usize).sum::<usize>();
+            let came = coming.len();
             let changed = (0..before.len().max(after.len()))
                 .filter(|&slot| before.get(slot) != after.get(slot))
                 .count();

@@ -9,7 +9,8 @@ use std::ops::Range;
 use crate::contribution::{self, Contribution, Contributor, Lists, PortSlots};
 use crate::frontend::{Frontend, Frontends, frontends};
 use crate::model::{
-    EndpointSlice, Event, Family, Kind, NamespacedName, NodeFacts, Problem, Service, ServiceCidr,
+    EndpointSlice, Event, Family, HostFacts, Kind, NamespacedName, NodeFacts, Problem, Service,
+    ServiceCidr,
 };
 use crate::nft::dataplane::{FIRST_LOCAL_SLOT, Options};
 use crate::nft::element::{ElementId, Key, Value};
@@ -21,7 +22,11 @@ use crate::slots::Slots;
 #[derive(Debug)]
 pub struct State {
     settings: Settings,
+    /// The Node object where there is one, completed by what the host tells.
     node: NodeFacts,
+    host: HostFacts,
+    /// Whether the Node object names addresses.
+    registered: bool,
     services: BTreeMap<NamespacedName, Known<Service>>,
     slices: BTreeMap<NamespacedName, Known<EndpointSlice>>,
     /// Slices by the Service they belong to; a slice can arrive before its Service.
@@ -54,6 +59,11 @@ impl State {
     pub fn new(settings: Settings, node: NodeFacts) -> Self {
         Self {
             settings,
+            host: HostFacts {
+                addresses: node.addresses.clone(),
+                interfaces: node.interfaces.clone(),
+            },
+            registered: false,
             node,
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
@@ -116,12 +126,13 @@ impl State {
                 self.cidrs.insert(cidr.name.clone(), Known { object: cidr, listing });
                 BTreeSet::from([Contributor::Node])
             }
-            Event::Node(mut node) => {
-                if node.addresses.is_empty() {
-                    // A Node that is not registered completely: what the host says stays.
-                    node.addresses.clone_from(&self.node.addresses);
-                }
+            Event::Node(node) => {
+                self.registered = !node.addresses.is_empty();
                 self.node(node)
+            }
+            Event::Host(host) => {
+                self.host = host;
+                self.node(self.node.clone())
             }
             Event::Gone(kind, name) => self.gone(kind, &name),
         };
@@ -148,19 +159,30 @@ impl State {
         unnamed.iter().flat_map(|name| self.gone(kind, name)).collect()
     }
 
-    fn node(&mut self, node: NodeFacts) -> BTreeSet<Contributor> {
+    fn node(&mut self, mut node: NodeFacts) -> BTreeSet<Contributor> {
+        if !self.registered {
+            // A Node that is not there, or not registered completely.
+            node.addresses.clone_from(&self.host.addresses);
+        }
+        node.interfaces.clone_from(&self.host.interfaces);
         let before = std::mem::replace(&mut self.node, node);
         let mut touched = BTreeSet::new();
         if before != self.node {
             touched.insert(Contributor::Node);
         }
         if (&before.zone, &before.name) != (&self.node.zone, &self.node.name) {
-            // The one event that concerns many Services: those whose endpoints are for some zones.
+            // One of two events that concern many Services: those whose endpoints are for some zones.
             let hinted =
                 self.slices.values().map(|known| &known.object).filter(|slice| {
                     slice.endpoints.iter().any(|endpoint| endpoint.hints.is_some())
                 });
             touched.extend(hinted.map(|slice| Contributor::Service(slice.service.clone())));
+        }
+        if Family::BOTH.map(|f| before.primary(f)) != Family::BOTH.map(|f| self.node.primary(f)) {
+            // A load balancer's source ranges may contain the node.
+            let services = self.services.values().map(|known| &known.object);
+            let restricted = services.filter(|service| !service.source_ranges.is_empty());
+            touched.extend(restricted.map(|service| Contributor::Service(service.name.clone())));
         }
         touched
     }

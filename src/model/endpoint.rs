@@ -49,6 +49,8 @@ pub struct Endpoint {
     pub terminating: bool,
     /// `nodeName` is this node.
     pub local: bool,
+    /// How many shares of new connections it gets, compared with others; 0 for none.
+    pub weight: u16,
     /// Topology hints, if the object has any.
     pub hints: Option<Box<Hints>>,
 }

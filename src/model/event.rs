@@ -1,7 +1,7 @@
 //! Everything a source can tell the proxy, as one closed enum, so that every cause of work can be
 //! seen in one match. The API server and a directory of manifests speak the same stream.
 
-use super::{EndpointSlice, NamespacedName, NodeFacts, Service, ServiceCidr};
+use super::{EndpointSlice, HostFacts, NamespacedName, NodeFacts, Service, ServiceCidr};
 
 /// A kind of object that is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -52,6 +52,8 @@ pub enum Event {
     ServiceCidr(ServiceCidr),
     /// The own Node exists and looks like this.
     Node(NodeFacts),
+    /// The host's addresses are these.
+    Host(HostFacts),
     /// The object of this kind and name is gone, or is no longer one for this proxy.
     Gone(Kind, NamespacedName),
 }

@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 pub use endpoint::{Endpoint, EndpointSlice, Hints, SlicePort};
 pub use event::{Event, Kind};
-pub use node::{NodeFacts, ServiceCidr};
-pub use service::{Service, ServicePort, SessionAffinity, TrafficPolicy};
+pub use node::{HostFacts, NodeFacts, ServiceCidr};
+pub use service::{Scheduler, Service, ServicePort, SessionAffinity, TrafficPolicy};
 
 /// An address family: one nftables table each, with no state shared between the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

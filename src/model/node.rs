@@ -13,6 +13,8 @@ pub struct NodeFacts {
     pub name: String,
     /// Node addresses, `InternalIP` before `ExternalIP`; the first of a family is its primary one.
     pub addresses: Vec<IpAddr>,
+    /// Addresses of this host's interfaces, sorted.
+    pub interfaces: Vec<IpAddr>,
     /// `spec.podCIDRs`.
     pub pod_cidrs: Vec<IpNet>,
     /// Label `topology.kubernetes.io/zone`.
@@ -28,6 +30,16 @@ impl NodeFacts {
             .copied()
             .find(|&a| Family::of(a) == family && !a.is_loopback() && !a.is_unspecified())
     }
+}
+
+/// What the host itself tells.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostFacts {
+    /// The address of each family that others would reach this host by. Counts where no Node object
+    /// tells.
+    pub addresses: Vec<IpAddr>,
+    /// Addresses of interfaces, sorted.
+    pub interfaces: Vec<IpAddr>,
 }
 
 /// A ServiceCIDR object: a range ClusterIPs are allocated from.

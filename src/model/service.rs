@@ -33,8 +33,10 @@ pub struct Service {
     pub external_traffic_policy: TrafficPolicy,
     /// `spec.sessionAffinity` with its timeout.
     pub session_affinity: SessionAffinity,
-    /// `spec.loadBalancerSourceRanges`, both families.
+    /// `spec.loadBalancerSourceRanges`, both families, truncated to their prefixes.
     pub source_ranges: Vec<IpNet>,
+    /// Annotation `nftproxy.dev/scheduler`.
+    pub scheduler: Scheduler,
     /// `spec.healthCheckNodePort`.
     pub health_check_node_port: Option<NonZeroU16>,
 }
@@ -44,6 +46,11 @@ impl Service {
     #[must_use]
     pub fn cluster_ip(&self, family: Family) -> Option<IpAddr> {
         self.cluster_ips.iter().copied().find(|&ip| Family::of(ip) == family)
+    }
+
+    /// The source ranges of a family. Without any, its load-balancer addresses are open to all.
+    pub fn source_ranges_of(&self, family: Family) -> impl Iterator<Item = IpNet> + '_ {
+        self.source_ranges.iter().copied().filter(move |range| Family::of(range.addr()) == family)
     }
 }
 
@@ -81,4 +88,18 @@ pub enum SessionAffinity {
         /// `timeoutSeconds`, 1 to 86400.
         timeout: u32,
     },
+}
+
+/// How new connections are spread over the endpoints of a port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Scheduler {
+    /// By chance, as kube-proxy does.
+    #[default]
+    Random,
+    /// One after the other.
+    RoundRobin,
+    /// By a hash of the client's address over the number of endpoints.
+    SourceHash,
+    /// By a hash of the client's address, so that one endpoint more or less moves few clients.
+    Maglev,
 }

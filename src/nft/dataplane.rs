@@ -1,16 +1,24 @@
 //! The data plane: what every chain contains. This is the one place where a rule exists.
 //!
-//! Two habits of these rules are load-bearing and measured (`DESIGN.md` section 2):
+//! Some habits of these rules are load-bearing:
 //! - *Two tries.* A lookup that races with a commit can miss: the packet drew a slot from the old
 //!   number of backends that the new one no longer has, or (kernels before 6.12.48, 6.16.8, 6.17) met
 //!   an element between its removal and its replacement. So the dispatch looks up twice, and every
 //!   selection ends with a second draw that is slot 0, which a frontend with backends always has.
+//!   (Measured: `DESIGN.md` section 2.)
 //! - *Checks after translation.* No-endpoint and ClusterIP checks run in the filter hooks at priority
 //!   0, behind nat: they only see packets that were not translated.
+//! - *Nothing for what is not asked for.* Source ranges are a second step of the dispatch, not a hook
+//!   of their own: nat chains see the first packet of a connection only, so that neither established
+//!   connections nor Services without ranges pay for them.
 
-use super::names::{ChainName, SetName};
-use super::rule::{Base, BaseKind, Chain, Hook, Rule, Selector, Statement};
-use crate::model::Family;
+use super::names::{
+    AffinityName, ChainName, Entry, List, Memory, Pick, PortName, Selection, SetName,
+};
+use super::rule::{
+    Base, BaseKind, Chain, Hook, InterfaceName, Rule, Selector, SlotSource, Statement,
+};
+use crate::model::{Family, Protocol};
 
 /// What of the configuration shapes the rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,20 +27,78 @@ pub struct Options {
     pub masquerade_mark: u32,
     /// Masquerade everything that goes to a ClusterIP.
     pub masquerade_all: bool,
-    /// Whether sources in `local-pods` are told from others, by family (IPv4, IPv6). Without that, no
-    /// source is masqueraded on its way to a ClusterIP.
-    pub detect_local: [bool; 2],
+    /// How pods are told from other sources, by family (IPv4, IPv6).
+    pub detect_local: [Detector; 2],
+    /// Which addresses of the node serve node ports, by family.
+    pub node_ports: [NodePorts; 2],
+}
+
+/// How a pod is told from other sources.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Detector {
+    /// Not at all: no source is masqueraded on its way to a ClusterIP.
+    #[default]
+    None,
+    /// Its address is in `local-pods`.
+    LocalPods,
+    /// Its packets come in by this interface.
+    Interface(InterfaceName),
+}
+
+/// Addresses of the node that serve node ports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NodePorts {
+    /// Those in `nodeport-ips`.
+    #[default]
+    Listed,
+    /// All but loopback.
+    All,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { masquerade_mark: 1 << 14, masquerade_all: false, detect_local: [false; 2] }
+        Self {
+            masquerade_mark: 1 << 14,
+            masquerade_all: false,
+            detect_local: Default::default(),
+            node_ports: Default::default(),
+        }
     }
 }
 
-impl Options {
-    fn detects_local(&self, family: Family) -> bool {
-        self.detect_local[usize::from(family == Family::V6)]
+/// What shapes the rules of one family.
+struct Shape<'a> {
+    options: &'a Options,
+    detector: &'a Detector,
+    node_ports: NodePorts,
+}
+
+impl Shape<'_> {
+    /// Matches packets of pods; None if they cannot be told from others.
+    fn is_from_pod(&self) -> Option<Statement> {
+        match self.detector {
+            Detector::None => None,
+            Detector::LocalPods => Some(Statement::In(vec![Selector::Saddr], SetName::LocalPods)),
+            Detector::Interface(name) => Some(Statement::FromInterface(name.clone())),
+        }
+    }
+
+    fn is_not_from_pod(&self) -> Option<Statement> {
+        match self.detector {
+            Detector::None => None,
+            Detector::LocalPods => {
+                Some(Statement::NotIn(vec![Selector::Saddr], SetName::LocalPods))
+            }
+            Detector::Interface(name) => Some(Statement::NotFromInterface(name.clone())),
+        }
+    }
+
+    /// Matches packets to an address that serves node ports.
+    fn to_node_port_address(&self) -> Vec<Statement> {
+        match self.node_ports {
+            NodePorts::Listed => vec![Statement::In(vec![Selector::Daddr], SetName::NodeportIps)],
+            NodePorts::All => vec![Statement::ToThisHost, Statement::NotToLoopback],
+        }
     }
 }
 
@@ -42,49 +108,67 @@ const NODE_PORT: [Selector; 2] = [Selector::L4Proto, Selector::Dport];
 /// The chain of this name.
 #[must_use]
 pub fn chain(name: ChainName, family: Family, options: &Options) -> Chain {
-    Chain { name, base: base(name), rules: rules(name, family, options) }
+    let index = usize::from(family == Family::V6);
+    let shape = Shape {
+        options,
+        detector: &options.detect_local[index],
+        node_ports: options.node_ports[index],
+    };
+    Chain { base: base(&name), rules: rules(&name, &shape), name }
 }
 
 /// Where the base chains attach. Priorities are those of kube-proxy: dstnat -100, filter 0,
 /// srcnat 100.
-fn base(name: ChainName) -> Option<Base> {
+fn base(name: &ChainName) -> Option<Base> {
     let (kind, hook, priority) = match name {
         ChainName::FilterInput => (BaseKind::Filter, Hook::Input, 0),
         ChainName::FilterForward => (BaseKind::Filter, Hook::Forward, 0),
         ChainName::FilterOutput => (BaseKind::Filter, Hook::Output, 0),
         ChainName::NatPrerouting => (BaseKind::Nat, Hook::Prerouting, -100),
         ChainName::NatOutput => (BaseKind::Nat, Hook::Output, -100),
+        ChainName::NatInput => (BaseKind::Nat, Hook::Input, 100),
         ChainName::NatPostrouting => (BaseKind::Nat, Hook::Postrouting, 100),
         _ => return None,
     };
     Some(Base { kind, hook, priority })
 }
 
-fn rules(name: ChainName, family: Family, options: &Options) -> Vec<Rule> {
+fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
     use Statement::{
-        CtStateNew, CtStatusDnat, Drop, In, Jump, MarkClear, MarkOr, MarkXor, Masquerade, Reject,
-        Return, Vmap,
+        CtStateNew, CtStatusDnat, DnatSticky, Drop, Goto, In, Jump, L4Proto, MarkClear, MarkOr,
+        MarkXor, Masquerade, Reject, Return, Vmap,
     };
-    let mark = options.masquerade_mark;
+    let mark = shape.options.masquerade_mark;
+    let next = || Goto(name.next().expect("a chain that leads on"));
     match name {
-        ChainName::Lb(n) => select(&FRONTEND, n, 0, SetName::Endpoints),
-        ChainName::LbLocal(n) => select(&FRONTEND, n, FIRST_LOCAL_SLOT, SetName::Endpoints),
-        ChainName::NodeportLb(n) => select(&NODE_PORT, n, 0, SetName::NodeportEndpoints),
-        ChainName::NodeportLbLocal(n) => {
-            select(&NODE_PORT, n, FIRST_LOCAL_SLOT, SetName::NodeportEndpoints)
+        ChainName::Select(selection) => select(selection),
+        ChainName::Sticky(port, selection) => {
+            let affinity = AffinityName { port: port.clone(), list: selection.list };
+            vec![Rule::new([L4Proto(port.protocol()), DnatSticky(affinity)]), Rule::new([next()])]
         }
-        ChainName::External(n) => masquerade_then(ChainName::Lb(n)),
-        ChainName::Nodeport(n) => masquerade_then(ChainName::NodeportLb(n)),
+        ChainName::External(..) => {
+            vec![Rule::new([Jump(ChainName::MarkForMasquerade)]), Rule::new([next()])]
+        }
+        ChainName::Record(port, memory, timeout) => record(port, *memory, *timeout),
         ChainName::MarkForMasquerade => vec![Rule::new([MarkOr(mark)])],
         ChainName::ExternalLocal => {
-            let (cluster, local) = (SetName::ServicesCluster, SetName::ServicesLocal);
-            by_client(&FRONTEND, cluster, local, options.detects_local(family))
+            by_client(&FRONTEND, SetName::ServicesCluster, SetName::ServicesLocal, shape)
         }
         ChainName::NodeportExternalLocal => {
-            let (cluster, local) = (SetName::NodeportsCluster, SetName::NodeportsLocal);
-            by_client(&NODE_PORT, cluster, local, options.detects_local(family))
+            by_client(&NODE_PORT, SetName::NodeportsCluster, SetName::NodeportsLocal, shape)
         }
-        ChainName::Dispatch => dispatch(family, options),
+        ChainName::Restricted => {
+            let key = [FRONTEND.as_slice(), &[Selector::Saddr]].concat();
+            let allowed =
+                Rule::new([In(key, SetName::SourceRanges), Goto(ChainName::RestrictedAllowed)]);
+            let mut rules = Vec::from(twice(allowed));
+            rules.push(Rule::new([Drop]).comment("not in loadBalancerSourceRanges"));
+            rules
+        }
+        ChainName::RestrictedAllowed => {
+            twice(Rule::new([Vmap(FRONTEND.into(), SetName::ServicesRestricted)])).into()
+        }
+        ChainName::Dispatch => dispatch(shape),
         ChainName::NoEndpoint => vec![Rule::new([Reject])],
         ChainName::ClusterIpsCheck => vec![
             Rule::new([In(vec![Selector::Daddr], SetName::ClusterIps), Reject])
@@ -92,14 +176,16 @@ fn rules(name: ChainName, family: Family, options: &Options) -> Vec<Rule> {
             Rule::new([In(vec![Selector::Daddr], SetName::ServiceCidrs), Drop])
                 .comment("ClusterIP not allocated"),
         ],
-        ChainName::FilterInput => vec![
-            Rule::new([
-                CtStateNew,
-                In(vec![Selector::Daddr], SetName::NodeportIps),
-                Vmap(NODE_PORT.into(), SetName::NoEndpointNodeports),
-            ]),
-            Rule::new([CtStateNew, Vmap(FRONTEND.into(), SetName::NoEndpoints)]),
-        ],
+        ChainName::AffinityRecord => affinity_record(shape),
+        ChainName::FilterInput => {
+            let mut node_port = vec![CtStateNew];
+            node_port.extend(shape.to_node_port_address());
+            node_port.push(Vmap(NODE_PORT.into(), SetName::NoEndpointNodeports));
+            vec![
+                Rule::new(node_port),
+                Rule::new([CtStateNew, Vmap(FRONTEND.into(), SetName::NoEndpoints)]),
+            ]
+        }
         ChainName::FilterForward | ChainName::FilterOutput => vec![
             Rule::new([CtStateNew, Vmap(FRONTEND.into(), SetName::NoEndpoints)]),
             Rule::new([CtStateNew, Jump(ChainName::ClusterIpsCheck)]),
@@ -107,7 +193,10 @@ fn rules(name: ChainName, family: Family, options: &Options) -> Vec<Rule> {
         ChainName::NatPrerouting | ChainName::NatOutput => {
             vec![Rule::new([Jump(ChainName::Dispatch)])]
         }
+        // A connection to a backend in the host's own network never reaches postrouting.
+        ChainName::NatInput => vec![Rule::new([CtStatusDnat, Jump(ChainName::AffinityRecord)])],
         ChainName::NatPostrouting => vec![
+            Rule::new([CtStatusDnat, Jump(ChainName::AffinityRecord)]),
             Rule::new([
                 CtStatusDnat,
                 In(vec![Selector::Saddr, Selector::Daddr], SetName::Hairpin),
@@ -124,32 +213,50 @@ fn rules(name: ChainName, family: Family, options: &Options) -> Vec<Rule> {
 /// Slots from here on are the backends on this node.
 pub const FIRST_LOCAL_SLOT: u16 = 32768;
 
-/// Draws one of `n` backends; a draw that met no element is followed by the first slot.
-fn select(frontend: &[Selector], n: u16, offset: u16, map: SetName) -> Vec<Rule> {
-    [n, 1]
+/// Picks one of `n` backends; a pick that met no element is followed by the first slot.
+fn select(selection: &Selection) -> Vec<Rule> {
+    let (frontend, map) = match selection.entry {
+        Entry::Address => (FRONTEND.as_slice(), SetName::Endpoints),
+        Entry::NodePort => (NODE_PORT.as_slice(), SetName::NodeportEndpoints),
+    };
+    let offset = match selection.list {
+        List::Cluster => 0,
+        List::Local => FIRST_LOCAL_SLOT,
+    };
+    let source = match selection.pick {
+        Pick::Random => SlotSource::Random,
+        Pick::SourceHash => SlotSource::SourceHash,
+        Pick::RoundRobin(_) => SlotSource::Increment,
+    };
+    [(source, selection.n), (SlotSource::Random, 1)]
         .into_iter()
-        .map(|modulus| {
-            let mut key = frontend.to_vec();
-            key.push(Selector::Random { modulus, offset });
-            Rule::new([Statement::Dnat(key, map)])
+        .map(|(source, modulus)| {
+            let slot = Selector::Slot { source, modulus, offset };
+            Rule::new([Statement::Dnat([frontend, &[slot]].concat(), map)])
         })
         .collect()
+}
+
+fn twice(rule: Rule) -> [Rule; 2] {
+    [rule.clone(), rule.comment("second try")]
 }
 
 /// Under externalTrafficPolicy Local, pods and the node itself reach any endpoint, as if the traffic
 /// had come in on a node that has one (the node's own is masqueraded); everybody else reaches those
 /// of this node only, and keeps the source address.
-fn by_client(frontend: &[Selector], cluster: SetName, local: SetName, detect: bool) -> Vec<Rule> {
+fn by_client(
+    frontend: &[Selector],
+    cluster: SetName,
+    local: SetName,
+    shape: &Shape<'_>,
+) -> Vec<Rule> {
     let take = |map| Statement::Vmap(frontend.to_vec(), map);
-    let from_pod =
-        Rule::new([Statement::In(vec![Selector::Saddr], SetName::LocalPods), take(cluster)]);
     let mark = Statement::Jump(ChainName::MarkForMasquerade);
     let from_host = Rule::new([Statement::FromThisHost, take(cluster)]);
     let from_outside = Rule::new([take(local)]);
-    let twice = |rule: Rule| [rule.clone(), rule.comment("second try")];
     let mut rules = Vec::new();
-    if detect {
-        rules.extend(twice(from_pod));
+    if let Some(from_pod) = shape.is_from_pod() {
+        rules.extend(twice(Rule::new([from_pod, take(cluster)])));
     }
     rules.push(Rule::new([Statement::FromThisHost, mark]));
     rules.extend(twice(from_host));
@@ -157,33 +264,61 @@ fn by_client(frontend: &[Selector], cluster: SetName, local: SetName, detect: bo
     rules
 }
 
-fn masquerade_then(selection: ChainName) -> Vec<Rule> {
-    vec![
-        Rule::new([Statement::Jump(ChainName::MarkForMasquerade)]),
-        Rule::new([Statement::Goto(selection)]),
-    ]
-}
-
-fn dispatch(family: Family, options: &Options) -> Vec<Rule> {
-    let to_cluster_ip = || Statement::In(vec![Selector::Daddr], SetName::ClusterIps);
-    let mark = || Statement::Jump(ChainName::MarkForMasquerade);
+fn dispatch(shape: &Shape<'_>) -> Vec<Rule> {
+    let to_cluster_ip = Statement::In(vec![Selector::Daddr], SetName::ClusterIps);
+    let mark = Statement::Jump(ChainName::MarkForMasquerade);
     let mut rules = Vec::new();
-    if options.masquerade_all {
-        rules.push(Rule::new([to_cluster_ip(), mark()]));
-    } else if options.detects_local(family) {
-        let from_elsewhere = Statement::NotIn(vec![Selector::Saddr], SetName::LocalPods);
-        rules.push(Rule::new([to_cluster_ip(), from_elsewhere, mark()]));
+    if shape.options.masquerade_all {
+        rules.push(Rule::new([to_cluster_ip, mark]));
+    } else if let Some(from_elsewhere) = shape.is_not_from_pod() {
+        rules.push(Rule::new([to_cluster_ip, from_elsewhere, mark]));
     }
     let services = Rule::new([Statement::Vmap(FRONTEND.into(), SetName::Services)]);
-    let node_ports = Rule::new([
-        Statement::In(vec![Selector::Daddr], SetName::NodeportIps),
-        Statement::Vmap(NODE_PORT.into(), SetName::Nodeports),
-    ]);
+    let mut to_node_port = shape.to_node_port_address();
+    to_node_port.push(Statement::Vmap(NODE_PORT.into(), SetName::Nodeports));
     rules.extend([
         services.clone(),
         services.comment("second try: a lookup that races with a commit can miss"),
-        node_ports.clone(),
-        node_ports.comment("second try"),
     ]);
+    rules.extend(twice(Rule::new(to_node_port)));
     rules
+}
+
+/// A backend of this node counts for connections that are held to this node, too, whichever way it
+/// was chosen. Every backend of this node is in `hairpin`, paired with itself.
+fn record(port: &PortName, memory: Memory, timeout: u32) -> Vec<Rule> {
+    let remember = |list| Statement::Remember(AffinityName { port: port.clone(), list }, timeout);
+    let any = Rule::new([remember(List::Cluster)]);
+    let local = Rule::new([remember(List::Local)]);
+    match memory {
+        Memory::Cluster => vec![any],
+        Memory::Local => vec![local],
+        Memory::Both => {
+            let here = Statement::In(vec![Selector::Daddr, Selector::Daddr], SetName::Hairpin);
+            vec![any, Rule::new([here, remember(List::Local)])]
+        }
+    }
+}
+
+/// By the frontend that was dialled, which translation has left in the connection's original
+/// direction only.
+fn affinity_record(shape: &Shape<'_>) -> Vec<Rule> {
+    let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+    let by_address = protocols.map(|protocol| {
+        let map = SetName::affinity_record(Entry::Address, protocol);
+        let key = vec![Selector::OriginalDaddr, Selector::OriginalDport];
+        Rule::new([Statement::L4Proto(protocol), Statement::Vmap(key, map)])
+    });
+    let by_node_port = protocols.map(|protocol| {
+        let map = SetName::affinity_record(Entry::NodePort, protocol);
+        let mut statements =
+            vec![Statement::L4Proto(protocol), Statement::Vmap(vec![Selector::OriginalDport], map)];
+        // Where all addresses serve node ports, what was translated came to one of them.
+        if shape.node_ports == NodePorts::Listed {
+            let dialled = Statement::In(vec![Selector::OriginalDaddr], SetName::NodeportIps);
+            statements.insert(0, dialled);
+        }
+        Rule::new(statements)
+    });
+    by_address.into_iter().chain(by_node_port).collect()
 }

@@ -52,6 +52,7 @@ pub fn diff(loaded: &Loaded, wanted: &Ruleset) -> Transaction {
     let mut chains = Vec::new();
     let mut refill = Vec::new();
     let mut leftover = Vec::new();
+    let mut last = Vec::new();
 
     for family in Family::BOTH {
         let found = loaded.tables.get(&family);
@@ -65,6 +66,10 @@ pub fn diff(loaded: &Loaded, wanted: &Ruleset) -> Transaction {
         let has = |set: SetName| adopted.is_some_and(|t| t.sets.contains_key(set.as_str()));
         let missing = SetName::ALL.into_iter().filter(|&set| !has(set));
         transaction.ops.extend(missing.map(|set| Op::AddSet(family, set)));
+
+        let holds = |name| adopted.is_some_and(|table| table.affinities.contains_key(name));
+        let missing = wanted.affinities_of(family).filter(|name| !holds(name)).cloned();
+        transaction.ops.extend(missing.map(|name| Op::AddAffinity(family, name)));
 
         for chain in wanted.chains(family) {
             let name = chain.name.to_string();
@@ -86,6 +91,15 @@ pub fn diff(loaded: &Loaded, wanted: &Ruleset) -> Transaction {
                 })
             });
             leftover.extend(unwanted.map(|name| (family, name.clone())));
+            for (name, held) in &table.affinities {
+                match wanted.affinities.get(&(family, name.clone())) {
+                    None => last.push(Op::DeleteAffinity(family, name.clone())),
+                    Some(keep) if held.iter().any(|b| keep.binary_search(b).is_err()) => {
+                        last.push(Op::Forget(family, name.clone(), keep.clone()));
+                    }
+                    Some(_) => {}
+                }
+            }
         }
     }
 
@@ -95,16 +109,18 @@ pub fn diff(loaded: &Loaded, wanted: &Ruleset) -> Transaction {
         transaction.ops.push(Op::AddRules(family, chain));
     }
     let holds = |id: &ElementId| held.get(&id.family).and_then(|elements| elements.get(id));
-    for (&id, &value) in held.values().copied().flatten() {
-        if wanted.elements.get(&id) != Some(&value) {
-            transaction.ops.push(Op::DeleteElement(id, value));
+    for (&id, value) in held.values().copied().flatten() {
+        if wanted.elements.get(&id) != Some(value) {
+            transaction.ops.push(Op::DeleteElement(id, value.clone()));
         }
     }
-    for (&id, &value) in &wanted.elements {
-        if holds(&id) != Some(&value) {
-            transaction.ops.push(Op::AddElement(id, value));
+    for (&id, value) in &wanted.elements {
+        if holds(&id) != Some(value) {
+            transaction.ops.push(Op::AddElement(id, value.clone()));
         }
     }
     transaction.delete_chains(leftover.into_iter());
+    last.sort_by_key(|op| matches!(op, Op::Forget(..)));
+    transaction.ops.extend(last);
     transaction
 }

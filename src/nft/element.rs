@@ -28,6 +28,8 @@ pub struct ElementId {
 pub enum Key {
     /// `daddr . l4proto . dport`
     Frontend(IpAddr, Protocol, u16),
+    /// `daddr . l4proto . dport . range of source addresses`; the range is truncated to its prefix.
+    Sources(IpAddr, Protocol, u16, IpNet),
     /// `daddr . l4proto . dport . slot`
     Slot(IpAddr, Protocol, u16, u16),
     /// `l4proto . dport`
@@ -38,12 +40,16 @@ pub enum Key {
     Address(IpAddr),
     /// `addr . addr`
     Pair(IpAddr, IpAddr),
+    /// `daddr . dport`, where the protocol is the map's.
+    AddressPort(IpAddr, u16),
+    /// `dport`, likewise.
+    Port(u16),
     /// `first-last`, both included.
     Range(IpAddr, IpAddr),
 }
 
 /// What an element maps to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Value {
     /// Nothing: the element of a set.
     None,
@@ -73,8 +79,8 @@ pub struct Bytes {
 }
 
 impl Bytes {
-    /// Longest key: an IPv6 address, protocol, port and slot; or two IPv6 addresses.
-    pub const MAX: usize = 32;
+    /// Longest key: an IPv6 address, protocol, port and source address.
+    pub const MAX: usize = 40;
 
     fn new() -> Self {
         Self { data: [0; Self::MAX], len: 0 }
@@ -113,7 +119,7 @@ impl Bytes {
 }
 
 impl Key {
-    /// The key as the kernel keeps it; of a range, its first address.
+    /// The key as the kernel keeps it; of a range, its first one.
     #[must_use]
     pub fn bytes(&self) -> Bytes {
         let bytes = Bytes::new();
@@ -126,7 +132,24 @@ impl Key {
             Self::NodePortSlot(proto, port, slot) => bytes.protocol(proto).port(port).slot(slot),
             Self::Address(a) | Self::Range(a, _) => bytes.address(a),
             Self::Pair(a, b) => bytes.address(a).address(b),
+            Self::Sources(a, proto, port, net) => {
+                bytes.address(a).protocol(proto).port(port).address(net.network())
+            }
+            Self::AddressPort(a, port) => bytes.address(a).port(port),
+            Self::Port(port) => {
+                let mut bytes = bytes.port(port);
+                bytes.len = PORT_LEN;
+                bytes
+            }
         }
+    }
+
+    /// The last key of a range that is part of a concatenation: the kernel keeps it in the same
+    /// element. None if the key is no such range.
+    #[must_use]
+    pub fn last_bytes(&self) -> Option<Bytes> {
+        let Self::Sources(a, proto, port, net) = *self else { return None };
+        Some(Bytes::new().address(a).protocol(proto).port(port).address(net.broadcast()))
     }
 
     /// The key that closes a range in the kernel: the first address behind it. None if the key is
@@ -139,6 +162,22 @@ impl Key {
             IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from(u128::from(v6).checked_add(1)?)),
         };
         Some(Bytes::new().address(behind))
+    }
+
+    /// Reads the key of a range that is part of a concatenation, from its first and last keys. None
+    /// if the bytes are not of that shape, or the range is not a prefix.
+    #[must_use]
+    pub fn from_range_bytes(family: Family, first: &[u8], last: &[u8]) -> Option<Self> {
+        let read = |bytes| {
+            let mut reader = Reader { bytes };
+            let frontend = (reader.address(family)?, reader.protocol()?, reader.port()?);
+            let source = reader.address(family)?;
+            reader.bytes.is_empty().then_some((frontend, source))
+        };
+        let ((frontend, from), (same, to)) = (read(first)?, read(last)?);
+        let (address, protocol, port) = frontend;
+        let net = prefix(from, to)?;
+        (frontend == same).then_some(Self::Sources(address, protocol, port, net))
     }
 
     /// Reads a key of a set that is no interval set. None if the bytes are not of that shape.
@@ -164,6 +203,12 @@ impl Key {
             [KeyField::Address] => Self::Address(reader.address(family)?),
             [KeyField::Address, KeyField::Address] => {
                 Self::Pair(reader.address(family)?, reader.address(family)?)
+            }
+            [KeyField::Address, KeyField::Port] => {
+                Self::AddressPort(reader.address(family)?, reader.port()?)
+            }
+            [KeyField::Port] => {
+                return bytes.try_into().ok().map(|port| Self::Port(u16::from_be_bytes(port)));
             }
             _ => return None,
         };
@@ -196,9 +241,15 @@ pub fn padded_len(family: Family, field: KeyField) -> u32 {
     }
 }
 
+/// A port that is a key alone, which is not padded.
+const PORT_LEN: usize = 2;
+
 /// Length of a set's keys in the kernel. A key of one field is not padded.
 #[must_use]
 pub fn key_len(family: Family, set: SetName) -> u32 {
+    if let [KeyField::Port] = set.key() {
+        return 2;
+    }
     set.key().iter().map(|&field| padded_len(family, field)).sum()
 }
 
@@ -254,6 +305,16 @@ impl fmt::Display for Key {
             Self::Slot(a, proto, port, slot) => write!(f, "{a} . {proto} . {port} . {slot}"),
             Self::NodePort(proto, port) => write!(f, "{proto} . {port}"),
             Self::NodePortSlot(proto, port, slot) => write!(f, "{proto} . {port} . {slot}"),
+            Self::Sources(a, proto, port, net) => {
+                write!(f, "{a} . {proto} . {port} . ")?;
+                if net.prefix_len() == net.max_prefix_len() {
+                    write!(f, "{}", net.addr())
+                } else {
+                    write!(f, "{net}")
+                }
+            }
+            Self::AddressPort(a, port) => write!(f, "{a} . {port}"),
+            Self::Port(port) => write!(f, "{port}"),
             Self::Address(a) => write!(f, "{a}"),
             Self::Pair(a, b) => write!(f, "{a} . {b}"),
             Self::Range(first, last) => match prefix(*first, *last) {
@@ -345,6 +406,15 @@ mod tests {
                         [KeyField::Address, KeyField::Protocol, KeyField::Port] => {
                             Key::Frontend(ip(a), proto, port)
                         }
+                        [KeyField::Address, .., KeyField::Address] if set.key().len() == 4 => {
+                            let source = ip(b);
+                            let longest = if source.is_ipv4() { 32 } else { 128 };
+                            let net =
+                                IpNet::new(source, slot.to_be_bytes()[1] % (longest + 1)).unwrap();
+                            Key::Sources(ip(a), proto, port, net.trunc())
+                        }
+                        [KeyField::Address, KeyField::Port] => Key::AddressPort(ip(a), port),
+                        [KeyField::Port] => Key::Port(port),
                         [KeyField::Address, KeyField::Protocol, ..] => {
                             Key::Slot(ip(a), proto, port, slot)
                         }
@@ -363,7 +433,11 @@ mod tests {
         fn keys_read_back_what_they_write((family, set, key) in any_key()) {
             let bytes = key.bytes();
             prop_assert_eq!(u32::try_from(bytes.as_slice().len()).unwrap(), key_len(family, set));
-            prop_assert_eq!(Key::from_bytes(family, set, bytes.as_slice()), Some(key));
+            let read = match key.last_bytes() {
+                Some(last) => Key::from_range_bytes(family, bytes.as_slice(), last.as_slice()),
+                None => Key::from_bytes(family, set, bytes.as_slice()),
+            };
+            prop_assert_eq!(read, Some(key));
         }
 
         #[test]
@@ -372,6 +446,7 @@ mod tests {
                 for set in SetName::ALL {
                     let _ = Key::from_bytes(family, set, &bytes);
                 }
+                let _ = Key::from_range_bytes(family, &bytes, &bytes);
                 let _ = Backend::from_bytes(family, &bytes);
             }
         }

@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use super::dataplane::{self, Options};
-use super::element::{ElementId, Value};
+use super::element::{Backend, ElementId, Value};
 use super::kernel::{
     Applied, ApplyError, ChainState, Kernel, LoadError, Loaded, LoadedTable, Refusal, SetState,
 };
-use super::names::{LAYOUT, SetName};
+use super::names::{AffinityName, LAYOUT, SetName};
 use super::rule::{Chain, Rule, Statement};
 use super::transaction::{Op, Transaction};
 use crate::model::Family;
@@ -20,6 +20,8 @@ struct Table {
     sets: BTreeSet<SetName>,
     chains: BTreeMap<String, (Chain, Vec<Rule>)>,
     elements: BTreeMap<ElementId, Value>,
+    /// The backends that clients are held to.
+    affinities: BTreeMap<AffinityName, BTreeSet<Backend>>,
 }
 
 /// A kernel that holds nothing but our tables.
@@ -45,6 +47,9 @@ impl FakeKernel {
             for (id, value) in &table.elements {
                 let _ = writeln!(text, "{id} : {value}");
             }
+            for (name, held) in &table.affinities {
+                let _ = writeln!(text, "{family} map {name}: {held:?}");
+            }
         }
         text
     }
@@ -59,6 +64,12 @@ impl FakeKernel {
         self.tables.get_mut(&id.family).is_some_and(|table| table.elements.remove(id).is_some())
     }
 
+    /// Holds a client to a backend, as a packet would.
+    pub fn remember(&mut self, family: Family, name: &AffinityName, backend: Backend) -> bool {
+        let table = self.tables.get_mut(&family);
+        table.and_then(|t| t.affinities.get_mut(name)).is_some_and(|held| held.insert(backend))
+    }
+
     fn perform(tables: &mut BTreeMap<Family, Table>, op: &Op) -> Result<(), i32> {
         match op {
             Op::AddTable(family) => {
@@ -69,6 +80,26 @@ impl FakeKernel {
             Op::AddSet(family, set) => {
                 let table = tables.get_mut(family).ok_or(libc::ENOENT)?;
                 table.sets.insert(*set).then_some(()).ok_or(libc::EEXIST)
+            }
+            Op::AddAffinity(family, name) => {
+                let table = tables.get_mut(family).ok_or(libc::ENOENT)?;
+                match table.affinities.insert(name.clone(), BTreeSet::new()) {
+                    None => Ok(()),
+                    Some(_) => Err(libc::EEXIST),
+                }
+            }
+            Op::DeleteAffinity(family, name) => {
+                let table = tables.get_mut(family).ok_or(libc::ENOENT)?;
+                if table.looks_into(name) {
+                    return Err(libc::EBUSY);
+                }
+                table.affinities.remove(name).map(drop).ok_or(libc::ENOENT)
+            }
+            Op::Forget(family, name, keep) => {
+                let table = tables.get_mut(family).ok_or(libc::ENOENT)?;
+                let held = table.affinities.get_mut(name).ok_or(libc::ENOENT)?;
+                held.retain(|backend| keep.binary_search(backend).is_ok());
+                Ok(())
             }
             Op::AddChain(family, chain) => {
                 let table = tables.get_mut(family).ok_or(libc::ENOENT)?;
@@ -112,7 +143,7 @@ impl FakeKernel {
                 {
                     return Err(libc::ENOENT);
                 }
-                match table.elements.insert(*id, *value) {
+                match table.elements.insert(*id, value.clone()) {
                     Some(old) if old != *value => Err(libc::EBUSY),
                     _ => Ok(()),
                 }
@@ -136,9 +167,22 @@ impl Table {
             Statement::Jump(chain) | Statement::Goto(chain) => {
                 self.chains.contains_key(&chain.to_string())
             }
+            Statement::DnatSticky(name) | Statement::Remember(name, _) => {
+                self.affinities.contains_key(name)
+            }
             _ => true,
         });
         found.then_some(()).ok_or(libc::ENOENT)
+    }
+
+    fn looks_into(&self, affinity: &AffinityName) -> bool {
+        let mut rules = self.chains.values().flat_map(|(_, rules)| rules);
+        rules.any(|rule| {
+            rule.statements.iter().any(|statement| match statement {
+                Statement::DnatSticky(name) | Statement::Remember(name, _) => name == affinity,
+                _ => false,
+            })
+        })
     }
 
     fn refers_to(&self, name: &str) -> bool {
@@ -161,7 +205,7 @@ impl Kernel for FakeKernel {
         let mut loaded = Loaded::default();
         for (&family, table) in &self.tables {
             let chains = table.chains.iter().map(|(name, (chain, rules))| {
-                let wanted = dataplane::chain(chain.name, family, options);
+                let wanted = dataplane::chain(chain.name.clone(), family, options);
                 let state = if wanted.base != chain.base {
                     ChainState::BaseDiffers
                 } else if wanted.rules == *rules {
@@ -174,6 +218,7 @@ impl Kernel for FakeKernel {
             let table = LoadedTable {
                 comment: Some(LAYOUT.into()),
                 sets: table.sets.iter().map(|s| (s.to_string(), SetState::Same)).collect(),
+                affinities: table.affinities.clone(),
                 chains: chains.collect(),
                 elements: table.elements.clone(),
             };

@@ -1,11 +1,12 @@
 //! The boundary to the kernel: one trait with two implementations, the real one ([`super::netlink`])
 //! and one in memory that refuses what the kernel would refuse ([`super::fake`]).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use super::dataplane::Options;
-use super::element::{ElementId, Value};
+use super::element::{Backend, ElementId, Value};
+use super::names::AffinityName;
 use super::transaction::Transaction;
 use crate::model::Family;
 
@@ -14,7 +15,8 @@ pub trait Kernel {
     /// Reads back both tables. `options` tell which rules a chain of ours should have.
     fn load(&mut self, options: &Options) -> Result<Loaded, LoadError>;
 
-    /// Applies a transaction, all of it or nothing.
+    /// Applies a transaction, all of it or nothing; then it forgets clients, which is repeated until it
+    /// succeeds or is given up.
     fn apply(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError>;
 }
 
@@ -36,6 +38,8 @@ pub struct LoadedTable {
     pub chains: BTreeMap<String, ChainState>,
     /// The elements of our sets.
     pub elements: BTreeMap<ElementId, Value>,
+    /// The affinity maps, and the backends that clients are held to in each.
+    pub affinities: BTreeMap<AffinityName, BTreeSet<Backend>>,
 }
 
 /// How a set of the kernel compares with ours of that name.
@@ -88,6 +92,15 @@ pub enum ApplyError {
         /// The system's reason.
         source: io::Error,
     },
+}
+
+impl ApplyError {
+    /// Whether everything that was refused was so for this reason.
+    #[must_use]
+    pub fn is(&self, errno: i32) -> bool {
+        let Self::Refused { refusals } = self else { return false };
+        refusals.iter().all(|refusal| refusal.errno == errno)
+    }
 }
 
 fn count(n: usize) -> String {

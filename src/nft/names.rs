@@ -1,8 +1,20 @@
-//! Names of sets, maps and chains, as closed enums: a misspelt name does not compile, and what the
+//! Names of sets, maps and chains, as closed types: a misspelt name does not compile, and what the
 //! kernel lists can be read back into the same values.
+//!
+//! Almost all names are the same on every node. What belongs to one Service port alone (its session
+//! affinity, a counter for round robin) carries that port's name behind a slash, so that a listing
+//! says whose it is: `affinity/default/web/tcp/http`.
+
+mod chain;
+mod set;
 
 use std::fmt;
-use std::str::FromStr;
+use std::sync::Arc;
+
+pub use chain::{ChainName, Entry, List, Memory, Pick, Selection};
+pub use set::{DataType, KeyField, SetName};
+
+use crate::model::{NamespacedName, Protocol};
 
 /// Name of the one table a family has.
 pub const TABLE: &str = "nftproxy";
@@ -11,302 +23,113 @@ pub const TABLE: &str = "nftproxy";
 /// in it; a table without it, or with another number, is replaced as a whole at start-up.
 pub const LAYOUT: &str = "nftproxy layout 1";
 
-/// A named set or map. What each is for: `DESIGN.md` section 2.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(u8)]
-pub enum SetName {
-    /// Frontend address → what to do with a new connection.
-    Services,
-    /// Of frontend addresses under a Local policy: what to do for clients that may reach any endpoint.
-    ServicesCluster,
-    /// Of frontend addresses under a Local policy: what to do for all others.
-    ServicesLocal,
-    /// Frontend address and slot → backend.
-    Endpoints,
-    /// Node port → what to do with a new connection.
-    Nodeports,
-    /// As `services-cluster`, for node ports.
-    NodeportsCluster,
-    /// As `services-local`, for node ports.
-    NodeportsLocal,
-    /// Node port and slot → backend.
-    NodeportEndpoints,
-    /// Addresses of this node that node ports are served on.
-    NodeportIps,
-    /// Every ClusterIP in use.
-    ClusterIps,
-    /// The ranges ClusterIPs are allocated from.
-    ServiceCidrs,
-    /// Addresses of local traffic: its sources are not masqueraded on the way to a ClusterIP.
-    LocalPods,
-    /// Pairs of the same address: a pod of this node that was given itself.
-    Hairpin,
-    /// Frontend addresses nobody can answer for → how to refuse.
-    NoEndpoints,
-    /// Node ports nobody can answer for → how to refuse.
-    NoEndpointNodeports,
-}
+/// Longest name of a set or chain: `NFT_NAME_MAXLEN` of the kernel, less its NUL.
+const NAME_LIMIT: usize = 255;
 
-/// A field of an element's key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KeyField {
-    /// An address of the table's family.
-    Address,
-    /// A transport protocol number.
-    Protocol,
-    /// A transport port.
-    Port,
-    /// A backend's number, 0 to 65535; the only field in host byte order.
-    Slot,
-}
-
-/// What an element maps to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DataType {
-    /// Nothing: a set.
-    None,
-    /// A verdict.
-    Verdict,
-    /// Address and port of a backend.
-    Backend,
-}
-
-impl SetName {
-    /// All of them, in the order of the table's text.
-    pub const ALL: [Self; 15] = [
-        Self::Services,
-        Self::ServicesCluster,
-        Self::ServicesLocal,
-        Self::Endpoints,
-        Self::Nodeports,
-        Self::NodeportsCluster,
-        Self::NodeportsLocal,
-        Self::NodeportEndpoints,
-        Self::NodeportIps,
-        Self::ClusterIps,
-        Self::ServiceCidrs,
-        Self::LocalPods,
-        Self::Hairpin,
-        Self::NoEndpoints,
-        Self::NoEndpointNodeports,
-    ];
-
-    /// The name as nft shows it.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Services => "services",
-            Self::ServicesCluster => "services-cluster",
-            Self::ServicesLocal => "services-local",
-            Self::Endpoints => "endpoints",
-            Self::Nodeports => "nodeports",
-            Self::NodeportsCluster => "nodeports-cluster",
-            Self::NodeportsLocal => "nodeports-local",
-            Self::NodeportEndpoints => "nodeport-endpoints",
-            Self::NodeportIps => "nodeport-ips",
-            Self::ClusterIps => "cluster-ips",
-            Self::ServiceCidrs => "service-cidrs",
-            Self::LocalPods => "local-pods",
-            Self::Hairpin => "hairpin",
-            Self::NoEndpoints => "no-endpoints",
-            Self::NoEndpointNodeports => "no-endpoint-nodeports",
-        }
-    }
-
-    /// The fields of its keys.
-    #[must_use]
-    pub fn key(self) -> &'static [KeyField] {
-        use KeyField::{Address, Port, Protocol, Slot};
-        match self {
-            Self::Services | Self::ServicesCluster | Self::ServicesLocal | Self::NoEndpoints => {
-                &[Address, Protocol, Port]
-            }
-            Self::Endpoints => &[Address, Protocol, Port, Slot],
-            Self::Nodeports
-            | Self::NodeportsCluster
-            | Self::NodeportsLocal
-            | Self::NoEndpointNodeports => &[Protocol, Port],
-            Self::NodeportEndpoints => &[Protocol, Port, Slot],
-            Self::NodeportIps | Self::ClusterIps | Self::ServiceCidrs | Self::LocalPods => {
-                &[Address]
-            }
-            Self::Hairpin => &[Address, Address],
-        }
-    }
-
-    /// What its elements map to.
-    #[must_use]
-    pub fn data(self) -> DataType {
-        match self {
-            Self::Services
-            | Self::ServicesCluster
-            | Self::ServicesLocal
-            | Self::Nodeports
-            | Self::NodeportsCluster
-            | Self::NodeportsLocal
-            | Self::NoEndpoints
-            | Self::NoEndpointNodeports => DataType::Verdict,
-            Self::Endpoints | Self::NodeportEndpoints => DataType::Backend,
-            Self::NodeportIps
-            | Self::ClusterIps
-            | Self::ServiceCidrs
-            | Self::LocalPods
-            | Self::Hairpin => DataType::None,
-        }
-    }
-
-    /// Whether its keys are ranges.
-    #[must_use]
-    pub fn is_interval(self) -> bool {
-        matches!(self, Self::ServiceCidrs | Self::LocalPods)
-    }
-
-    /// Whether several Services may ask for the same element: such elements are counted and leave
-    /// with the last one that asks. Elements of all other sets belong to exactly one contributor.
-    #[must_use]
-    pub fn is_shared(self) -> bool {
-        matches!(self, Self::ClusterIps | Self::Hairpin)
-    }
-}
-
-impl fmt::Display for SetName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
+/// Room for what stands before the port's name, for instance `external-sticky-nodeport-lb-local-32768/`.
+const PREFIX_ROOM: usize = 48;
 
 /// The name is not one of this program's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a name of nftproxy's table")]
 pub struct UnknownName;
 
-impl FromStr for SetName {
-    type Err = UnknownName;
+/// A port of a Service as part of a name: `namespace/name/protocol/port`, without the last part for an
+/// unnamed port. Cheap to clone.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortName(Arc<str>);
 
-    fn from_str(name: &str) -> Result<Self, UnknownName> {
-        Self::ALL.into_iter().find(|set| set.as_str() == name).ok_or(UnknownName)
-    }
-}
-
-/// A chain. Those with a number are shared by every Service that has so many backends; they exist
-/// while one needs them. All others always exist.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum ChainName {
-    /// Picks one of N backends of a frontend address.
-    Lb(u16),
-    /// Picks one of N backends on this node of a frontend address.
-    LbLocal(u16),
-    /// As `lb-N` for traffic from outside the cluster: masqueraded.
-    External(u16),
-    /// Picks one of N backends of a node port.
-    NodeportLb(u16),
-    /// Picks one of N backends on this node of a node port.
-    NodeportLbLocal(u16),
-    /// The same, masqueraded.
-    Nodeport(u16),
-    /// Sets the mark that postrouting masquerades by.
-    MarkForMasquerade,
-    /// Tells clients of a frontend address under a Local policy apart.
-    ExternalLocal,
-    /// The same for node ports.
-    NodeportExternalLocal,
-    /// Looks a new connection up in the maps.
-    Dispatch,
-    /// Refuses a connection nobody can answer.
-    NoEndpoint,
-    /// Refuses unused ports of ClusterIPs, drops what goes to unallocated ones.
-    ClusterIpsCheck,
-    /// Base chain, filter input.
-    FilterInput,
-    /// Base chain, filter forward.
-    FilterForward,
-    /// Base chain, filter output.
-    FilterOutput,
-    /// Base chain, nat prerouting.
-    NatPrerouting,
-    /// Base chain, nat output.
-    NatOutput,
-    /// Base chain, nat postrouting.
-    NatPostrouting,
-}
-
-impl ChainName {
-    /// The chains that always exist, in the order of the table's text.
-    pub const FIXED: [Self; 12] = [
-        Self::MarkForMasquerade,
-        Self::ExternalLocal,
-        Self::NodeportExternalLocal,
-        Self::Dispatch,
-        Self::NoEndpoint,
-        Self::ClusterIpsCheck,
-        Self::FilterInput,
-        Self::FilterForward,
-        Self::FilterOutput,
-        Self::NatPrerouting,
-        Self::NatOutput,
-        Self::NatPostrouting,
-    ];
-
-    /// The number of a shared chain and its prefix, or the whole name.
-    fn parts(self) -> (&'static str, Option<u16>) {
-        match self {
-            Self::Lb(n) => ("lb-", Some(n)),
-            Self::LbLocal(n) => ("lb-local-", Some(n)),
-            Self::External(n) => ("external-", Some(n)),
-            Self::NodeportLb(n) => ("nodeport-lb-", Some(n)),
-            Self::NodeportLbLocal(n) => ("nodeport-lb-local-", Some(n)),
-            Self::Nodeport(n) => ("nodeport-", Some(n)),
-            Self::ExternalLocal => ("external-local", None),
-            Self::NodeportExternalLocal => ("nodeport-external-local", None),
-            Self::MarkForMasquerade => ("mark-for-masquerade", None),
-            Self::Dispatch => ("dispatch", None),
-            Self::NoEndpoint => ("no-endpoint", None),
-            Self::ClusterIpsCheck => ("cluster-ips-check", None),
-            Self::FilterInput => ("filter-input", None),
-            Self::FilterForward => ("filter-forward", None),
-            Self::FilterOutput => ("filter-output", None),
-            Self::NatPrerouting => ("nat-prerouting", None),
-            Self::NatOutput => ("nat-output", None),
-            Self::NatPostrouting => ("nat-postrouting", None),
-        }
-    }
-
-    /// Whether the chain exists only while a Service needs it.
+impl PortName {
+    /// The name of a Service's port. None if it would be too long for the kernel or hold characters
+    /// that nft does not read; the API server allows neither, but a manifest can hold anything.
     #[must_use]
-    pub fn is_shared(self) -> bool {
-        self.parts().1.is_some()
+    pub fn new(service: &NamespacedName, protocol: Protocol, port: &str) -> Option<Self> {
+        let slash = if port.is_empty() { "" } else { "/" };
+        format!("{service}/{protocol}{slash}{port}").parse().ok()
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The protocol, which is part of the name.
+    #[must_use]
+    pub fn protocol(&self) -> Protocol {
+        let part = self.0.split('/').nth(2);
+        part.and_then(protocol_named).expect("checked when the name was made")
     }
 }
 
-impl fmt::Display for ChainName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.parts() {
-            (prefix, Some(n)) => write!(f, "{prefix}{n}"),
-            (name, None) => f.write_str(name),
-        }
-    }
+fn protocol_named(name: &str) -> Option<Protocol> {
+    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|p| p.to_string() == name)
 }
 
-impl FromStr for ChainName {
+impl std::str::FromStr for PortName {
     type Err = UnknownName;
 
     fn from_str(name: &str) -> Result<Self, UnknownName> {
-        if let Some(fixed) = Self::FIXED.into_iter().find(|chain| chain.parts().0 == name) {
-            return Ok(fixed);
-        }
-        let (prefix, number) = name.split_at(name.rfind('-').ok_or(UnknownName)? + 1);
-        let n: u16 = number.parse().map_err(|_| UnknownName)?;
-        let chain = match prefix {
-            "lb-" => Self::Lb(n),
-            "lb-local-" => Self::LbLocal(n),
-            "external-" => Self::External(n),
-            "nodeport-lb-" => Self::NodeportLb(n),
-            "nodeport-lb-local-" => Self::NodeportLbLocal(n),
-            "nodeport-" => Self::Nodeport(n),
+        let known = |c: u8| c.is_ascii_alphanumeric() || b"-._/".contains(&c);
+        let fits = name.len() + PREFIX_ROOM <= NAME_LIMIT && name.bytes().all(known);
+        let parts: Vec<&str> = name.split('/').collect();
+        let [namespace, service, protocol] = parts.get(..3).ok_or(UnknownName)? else {
+            return Err(UnknownName);
+        };
+        let whole = !namespace.is_empty()
+            && !service.is_empty()
+            && protocol_named(protocol).is_some()
+            && parts.len() <= 4
+            && parts.get(3).is_none_or(|port| !port.is_empty());
+        if fits && whole { Ok(Self(name.into())) } else { Err(UnknownName) }
+    }
+}
+
+impl fmt::Display for PortName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for PortName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A map that remembers which client has which backend of a Service port. It has elements that only
+/// packets make, so nothing of them is in a ruleset.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AffinityName {
+    /// Whose clients.
+    pub port: PortName,
+    /// Which of the port's lists the backends are from: a client that may reach any endpoint and one
+    /// that is held to this node are remembered apart.
+    pub list: List,
+}
+
+/// `affinity/…` or `affinity-local/…`
+impl fmt::Display for AffinityName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let prefix = match self.list {
+            List::Cluster => "affinity",
+            List::Local => "affinity-local",
+        };
+        write!(f, "{prefix}/{}", self.port)
+    }
+}
+
+impl std::str::FromStr for AffinityName {
+    type Err = UnknownName;
+
+    fn from_str(name: &str) -> Result<Self, UnknownName> {
+        let (prefix, port) = name.split_once('/').ok_or(UnknownName)?;
+        let list = match prefix {
+            "affinity" => List::Cluster,
+            "affinity-local" => List::Local,
             _ => return Err(UnknownName),
         };
-        // `lb-02` and `lb-+2` parse, but are not names we write.
-        if chain.to_string() == name { Ok(chain) } else { Err(UnknownName) }
+        Ok(Self { port: port.parse()?, list })
     }
 }
 
@@ -314,29 +137,89 @@ impl FromStr for ChainName {
 mod tests {
     use super::*;
 
+    fn port(text: &str) -> PortName {
+        text.parse().unwrap()
+    }
+
     #[test]
     fn names_read_back_what_they_write() {
         for set in SetName::ALL {
             assert_eq!(set.as_str().parse(), Ok(set));
         }
-        let shared = [
-            ChainName::Lb(1),
-            ChainName::LbLocal(2),
-            ChainName::External(65535),
-            ChainName::NodeportLbLocal(3),
-            ChainName::NodeportLb(32768),
-            ChainName::Nodeport(7),
-        ];
-        for chain in ChainName::FIXED.into_iter().chain(shared) {
-            assert_eq!(chain.to_string().parse(), Ok(chain));
+        let mut chains = ChainName::FIXED.to_vec();
+        let picks = [Pick::Random, Pick::SourceHash, Pick::RoundRobin(port("a-1/b/udp/1-2"))];
+        for pick in picks {
+            for entry in [Entry::Address, Entry::NodePort] {
+                for list in [List::Cluster, List::Local] {
+                    for n in [1, 2, 32768] {
+                        let selection = Selection { entry, list, pick: pick.clone(), n };
+                        chains.push(ChainName::Select(selection.clone()));
+                        chains.push(ChainName::External(None, selection.clone()));
+                        let owner = match &pick {
+                            Pick::RoundRobin(port) => port.clone(),
+                            _ => port("default/web/tcp"),
+                        };
+                        chains.push(ChainName::Sticky(owner.clone(), selection.clone()));
+                        chains.push(ChainName::External(Some(owner), selection));
+                    }
+                }
+            }
+        }
+        for list in [List::Cluster, List::Local] {
+            let affinity = AffinityName { port: port("default/web/tcp/http"), list };
+            assert_eq!(affinity.to_string().parse(), Ok(affinity));
+        }
+        for memory in [Memory::Cluster, Memory::Local, Memory::Both] {
+            chains.push(ChainName::Record(port("default/web/tcp/http"), memory, 10800));
+        }
+        let names: std::collections::BTreeSet<_> = chains.iter().map(ToString::to_string).collect();
+        assert_eq!(names.len(), chains.len(), "no two have the same name");
+        for chain in chains {
+            let name = chain.to_string();
+            assert!(name.len() <= NAME_LIMIT);
+            assert_eq!(name.parse(), Ok(chain), "{name}");
         }
     }
 
     #[test]
     fn names_of_others_are_unknown() {
-        for name in ["", "lb", "lb-", "lb-02", "lb-+2", "lb-65536", "Lb-2", "dispatch-1", "-1"] {
+        for name in [
+            "",
+            "lb",
+            "lb-",
+            "lb-02",
+            "lb-+2",
+            "lb-65536",
+            "Lb-2",
+            "dispatch-1",
+            "-1",
+            "lb-2/a/b/tcp",
+            "sticky-lb-2",
+            "sticky-lb-2/a/b",
+            "sticky-lb-2/a/b/icmp",
+            "sticky-lb-2/a/b/tcp/",
+            "record-5/a/b/tcp",
+            "record-s/a/b/tcp",
+            "external-",
+            "external-external-lb-2",
+            "round-robin-2",
+            "affinity/a/b/tcp",
+        ] {
             assert_eq!(name.parse::<ChainName>(), Err(UnknownName), "{name:?}");
         }
         assert_eq!("Services".parse::<SetName>(), Err(UnknownName));
+        assert_eq!("affinity/a/b".parse::<AffinityName>(), Err(UnknownName));
+    }
+
+    #[test]
+    fn a_name_that_the_kernel_or_nft_would_not_take_is_none() {
+        let name = |service: &str, port: &str| {
+            PortName::new(&NamespacedName::new("default", service), Protocol::Udp, port)
+        };
+        assert_eq!(name("web", "http").unwrap().to_string(), "default/web/udp/http");
+        assert_eq!(name("web", "").unwrap().to_string(), "default/web/udp");
+        assert_eq!(name("web", "").unwrap().protocol(), Protocol::Udp);
+        assert_eq!(name("a:b", "http"), None);
+        assert_eq!(name(&"w".repeat(253), ""), None);
     }
 }

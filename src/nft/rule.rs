@@ -4,7 +4,10 @@
 //! match, and a statement that one of them forgot does not compile. Addresses are always those of
 //! the table's family, which is why no statement names one.
 
-use super::names::{ChainName, SetName};
+use std::sync::Arc;
+
+use super::names::{AffinityName, ChainName, SetName};
+use crate::model::Protocol;
 
 /// A value of the packet, or one made for it, that is compared or looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,13 +20,66 @@ pub enum Selector {
     L4Proto,
     /// Destination port of the transport header.
     Dport,
-    /// A random number in `offset .. offset + modulus`.
-    Random {
-        /// How many numbers there are to draw from.
+    /// Destination address of the packet that opened the connection, before translation.
+    OriginalDaddr,
+    /// Destination port of that packet.
+    OriginalDport,
+    /// A number in `offset .. offset + modulus`.
+    Slot {
+        /// Where it comes from.
+        source: SlotSource,
+        /// How many numbers there are.
         modulus: u16,
         /// The first of them.
         offset: u16,
     },
+}
+
+/// The name of a network interface, or what several names begin with. Cheap to clone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InterfaceName {
+    /// Just this one.
+    Whole(Arc<str>),
+    /// All that begin so.
+    Prefix(Arc<str>),
+}
+
+impl InterfaceName {
+    /// What is compared.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        match self {
+            Self::Whole(name) | Self::Prefix(name) => name,
+        }
+    }
+}
+
+/// As nft writes it, without the quotes.
+impl std::fmt::Display for InterfaceName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Whole(name) => f.write_str(name),
+            Self::Prefix(name) => write!(f, "{name}*"),
+        }
+    }
+}
+
+/// Seed of the source hash. It is fixed, so that every node and every start picks the same.
+pub const HASH_SEED: u32 = 0x6e66_7470;
+
+/// How many clients an affinity map remembers: what the kernel gives a map that packets fill. Further
+/// clients are not remembered.
+pub const AFFINITY_SIZE: u32 = 65535;
+
+/// How a slot is picked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotSource {
+    /// By chance.
+    Random,
+    /// One after the other; the counter belongs to the rule.
+    Increment,
+    /// By a hash of the source address, the same on every node.
+    SourceHash,
 }
 
 /// One match or action of a rule.
@@ -35,6 +91,16 @@ pub enum Statement {
     CtStatusDnat,
     /// The source is an address of this host (a look-up in its routing tables).
     FromThisHost,
+    /// The destination is.
+    ToThisHost,
+    /// The destination is no loopback address.
+    NotToLoopback,
+    /// The packet came in by this interface. The host's own packets came in by none.
+    FromInterface(InterfaceName),
+    /// It came in by another one, or by none.
+    NotFromInterface(InterfaceName),
+    /// The transport protocol is this.
+    L4Proto(Protocol),
     /// The selectors, joined, are in a set.
     In(Vec<Selector>, SetName),
     /// The selectors, joined, are not in a set.
@@ -49,6 +115,11 @@ pub enum Statement {
     Vmap(Vec<Selector>, SetName),
     /// Translates the destination to the backend a map has for the selectors; goes on if none.
     Dnat(Vec<Selector>, SetName),
+    /// Translates the destination to the backend that the source had last; goes on if it had none.
+    DnatSticky(AffinityName),
+    /// Remembers for so many seconds that the source has this destination. One that is remembered
+    /// keeps its backend, for another such time; if there is no room for one more, goes on.
+    Remember(AffinityName, u32),
     /// Replaces the source by an address of the outgoing interface and a random port.
     Masquerade,
     /// Runs another chain, then goes on.

@@ -1,15 +1,15 @@
 //! Everything that should be in the kernel, both families, as one ordered value.
 //!
 //! The content of a chain follows from its name ([`super::dataplane`]), so a ruleset only says which
-//! of the shared chains exist. It is built whole for `render`, `diff` and the first commit; updates
+//! of the shared chains and affinity maps exist. It is built whole for `render`, `diff` and the first commit; updates
 //! never need it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::dataplane::{self, Options};
-use super::element::{ElementId, Key, Value};
-use super::names::{ChainName, SetName};
+use super::element::{Backend, ElementId, Key, Value};
+use super::names::{AffinityName, ChainName, SetName};
 use super::rule::Chain;
 use crate::model::{Family, Protocol};
 
@@ -20,6 +20,8 @@ pub struct Ruleset {
     pub options: Options,
     /// The shared chains in use.
     pub shared_chains: BTreeSet<(Family, ChainName)>,
+    /// The affinity maps, and the backends that clients may be held to in each (sorted).
+    pub affinities: BTreeMap<(Family, AffinityName), Box<[Backend]>>,
     /// Every element.
     pub elements: BTreeMap<ElementId, Value>,
 }
@@ -30,9 +32,14 @@ impl Ruleset {
         self.shared_chains
             .iter()
             .filter(move |(f, _)| *f == family)
-            .map(|(_, name)| *name)
+            .map(|(_, name)| name.clone())
             .chain(ChainName::FIXED)
             .map(move |name| dataplane::chain(name, family, &self.options))
+    }
+
+    /// The affinity maps of a family.
+    pub fn affinities_of(&self, family: Family) -> impl Iterator<Item = &AffinityName> + '_ {
+        self.affinities.keys().filter(move |(f, _)| *f == family).map(|(_, name)| name)
     }
 
     /// The elements of one set.

@@ -1,16 +1,18 @@
 //! The typed values as nft text, through the templates under `templates/`.
 //!
 //! `nft -f` loads it into what the netlink batch makes, and `nft list` shows it back much the same.
-//! No name, label or annotation of an object reaches the text: it consists of numbers, addresses and
-//! the program's own words, so there is nothing to escape.
+//! No label or annotation of an object reaches the text, and names only if they are letters, digits
+//! and a few signs ([`super::names::PortName`]), so there is nothing to escape.
 
 use std::fmt::{self, Write as _};
 
 use askama::Template;
 
 use super::element::Value;
-use super::names::{DataType, KeyField, LAYOUT, SetName, TABLE};
-use super::rule::{Base, BaseKind, Chain, Hook, Rule, Selector, Statement};
+use super::names::{AffinityName, DataType, KeyField, LAYOUT, SetName, TABLE};
+use super::rule::{
+    AFFINITY_SIZE, Base, BaseKind, Chain, HASH_SEED, Hook, Rule, Selector, SlotSource, Statement,
+};
 use super::ruleset::Ruleset;
 use super::transaction::Op;
 use crate::model::Family;
@@ -22,6 +24,9 @@ struct TableText<'a> {
     table: &'a str,
     layout: &'a str,
     sets: Vec<SetText>,
+    affinities: Vec<&'a AffinityName>,
+    affinity_definition: String,
+    affinity_size: u32,
     chains: Vec<ChainText>,
 }
 
@@ -60,6 +65,9 @@ pub fn table(ruleset: &Ruleset, family: Family) -> String {
         table: TABLE,
         layout: LAYOUT,
         sets: sets.collect(),
+        affinities: ruleset.affinities_of(family).collect(),
+        affinity_definition: affinity_definition(family),
+        affinity_size: AFFINITY_SIZE,
         chains: chains.collect(),
     };
     text.render().expect("writing to a string does not fail")
@@ -69,6 +77,11 @@ pub fn table(ruleset: &Ruleset, family: Family) -> String {
 #[must_use]
 pub fn ruleset(ruleset: &Ruleset) -> String {
     Family::BOTH.into_iter().map(|family| table(ruleset, family)).collect::<Vec<_>>().join("\n")
+}
+
+fn affinity_definition(family: Family) -> String {
+    let [address, port] = [KeyField::Address, KeyField::Port].map(|f| type_name(f, family));
+    format!("type {address} : {address} . {port}")
 }
 
 fn kind(set: SetName) -> &'static str {
@@ -159,6 +172,14 @@ fn statement(statement: &Statement, family: Family) -> String {
         Statement::CtStateNew => "ct state new".into(),
         Statement::CtStatusDnat => "ct status dnat".into(),
         Statement::FromThisHost => "fib saddr type local".into(),
+        Statement::ToThisHost => "fib daddr type local".into(),
+        Statement::NotToLoopback => match family {
+            Family::V4 => "ip daddr != 127.0.0.0/8".into(),
+            Family::V6 => "ip6 daddr != ::1".into(),
+        },
+        Statement::FromInterface(name) => format!("iifname \"{name}\""),
+        Statement::NotFromInterface(name) => format!("iifname != \"{name}\""),
+        Statement::L4Proto(protocol) => format!("meta l4proto {protocol}"),
         Statement::In(selectors, set) => format!("{} @{set}", key(selectors)),
         Statement::NotIn(selectors, set) => format!("{} != @{set}", key(selectors)),
         Statement::MarkClear(bits) => format!("meta mark & {bits:#010x} == 0x00000000"),
@@ -168,6 +189,12 @@ fn statement(statement: &Statement, family: Family) -> String {
         Statement::Dnat(selectors, map) => {
             format!("dnat {family} to {} map @{map}", key(selectors))
         }
+        Statement::DnatSticky(affinity) => {
+            format!("dnat {family} to {family} saddr map @{affinity}")
+        }
+        Statement::Remember(affinity, seconds) => format!(
+            "update @{affinity} {{ {family} saddr timeout {seconds}s : {family} daddr . th dport }}"
+        ),
         Statement::Masquerade => "masquerade fully-random".into(),
         Statement::Jump(chain) => format!("jump {chain}"),
         Statement::Goto(chain) => format!("goto {chain}"),
@@ -189,9 +216,20 @@ fn selector(selector: Selector, family: Family) -> String {
         Selector::Daddr => format!("{family} daddr"),
         Selector::L4Proto => "meta l4proto".into(),
         Selector::Dport => "th dport".into(),
-        Selector::Random { modulus, offset: 0 } => format!("numgen random mod {modulus}"),
-        Selector::Random { modulus, offset } => {
-            format!("numgen random mod {modulus} offset {offset}")
+        Selector::OriginalDaddr => format!("ct original {family} daddr"),
+        Selector::OriginalDport => "ct original proto-dst".into(),
+        Selector::Slot { source, modulus, offset } => {
+            let mut text = match source {
+                SlotSource::Random => format!("numgen random mod {modulus}"),
+                SlotSource::Increment => format!("numgen inc mod {modulus}"),
+                SlotSource::SourceHash => {
+                    format!("jhash {family} saddr mod {modulus} seed {HASH_SEED:#x}")
+                }
+            };
+            if offset > 0 {
+                let _ = write!(text, " offset {offset}");
+            }
+            text
         }
     }
 }
@@ -208,6 +246,19 @@ pub fn op(op: &Op) -> String {
             let flags = if set.is_interval() { " flags interval;" } else { "" };
             let definition = definition(*set, *family);
             format!("add {} {family} {TABLE} {set} {{ {definition};{flags} }}", kind(*set))
+        }
+        Op::AddAffinity(family, name) => {
+            let definition = affinity_definition(*family);
+            format!(
+                "add map {family} {TABLE} {name} {{ {definition}; size {AFFINITY_SIZE}; \
+                 flags dynamic,timeout; }}"
+            )
+        }
+        Op::DeleteAffinity(family, name) => format!("delete map {family} {TABLE} {name}"),
+        Op::Forget(family, name, keep) => {
+            let keep: Vec<_> = keep.iter().map(ToString::to_string).collect();
+            let keep = keep.join(", ");
+            format!("delete element {family} {TABLE} {name} {{ … }} # all but those of {keep}")
         }
         Op::AddChain(family, chain) => match chain.base {
             Some(base) => format!("add chain {family} {TABLE} {} {{ {base} }}", chain.name),

@@ -2,13 +2,14 @@
 //!
 //! The order within is what the kernel's references ask for: sets and chains before rules, rules and
 //! chains before the elements that go to them, removals of elements before additions (a map element
-//! cannot change its value, only be replaced), and chains last to go.
+//! cannot change its value, only be replaced), and chains last to go, with the maps they look into
+//! behind them.
 
 use std::collections::BTreeMap;
 
 use super::dataplane::{self, Options};
-use super::element::{ElementId, Value};
-use super::names::{ChainName, SetName};
+use super::element::{Backend, ElementId, Value};
+use super::names::{AffinityName, ChainName, SetName};
 use super::rule::Chain;
 use crate::model::Family;
 
@@ -21,6 +22,13 @@ pub enum Op {
     DeleteTable(Family),
     /// Creates a set or map.
     AddSet(Family, SetName),
+    /// Creates an affinity map, empty.
+    AddAffinity(Family, AffinityName),
+    /// Removes an affinity map that nothing refers to, with all clients in it.
+    DeleteAffinity(Family, AffinityName),
+    /// Forgets the clients of an affinity map that are held to other backends than these (sorted).
+    /// Packets fill the map meanwhile, so this alone is done when everything else is in force.
+    Forget(Family, AffinityName, Box<[Backend]>),
     /// Declares a chain, still empty.
     AddChain(Family, Chain),
     /// Appends all rules of a chain.
@@ -62,15 +70,15 @@ impl Transaction {
 
     /// Removes what is no longer wanted, then adds what is new.
     pub(crate) fn change_elements(&mut self, changes: &BTreeMap<ElementId, Change>) {
-        self.ops.extend(changes.iter().filter_map(|(&id, change)| match *change {
-            Change { from: Some(value), to } if to != Some(value) => {
-                Some(Op::DeleteElement(id, value))
+        self.ops.extend(changes.iter().filter_map(|(&id, change)| match change {
+            Change { from: Some(value), to } if to.as_ref() != Some(value) => {
+                Some(Op::DeleteElement(id, value.clone()))
             }
             _ => None,
         }));
-        self.ops.extend(changes.iter().filter_map(|(&id, change)| match *change {
-            Change { from, to: Some(value) } if from != Some(value) => {
-                Some(Op::AddElement(id, value))
+        self.ops.extend(changes.iter().filter_map(|(&id, change)| match change {
+            Change { from, to: Some(value) } if from.as_ref() != Some(value) => {
+                Some(Op::AddElement(id, value.clone()))
             }
             _ => None,
         }));
@@ -84,7 +92,7 @@ impl Transaction {
 }
 
 /// What an element was and is to be; None where it does not exist.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Change {
     /// In the kernel.
     pub from: Option<Value>,

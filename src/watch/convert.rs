@@ -27,6 +27,10 @@ use crate::model::{Kind, NamespacedName, NodeFacts, Problem, Protocol, ServiceCi
 pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// On an EndpointSlice: its Service is headless, so that no proxy needs it.
 pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+/// On a Service: how connections are spread.
+const SCHEDULER_ANNOTATION: &str = "nftproxy.dev/scheduler";
+/// On an EndpointSlice: weights of its endpoints, `ADDRESS=WEIGHT` with commas between.
+const WEIGHTS_ANNOTATION: &str = "nftproxy.dev/weights";
 /// On a Node: its zone.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
@@ -101,6 +105,10 @@ pub fn name_of(kind: Kind, metadata: &ObjectMeta) -> Result<NamespacedName, Prob
 
 fn has_label(metadata: &ObjectMeta, label: &str) -> bool {
     metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(label))
+}
+
+fn annotation<'a>(metadata: &'a ObjectMeta, name: &str) -> Option<&'a str> {
+    metadata.annotations.as_ref()?.get(name).map(String::as_str)
 }
 
 /// A number that is not a port, and what happens instead.
@@ -198,6 +206,7 @@ pub fn node(object: &Node) -> (Option<NodeFacts>, Vec<Problem>) {
     let facts = NodeFacts {
         name: name.as_str().to_lowercase(),
         addresses,
+        interfaces: Vec::new(), // the host tells
         pod_cidrs: networks(Some(pod_cidrs), field, "it is ignored", &mut problems),
         zone: object
             .metadata

@@ -364,7 +364,7 @@ fn kind_of(event: &Event) -> Kind {
         Event::Service(_) => Kind::Service,
         Event::EndpointSlice(_) => Kind::EndpointSlice,
         Event::ServiceCidr(_) => Kind::ServiceCidr,
-        Event::Node(_) => Kind::Node,
+        Event::Node(_) | Event::Host(_) => Kind::Node,
         Event::Listing(kind)
         | Event::Listed(kind)
         | Event::Unavailable(kind)

@@ -13,8 +13,8 @@ use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use nftproxy::model::{
-    Endpoint, EndpointSlice, Event, Family, Kind, NamespacedName, NodeFacts, Protocol, Service,
-    ServicePort, SessionAffinity, SlicePort, TrafficPolicy,
+    Endpoint, EndpointSlice, Event, Family, Kind, NamespacedName, NodeFacts, Protocol, Scheduler,
+    Service, ServicePort, SessionAffinity, SlicePort, TrafficPolicy,
 };
 use nftproxy::nft::diff::diff;
 use nftproxy::nft::kernel::Loaded;
@@ -84,6 +84,7 @@ fn service(index: usize) -> Service {
         external_traffic_policy: TrafficPolicy::Cluster,
         session_affinity: SessionAffinity::None,
         source_ranges: Vec::new(),
+        scheduler: Scheduler::Random,
         health_check_node_port: None,
     }
 }
@@ -101,6 +102,7 @@ fn slice(index: usize, per_service: usize, first: usize, count: usize) -> Endpoi
         serving: true,
         terminating: false,
         local: n == 0 && index.is_multiple_of(100),
+        weight: 1,
         hints: None,
     };
     EndpointSlice {

@@ -102,7 +102,7 @@ fn a_commit_that_meets_a_changed_table_repairs_all_of_it() {
         assert!(proxy.commit().unwrap().adopted);
         proxy.observe(dns.remove(0));
         assert!(!proxy.commit().unwrap().adopted);
-        proxy.collect_idle_chains().unwrap();
+        proxy.collect_idle().unwrap();
         assert_eq!(listed(), before);
     });
 }
@@ -131,10 +131,10 @@ fn a_refused_operation_is_named_by_the_kernel() {
                 .elements
                 .iter()
                 .find(|(found, _)| found.set == id.set)
-                .map(|(a, b)| (*a, *b))
+                .map(|(a, b)| (*a, b.clone()))
                 .unwrap()
         };
-        let ops = vec![Op::DeleteElement(there.0, there.1), Op::DeleteElement(*id, *value)];
+        let ops = vec![Op::DeleteElement(there.0, there.1), Op::DeleteElement(*id, value.clone())];
         let error = proxy.kernel_mut().apply(&Transaction { ops }).unwrap_err();
         let nftproxy::nft::kernel::ApplyError::Refused { refusals } = error else {
             panic!("{error}")

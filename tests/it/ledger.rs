@@ -2,10 +2,12 @@
 //! transaction on the way is one the kernel accepts, and a restart finds nothing to do.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
+use ipnet::IpNet;
 use nftproxy::model::{
-    Endpoint, EndpointSlice, Event, Family, Kind, NamespacedName, Protocol, Service, ServiceCidr,
-    ServicePort, SlicePort, TrafficPolicy,
+    Endpoint, EndpointSlice, Event, Family, HostFacts, Kind, NamespacedName, Protocol, Scheduler,
+    Service, ServiceCidr, ServicePort, SessionAffinity, SlicePort, TrafficPolicy,
 };
 use nftproxy::nft::element::{Backend, ElementId, Key, Value};
 use nftproxy::nft::fake::FakeKernel;
@@ -46,26 +48,41 @@ fn any_ports() -> impl Strategy<Value = Vec<ServicePort>> {
     })
 }
 
+/// Session affinity, scheduler and source ranges.
+fn any_extras() -> impl Strategy<Value = (SessionAffinity, Scheduler, Vec<IpNet>)> {
+    let affinity = prop_oneof![
+        2 => Just(SessionAffinity::None),
+        1 => Just(SessionAffinity::ClientIp { timeout: 10 }),
+        1 => Just(SessionAffinity::ClientIp { timeout: 20 }),
+    ];
+    let scheduler = prop_oneof![
+        4 => Just(Scheduler::Random),
+        2 => Just(Scheduler::RoundRobin),
+        2 => Just(Scheduler::SourceHash),
+        1 => Just(Scheduler::Maglev),
+    ];
+    let ranges = ["10.0.0.0/8", "10.1.0.0/16", "192.0.2.0/24", "fd00::/16", "0.0.0.0/0"];
+    let ranges = ranges.map(|range| range.parse::<IpNet>().unwrap());
+    (affinity, scheduler, proptest::sample::subsequence(ranges.to_vec(), 0..=2))
+}
+
 fn any_service() -> impl Strategy<Value = Service> {
     let addresses = proptest::sample::subsequence(&ADDRESSES[..], 0..=ADDRESSES.len());
     let policy = || prop_oneof![Just(TrafficPolicy::Cluster), Just(TrafficPolicy::Local)];
-    (0..SERVICES.len(), addresses, any_ports(), 0..3_i64, policy(), policy()).prop_map(
-        |(
-            which,
-            mut addresses,
-            ports,
-            created,
-            internal_traffic_policy,
-            external_traffic_policy,
-        )| {
+    let policies = (policy(), policy());
+    (0..SERVICES.len(), addresses, any_ports(), 0..3_i64, policies, any_extras()).prop_map(
+        |(which, mut addresses, ports, created, policies, extras)| {
             // One ClusterIP of a family.
             if addresses.contains(&"10.96.0.1") {
                 addresses.retain(|a| *a != "10.96.0.2");
             }
             Service {
                 created,
-                internal_traffic_policy,
-                external_traffic_policy,
+                internal_traffic_policy: policies.0,
+                external_traffic_policy: policies.1,
+                session_affinity: extras.0,
+                scheduler: extras.1,
+                source_ranges: extras.2,
                 ..service(SERVICES[which], &addresses, &ports)
             }
         },
@@ -73,9 +90,11 @@ fn any_service() -> impl Strategy<Value = Service> {
 }
 
 fn any_endpoint() -> impl Strategy<Value = Endpoint> {
-    (1..8_u8, any::<[bool; 4]>()).prop_map(|(host, [ready, serving, terminating, local])| {
+    let weight = prop_oneof![6 => Just(1), 1 => Just(0), 1 => Just(3)];
+    let flags = any::<[bool; 4]>();
+    (1..8_u8, flags, weight).prop_map(|(host, [ready, serving, terminating, local], weight)| {
         let address = [10, 244, 0, host].into();
-        Endpoint { address, ready, serving, terminating, local, hints: None }
+        Endpoint { address, ready, serving, terminating, local, weight, hints: None }
     })
 }
 
@@ -118,6 +137,14 @@ fn any_step() -> impl Strategy<Value = Step> {
         } else {
             Event::Gone(Kind::ServiceCidr, NamespacedName::cluster_scoped("one"))
         })),
+        1 => (any::<bool>(), any::<bool>()).prop_map(|(moved, two)| {
+            let mut addresses = vec![IpAddr::from([192, 0, 2, if moved { 200 } else { 10 }])];
+            // A family that loses its only address changes rules, for which everything is read back.
+            addresses.push("fd00:192::10".parse().unwrap());
+            addresses.extend(two.then(|| IpAddr::from([10, 1, 0, 1])));
+            let interfaces = addresses.clone();
+            Step::Event(Event::Host(HostFacts { addresses, interfaces }))
+        }),
         6 => Just(Step::Commit),
     ]
 }
@@ -172,6 +199,7 @@ fn identity(event: &Event) -> Option<(String, bool)> {
         Event::Service(s) => (format!("Service {}", s.name), true),
         Event::EndpointSlice(s) => (format!("EndpointSlice {}", s.name), true),
         Event::ServiceCidr(c) => (format!("ServiceCIDR {}", c.name), true),
+        Event::Host(_) => ("host".into(), true),
         Event::Gone(kind, name) => (format!("{kind} {name}"), false),
         _ => return None,
     })
@@ -208,7 +236,7 @@ proptest! {
         }
         let done = proxy.commit().unwrap();
         prop_assert!(!done.adopted, "the fake kernel refused a transaction");
-        proxy.collect_idle_chains().unwrap();
+        proxy.collect_idle().unwrap();
 
         let mut fresh = fresh(&objects);
         prop_assert_eq!(normal(proxy.kernel_mut()), normal(fresh.kernel_mut()));
@@ -304,7 +332,7 @@ fn the_older_service_keeps_a_contested_frontend_and_the_next_takes_over() {
         let key = Key::Slot([198, 51, 100, 1].into(), Protocol::Tcp, 80, 0);
         let id = ElementId { family: Family::V4, set: SetName::Endpoints, key };
         let found = proxy.kernel_mut().elements().find(|(found, _)| **found == id);
-        found.map(|(_, value)| *value)
+        found.map(|(_, value)| value.clone())
     };
     let backend =
         |last: u8| Some(Value::Backend(Backend { address: [10, 244, 0, last].into(), port: 8080 }));

@@ -1,8 +1,8 @@
 //! Small constructors of model values, for tests that start behind the Kubernetes types.
 
 use nftproxy::model::{
-    Endpoint, EndpointSlice, Event, Family, Kind, NamespacedName, NodeFacts, Protocol, Service,
-    ServiceCidr, ServicePort, SessionAffinity, SlicePort, TrafficPolicy,
+    Endpoint, EndpointSlice, Event, Family, Kind, NamespacedName, NodeFacts, Protocol, Scheduler,
+    Service, ServiceCidr, ServicePort, SessionAffinity, SlicePort, TrafficPolicy,
 };
 use nftproxy::settings::{DetectLocal, Settings};
 use nftproxy::state::State;
@@ -37,6 +37,7 @@ pub(crate) fn service(service: &str, addresses: &[&str], ports: &[ServicePort]) 
         external_traffic_policy: TrafficPolicy::Cluster,
         session_affinity: SessionAffinity::None,
         source_ranges: Vec::new(),
+        scheduler: Scheduler::Random,
         health_check_node_port: None,
     }
 }
@@ -58,6 +59,7 @@ pub(crate) fn slice(
         serving: true,
         terminating: false,
         local: text.ends_with('!'),
+        weight: 1,
         hints: None,
     };
     let endpoints: Vec<_> = addresses.iter().map(endpoint).collect();
@@ -97,7 +99,8 @@ pub(crate) fn all_listed() -> impl Iterator<Item = Event> {
 
 /// Services that show every object of the table: `web` in both families with all kinds of frontends,
 /// `dns` over UDP, `near` and `far` under Local policies with and without an endpoint on this node,
-/// and `empty` without endpoints; and an address plan.
+/// `empty` without endpoints, `sticky` with session affinity, `guarded` with source ranges and round
+/// robin, `hashed` by source; and an address plan.
 pub(crate) fn example() -> Vec<Event> {
     use Protocol::{Tcp, Udp};
     let web_ports = [port("http", Tcp, 80, 30080), port("metrics", Tcp, 9090, 0)];
@@ -132,6 +135,51 @@ pub(crate) fn example() -> Vec<Event> {
             "empty",
             &["10.96.0.99", "fd00:10:96::99"],
             &[port("", Tcp, 80, 30099)],
+        )),
+        Event::Service(Service {
+            session_affinity: SessionAffinity::ClientIp { timeout: 10_800 },
+            external_traffic_policy: TrafficPolicy::Local,
+            ..service("sticky", &["10.96.0.30", "203.0.113.30"], &[port("http", Tcp, 80, 30030)])
+        }),
+        Event::EndpointSlice(slice(
+            "sticky",
+            "4",
+            &[("http", Tcp, 80)],
+            &["10.244.1.9!", "10.244.2.9"],
+        )),
+        Event::Service(Service {
+            source_ranges: ["192.0.2.0/24", "10.0.0.0/8", "fd00:192::/64", "192.0.2.7/32"]
+                .map(|range| range.parse().unwrap())
+                .into(),
+            scheduler: Scheduler::RoundRobin,
+            ..service(
+                "guarded",
+                &["10.96.0.40", "fd00:10:96::40", "203.0.113.40", "fd00:203::40"],
+                &[port("", Tcp, 443, 0)],
+            )
+        }),
+        Event::EndpointSlice(slice(
+            "guarded",
+            "4",
+            &[("", Tcp, 443)],
+            &["10.244.1.8!", "10.244.2.8"],
+        )),
+        Event::EndpointSlice(slice("guarded", "6", &[("", Tcp, 443)], &["fd00:10:244:2::8"])),
+        Event::Service(Service {
+            scheduler: Scheduler::SourceHash,
+            ..service("hashed", &["10.96.0.50", "fd00:10:96::50"], &[port("", Udp, 5000, 30050)])
+        }),
+        Event::EndpointSlice(slice(
+            "hashed",
+            "4",
+            &[("", Udp, 5000)],
+            &["10.244.1.8!", "10.244.2.8"],
+        )),
+        Event::EndpointSlice(slice(
+            "hashed",
+            "6",
+            &[("", Udp, 5000)],
+            &["fd00:10:244:2::8", "fd00:10:244:2::9"],
         )),
         Event::ServiceCidr(ServiceCidr {
             name: NamespacedName::cluster_scoped("kubernetes"),

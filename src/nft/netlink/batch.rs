@@ -17,6 +17,8 @@ pub(super) struct Batch {
 struct Message {
     start: usize,
     operation: Option<usize>,
+    /// Whether each of its elements is an operation.
+    elements: bool,
 }
 
 /// Length of `struct nfgenmsg`.
@@ -88,7 +90,13 @@ impl Batch {
         // SAFETY: the first `len` bytes were written: messages are multiples of four bytes long,
         // padded by libnftnl, and the room was reserved.
         unsafe { self.bytes.set_len(start + len) };
-        self.index.push(Message { start, operation });
+        self.index.push(Message { start, operation, elements: false });
+    }
+
+    /// The same for a message of several elements, each of which is an operation; this is the first.
+    pub(super) fn write_elements(&mut self, first: usize, build: impl FnOnce(*mut c_char, u32)) {
+        self.write(Some(first), build);
+        self.index.last_mut().expect("just written").elements = true;
     }
 
     fn set_flags(&mut self, message: usize, change: impl FnOnce(u16) -> u16) {
@@ -109,6 +117,7 @@ impl Batch {
         let message = self.index.get(number)?;
         let end = self.index.get(number + 1).map_or(self.bytes.len(), |next| next.start);
         let bytes = &self.bytes[message.start..end];
+        let offset = offset.filter(|_| message.elements);
         Some(message.operation? + offset.and_then(|o| element_at(bytes, o)).unwrap_or(0))
     }
 }

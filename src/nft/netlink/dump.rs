@@ -8,6 +8,7 @@ use std::io;
 
 use nftnl::nftnl_sys as sys;
 
+use super::affinity;
 use super::batch::Batch;
 use super::encode::{hook, nfproto, set_flags};
 use super::ffi::{self, Chain, ElementRef, Generation, Rule, Set, Table};
@@ -17,7 +18,7 @@ use crate::model::Family;
 use crate::nft::dataplane::{self, Options};
 use crate::nft::element::{Backend, ElementId, Key, Value, data_len, key_len};
 use crate::nft::kernel::{ChainState, LoadError, Loaded, LoadedTable, SetState};
-use crate::nft::names::{ChainName, DataType, SetName, TABLE};
+use crate::nft::names::{AffinityName, ChainName, DataType, KeyField, SetName, TABLE};
 use crate::nft::rule::{BaseKind, Chain as WantedChain};
 
 /// How often a dump is repeated when the ruleset changes under it.
@@ -152,13 +153,21 @@ impl Dump<'_> {
             }
         });
         let mut ours = Vec::new();
+        let mut affinities = Vec::new();
         self.run("list sets", &all, |message| {
             let Some(set) = Set::parse(message) else { return };
             if set.get_str(sys::NFTNL_SET_TABLE).as_deref() == Some(TABLE)
                 && let Some(name) = set.get_str(sys::NFTNL_SET_NAME)
             {
                 let state = match name.parse::<SetName>() {
-                    Err(_) => SetState::Unknown,
+                    Err(_) => match name.parse::<AffinityName>() {
+                        Err(_) => SetState::Unknown,
+                        Ok(known) if affinity::is_defined(&set, family) => {
+                            affinities.push(known);
+                            SetState::Same
+                        }
+                        Ok(_) => SetState::Differs,
+                    },
                     Ok(known) if is_defined_as(&set, known, family) => {
                         ours.push(known);
                         SetState::Same
@@ -173,6 +182,10 @@ impl Dump<'_> {
                 table.sets.insert(set.to_string(), SetState::Differs);
             }
         }
+        for name in affinities {
+            let held = affinity::backends(self.socket, family, &name)?;
+            table.affinities.insert(name, held);
+        }
         Ok(())
     }
 
@@ -186,18 +199,12 @@ impl Dump<'_> {
         let mut filter = Set::new();
         filter.set_str(sys::NFTNL_SET_TABLE, TABLE);
         filter.set_str(sys::NFTNL_SET_NAME, set.as_str());
-        let all = request(libc::NFT_MSG_GETSETELEM, nfproto(family), libc::NLM_F_DUMP, |header| {
-            #[expect(unsafe_code, reason = "libnftnl writes the request")]
-            // SAFETY: the header stands in a buffer from `Batch::write`.
-            unsafe {
-                filter.build_elements(header);
-            }
-        });
+        let all = elements_request(family, filter);
         let mut understood = true;
         let (mut starts, mut ends) = (Vec::new(), Vec::new());
         self.run("list elements", &all, |message| {
             understood &= Set::parse_elements(message, |element| {
-                if set.is_interval() {
+                if set.key() == [KeyField::Address] && set.is_interval() {
                     match bound(&element, family, set) {
                         Some((address, true)) => ends.push(address),
                         Some((address, false)) => starts.push(address),
@@ -215,6 +222,17 @@ impl Dump<'_> {
         }
         Ok(understood)
     }
+}
+
+/// Asks for the elements of a set.
+pub(super) fn elements_request(family: Family, mut filter: Set) -> Vec<u8> {
+    request(libc::NFT_MSG_GETSETELEM, nfproto(family), libc::NLM_F_DUMP, |header| {
+        #[expect(unsafe_code, reason = "libnftnl writes the request")]
+        // SAFETY: the header stands in a buffer from `Batch::write`.
+        unsafe {
+            filter.build_elements(header);
+        }
+    })
 }
 
 /// The comment in a table's userdata: TLVs of one byte type and one byte length.
@@ -281,7 +299,10 @@ fn is_defined_as(set: &Set, name: SetName, family: Family) -> bool {
 
 fn read(element: &ElementRef<'_>, family: Family, set: SetName) -> Option<(Key, Value)> {
     let (key, len) = element.get_data::<64>(sys::NFTNL_SET_ELEM_KEY)?;
-    let key = Key::from_bytes(family, set, &key[..len])?;
+    let key = match element.get_data::<64>(sys::NFTNL_SET_ELEM_KEY_END) {
+        Some((last, last_len)) => Key::from_range_bytes(family, &key[..len], &last[..last_len])?,
+        None => Key::from_bytes(family, set, &key[..len])?,
+    };
     let value = match set.data() {
         DataType::None => Value::None,
         DataType::Verdict => {

@@ -3,6 +3,7 @@
 use nftnl::nftnl_sys as sys;
 use nftnl::{ChainType, Hook, MsgType, Policy, ProtoFamily};
 
+use super::affinity;
 use super::batch::Batch;
 use super::ffi::{self, Element, Set, Table, c_string};
 use super::instruction::lower;
@@ -13,9 +14,16 @@ use crate::nft::names::{DataType, KeyField, LAYOUT, SetName, TABLE};
 use crate::nft::rule::{self, BaseKind, Chain};
 use crate::nft::transaction::{Op, Transaction};
 
-/// Elements of one message. The list is an attribute, so at most 64 KiB; an element of ours takes at
-/// most 120 bytes.
-const ELEMENTS: usize = 500;
+/// Bytes of elements in one message. Their list is an attribute, so at most 64 KiB.
+const ELEMENTS: usize = 60_000;
+
+/// The most that an element takes: two keys of 40 bytes, data or the name of a shared chain, and the
+/// headers around them. The name of a Service port comes on top.
+const ELEMENT: usize = 200;
+
+/// The kernel's flag of sets with keys of several fields (`NFT_SET_CONCAT`); only where those are
+/// ranges it makes a difference.
+const CONCAT: u32 = 0x80;
 
 const DATA_TYPE_VERDICT: u32 = 0xffff_ff00;
 
@@ -24,13 +32,17 @@ pub(super) fn batch(transaction: &Transaction, mut batch: Batch) -> Batch {
     let mut ops = transaction.ops.as_slice();
     while let Some(op) = ops.first() {
         let index = transaction.ops.len() - ops.len();
-        let run = ops.iter().take(ELEMENTS).take_while(|next| joins(op, next)).count().max(1);
+        let run = run(op, ops);
         let (now, later) = ops.split_at(run);
         ops = later;
         match op {
             Op::AddTable(family) => add_table(&mut batch, index, *family),
             Op::DeleteTable(family) => batch.add(index, &table(*family), MsgType::Del),
             Op::AddSet(family, set) => add_set(&mut batch, index, *family, *set),
+            Op::AddAffinity(family, name) => affinity::add(&mut batch, index, *family, name),
+            Op::DeleteAffinity(family, name) => affinity::delete(&mut batch, index, *family, name),
+            // Done when the rest is in force.
+            Op::Forget(..) => {}
             Op::AddChain(family, chain) => add_chain(&mut batch, index, *family, chain),
             Op::AddRules(family, chain) => add_rules(&mut batch, index, *family, chain),
             Op::FlushChain(family, name) => {
@@ -50,6 +62,21 @@ pub(super) fn batch(transaction: &Transaction, mut batch: Batch) -> Batch {
     batch
 }
 
+/// How many operations from the first on go into its message.
+fn run(op: &Op, ops: &[Op]) -> usize {
+    let mut room = ELEMENTS;
+    let fits = |next: &&Op| {
+        let name = match next {
+            Op::AddElement(_, Value::Goto(chain)) => chain.port().map_or(0, |p| p.as_str().len()),
+            _ => 0,
+        };
+        let fits = room.checked_sub(ELEMENT + name);
+        room = fits.unwrap_or(0);
+        fits.is_some() && joins(op, next)
+    };
+    ops.iter().take_while(fits).count().max(1)
+}
+
 /// Whether two operations go into one message. Ranges do not: each is two elements, and an answer
 /// must lead back to one operation.
 fn joins(first: &Op, next: &Op) -> bool {
@@ -58,7 +85,7 @@ fn joins(first: &Op, next: &Op) -> bool {
     else {
         return false;
     };
-    (a.family, a.set) == (b.family, b.set) && !a.set.is_interval()
+    (a.family, a.set) == (b.family, b.set) && !matches!(a.key, Key::Range(..))
 }
 
 /// nf_tables' number of a family.
@@ -97,11 +124,23 @@ fn add_table(batch: &mut Batch, index: usize, family: Family) {
 pub(super) fn set_flags(set: SetName) -> u32 {
     let map = if set.data() == DataType::None { 0 } else { libc::NFT_SET_MAP };
     let interval = if set.is_interval() { libc::NFT_SET_INTERVAL } else { 0 };
-    (map | interval).cast_unsigned()
+    let concat = if set.is_interval() && set.key().len() > 1 { CONCAT } else { 0 };
+    (map | interval).cast_unsigned() | concat
+}
+
+/// Lengths of the fields of a key, unpadded: what the kernel looks ranges up by.
+fn field_lens(set: SetName, family: Family) -> Vec<u8> {
+    let len = |field: &KeyField| match (field, family) {
+        (KeyField::Address, Family::V6) => 16,
+        (KeyField::Address, Family::V4) | (KeyField::Slot, _) => 4,
+        (KeyField::Protocol, _) => 1,
+        (KeyField::Port, _) => 2,
+    };
+    set.key().iter().map(len).collect()
 }
 
 /// nft's numbers of data types (`enum datatypes`), packed six bits each for a concatenation.
-fn data_type(fields: &[KeyField], family: Family) -> u32 {
+pub(super) fn data_type(fields: &[KeyField], family: Family) -> u32 {
     fields.iter().fold(0, |packed, field| {
         let number = match (field, family) {
             (KeyField::Slot, _) => 4,
@@ -123,6 +162,9 @@ fn add_set(batch: &mut Batch, index: usize, family: Family, name: SetName) {
     set.set_u32(sys::NFTNL_SET_FLAGS, set_flags(name));
     set.set_u32(sys::NFTNL_SET_KEY_TYPE, data_type(name.key(), family));
     set.set_u32(sys::NFTNL_SET_KEY_LEN, key_len(family, name));
+    if set_flags(name) & CONCAT != 0 {
+        set.set_data(sys::NFTNL_SET_DESC_CONCAT, &field_lens(name, family));
+    }
     match name.data() {
         DataType::None => {}
         DataType::Verdict => set.set_u32(sys::NFTNL_SET_DATA_TYPE, DATA_TYPE_VERDICT),
@@ -133,9 +175,20 @@ fn add_set(batch: &mut Batch, index: usize, family: Family, name: SetName) {
         }
     }
     set.set_data(sys::NFTNL_SET_USERDATA, &userdata::set(name, family));
+    let flags = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
+    set_message(batch, index, family, set, libc::NFT_MSG_NEWSET, flags);
+}
+
+/// A message about a set or map.
+pub(super) fn set_message(
+    batch: &mut Batch,
+    index: usize,
+    family: Family,
+    mut set: Set,
+    kind: libc::c_int,
+    flags: libc::c_int,
+) {
     batch.write(Some(index), |buffer, sequence| {
-        let flags = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
-        let kind = libc::NFT_MSG_NEWSET;
         let header = ffi::header(buffer, kind, nfproto(family), flags, sequence);
         #[expect(unsafe_code, reason = "libnftnl writes the message")]
         // SAFETY: the header stands in a buffer from `Batch::write`.
@@ -193,9 +246,7 @@ fn elements(batch: &mut Batch, index: usize, id: ElementId, ops: &[Op], add: boo
     for op in ops {
         let (Op::AddElement(id, value) | Op::DeleteElement(id, value)) = op else { continue };
         set.add(element(&id.key, if add { value } else { &Value::None }));
-        if matches!(id.key, Key::Range(..))
-            && let Some(end) = id.key.range_end()
-        {
+        if let Some(end) = id.key.range_end() {
             let mut closing = Element::new();
             let flag = libc::NFT_SET_ELEM_INTERVAL_END.cast_unsigned();
             closing.set_u32(sys::NFTNL_SET_ELEM_FLAGS, flag);
@@ -208,19 +259,41 @@ fn elements(batch: &mut Batch, index: usize, id: ElementId, ops: &[Op], add: boo
     } else {
         (libc::NFT_MSG_DELSETELEM, 0)
     };
-    batch.write(Some(index), |buffer, sequence| {
-        let header = ffi::header(buffer, kind, nfproto(id.family), flags, sequence);
+    let several = ops.len() > 1;
+    element_message(batch, Some((index, several)), id.family, set, kind, flags);
+}
+
+/// A message about elements of a set. Of the operations it carries the first is numbered; if they are
+/// several, each is one element.
+pub(super) fn element_message(
+    batch: &mut Batch,
+    operations: Option<(usize, bool)>,
+    family: Family,
+    mut set: Set,
+    kind: libc::c_int,
+    flags: libc::c_int,
+) {
+    let build = |buffer, sequence| {
+        let header = ffi::header(buffer, kind, nfproto(family), flags, sequence);
         #[expect(unsafe_code, reason = "libnftnl writes the message")]
         // SAFETY: the header stands in a buffer from `Batch::write`, and ELEMENTS fit a message.
         unsafe {
             set.build_elements(header);
         }
-    });
+    };
+    match operations {
+        Some((first, true)) => batch.write_elements(first, build),
+        Some((only, false)) => batch.write(Some(only), build),
+        None => batch.write(None, build),
+    }
 }
 
 fn element(key: &Key, value: &Value) -> Element {
     let mut element = Element::new();
     element.set_data(sys::NFTNL_SET_ELEM_KEY, key.bytes().as_slice());
+    if let Some(last) = key.last_bytes() {
+        element.set_data(sys::NFTNL_SET_ELEM_KEY_END, last.as_slice());
+    }
     match value {
         Value::None => {}
         Value::Goto(chain) => {

@@ -14,8 +14,8 @@ use nftnl::nftnl_sys as sys;
 use super::ffi::{c_string, expression_text};
 use crate::model::Family;
 use crate::nft::element::padded_len;
-use crate::nft::names::KeyField;
-use crate::nft::rule::{Rule, Selector, Statement};
+use crate::nft::names::{AffinityName, KeyField};
+use crate::nft::rule::{HASH_SEED, InterfaceName, Rule, Selector, SlotSource, Statement};
 
 /// One instruction: libnftnl's name for it, and its attributes.
 pub(super) struct Instruction {
@@ -25,6 +25,7 @@ pub(super) struct Instruction {
 
 enum Value {
     Number(u32),
+    Long(u64),
     Byte(u8),
     Data(Vec<u8>),
     Text(CString),
@@ -37,6 +38,11 @@ impl Instruction {
 
     fn number(mut self, attribute: u32, value: u32) -> Self {
         self.attributes.push((attribute, Value::Number(value)));
+        self
+    }
+
+    fn long(mut self, attribute: u32, value: u64) -> Self {
+        self.attributes.push((attribute, Value::Long(value)));
         self
     }
 
@@ -86,6 +92,10 @@ impl Instruction {
                     sys::nftnl_expr_set_u32(raw, attribute, *number);
                 },
                 // SAFETY: as above.
+                Value::Long(number) => unsafe {
+                    sys::nftnl_expr_set_u64(raw, attribute, *number);
+                },
+                // SAFETY: as above.
                 Value::Byte(byte) => unsafe { sys::nftnl_expr_set_u8(raw, attribute, *byte) },
                 Value::Data(data) => {
                     let len = u32::try_from(data.len()).expect("operands are short");
@@ -127,6 +137,19 @@ const CT_STATUS_DST_NAT: u32 = 32;
 /// `NFT_FIB_RESULT_ADDRTYPE` and `NFTA_FIB_F_SADDR` of the kernel's headers.
 const FIB_ADDRESS_TYPE: u32 = 3;
 const FIB_SADDR: u32 = 1;
+const FIB_DADDR: u32 = 2;
+/// Keys of conntrack's tuples that libc does not name (`enum nft_ct_keys`).
+const CT_PROTO_DST: libc::c_int = 12;
+const CT_DST_IP: libc::c_int = 20;
+const CT_DST_IP6: libc::c_int = 22;
+const CT_DIR_ORIGINAL: libc::c_int = 0;
+const HASH_JENKINS: u32 = 0;
+/// Where a source address is loaded that is hashed, behind the longest key.
+const SCRATCH: u32 = 32;
+/// Where the data of an affinity map's element is loaded, behind its key.
+const DATA: u32 = 16;
+/// Length of an interface's name in a register.
+const INTERFACE_NAME: usize = 16;
 const ICMP_PORT_UNREACHABLE: libc::c_int = 3;
 const ICMPV6_PORT_UNREACHABLE: libc::c_int = 4;
 
@@ -139,12 +162,24 @@ fn lower_statement(statement: &Statement, family: Family) -> Vec<Instruction> {
     match statement {
         Statement::CtStateNew => ct_bits(libc::NFT_CT_STATE, CT_STATE_NEW),
         Statement::CtStatusDnat => ct_bits(libc::NFT_CT_STATUS, CT_STATUS_DST_NAT),
-        Statement::FromThisHost => vec![
-            Instruction::new(c"fib")
-                .number(sys::NFTNL_EXPR_FIB_DREG, register(FIRST))
-                .number(sys::NFTNL_EXPR_FIB_RESULT, FIB_ADDRESS_TYPE)
-                .number(sys::NFTNL_EXPR_FIB_FLAGS, FIB_SADDR),
-            compare(libc::NFT_CMP_EQ, &u32::from(libc::RTN_LOCAL).to_ne_bytes()),
+        Statement::FromThisHost => fib_is_local(FIB_SADDR),
+        Statement::ToThisHost => fib_is_local(FIB_DADDR),
+        Statement::NotToLoopback => match family {
+            // 127.0.0.0/8: the first byte alone tells.
+            Family::V4 => vec![
+                payload(libc::NFT_PAYLOAD_NETWORK_HEADER, 16, 1, register(FIRST)),
+                compare(libc::NFT_CMP_NEQ, &[127]),
+            ],
+            Family::V6 => vec![
+                load_one(Selector::Daddr, family, register(FIRST)),
+                compare(libc::NFT_CMP_NEQ, &std::net::Ipv6Addr::LOCALHOST.octets()),
+            ],
+        },
+        Statement::FromInterface(name) => interface(libc::NFT_CMP_EQ, name),
+        Statement::NotFromInterface(name) => interface(libc::NFT_CMP_NEQ, name),
+        Statement::L4Proto(protocol) => vec![
+            load_one(Selector::L4Proto, family, register(FIRST)),
+            compare(libc::NFT_CMP_EQ, &[protocol.number()]),
         ],
         Statement::In(key, set) => {
             let mut list = load(key, family);
@@ -167,6 +202,12 @@ fn lower_statement(statement: &Statement, family: Family) -> Vec<Instruction> {
             list.push(dnat(family));
             list
         }
+        Statement::DnatSticky(affinity) => vec![
+            load_one(Selector::Saddr, family, register(FIRST)),
+            lookup(&affinity.to_string(), Some(register(FIRST)), 0),
+            dnat(family),
+        ],
+        Statement::Remember(affinity, seconds) => remember(affinity, *seconds, family),
         Statement::MarkClear(bits) => {
             vec![load_mark(), bitwise(*bits, 0), compare(libc::NFT_CMP_EQ, &0_u32.to_ne_bytes())]
         }
@@ -201,12 +242,15 @@ fn load(selectors: &[Selector], family: Family) -> Vec<Instruction> {
     let mut offset = FIRST;
     let mut list = Vec::with_capacity(selectors.len() + 2);
     for &selector in selectors {
+        if matches!(selector, Selector::Slot { source: SlotSource::SourceHash, .. }) {
+            list.push(load_one(Selector::Saddr, family, register(SCRATCH)));
+        }
         list.push(load_one(selector, family, register(offset)));
         let field = match selector {
-            Selector::Saddr | Selector::Daddr => KeyField::Address,
+            Selector::Saddr | Selector::Daddr | Selector::OriginalDaddr => KeyField::Address,
             Selector::L4Proto => KeyField::Protocol,
-            Selector::Dport => KeyField::Port,
-            Selector::Random { .. } => KeyField::Slot,
+            Selector::Dport | Selector::OriginalDport => KeyField::Port,
+            Selector::Slot { .. } => KeyField::Slot,
         };
         offset += padded_len(family, field);
     }
@@ -224,12 +268,79 @@ fn load_one(selector: Selector, family: Family, register: u32) -> Instruction {
         (Selector::L4Proto, _) => Instruction::new(c"meta")
             .constant(sys::NFTNL_EXPR_META_KEY, libc::NFT_META_L4PROTO)
             .number(sys::NFTNL_EXPR_META_DREG, register),
-        (Selector::Random { modulus, offset }, _) => Instruction::new(c"numgen")
+        (Selector::OriginalDaddr, Family::V4) => original(CT_DST_IP, register),
+        (Selector::OriginalDaddr, Family::V6) => original(CT_DST_IP6, register),
+        (Selector::OriginalDport, _) => original(CT_PROTO_DST, register),
+        (Selector::Slot { source: SlotSource::SourceHash, modulus, offset }, _) => {
+            Instruction::new(c"hash")
+                .number(sys::NFTNL_EXPR_HASH_SREG, self::register(SCRATCH))
+                .number(sys::NFTNL_EXPR_HASH_DREG, register)
+                .number(sys::NFTNL_EXPR_HASH_LEN, padded_len(family, KeyField::Address))
+                .number(sys::NFTNL_EXPR_HASH_MODULUS, modulus.into())
+                .number(sys::NFTNL_EXPR_HASH_SEED, HASH_SEED)
+                .number(sys::NFTNL_EXPR_HASH_OFFSET, offset.into())
+                .number(sys::NFTNL_EXPR_HASH_TYPE, HASH_JENKINS)
+        }
+        (Selector::Slot { source, modulus, offset }, _) => Instruction::new(c"numgen")
             .number(sys::NFTNL_EXPR_NG_DREG, register)
-            .constant(sys::NFTNL_EXPR_NG_TYPE, libc::NFT_NG_RANDOM)
+            .constant(
+                sys::NFTNL_EXPR_NG_TYPE,
+                match source {
+                    SlotSource::Increment => libc::NFT_NG_INCREMENTAL,
+                    SlotSource::Random | SlotSource::SourceHash => libc::NFT_NG_RANDOM,
+                },
+            )
             .number(sys::NFTNL_EXPR_NG_MODULUS, modulus.into())
             .number(sys::NFTNL_EXPR_NG_OFFSET, offset.into()),
     }
+}
+
+/// A field of the tuple that the connection was opened with.
+fn original(key: libc::c_int, register: u32) -> Instruction {
+    Instruction::new(c"ct")
+        .number(sys::NFTNL_EXPR_CT_DREG, register)
+        .constant(sys::NFTNL_EXPR_CT_KEY, key)
+        .byte(sys::NFTNL_EXPR_CT_DIR, CT_DIR_ORIGINAL)
+}
+
+fn fib_is_local(address: u32) -> Vec<Instruction> {
+    vec![
+        Instruction::new(c"fib")
+            .number(sys::NFTNL_EXPR_FIB_DREG, register(FIRST))
+            .number(sys::NFTNL_EXPR_FIB_RESULT, FIB_ADDRESS_TYPE)
+            .number(sys::NFTNL_EXPR_FIB_FLAGS, address),
+        compare(libc::NFT_CMP_EQ, &u32::from(libc::RTN_LOCAL).to_ne_bytes()),
+    ]
+}
+
+/// The whole name is compared with its padding, the beginning of one is compared alone.
+fn interface(op: libc::c_int, name: &InterfaceName) -> Vec<Instruction> {
+    let mut bytes = name.as_str().as_bytes().to_vec();
+    if let InterfaceName::Whole(_) = name {
+        bytes.resize(INTERFACE_NAME, 0);
+    }
+    vec![
+        Instruction::new(c"meta")
+            .constant(sys::NFTNL_EXPR_META_KEY, libc::NFT_META_IIFNAME)
+            .number(sys::NFTNL_EXPR_META_DREG, register(FIRST)),
+        compare(op, &bytes),
+    ]
+}
+
+/// The source address as the key; destination address and port as the data.
+fn remember(affinity: &AffinityName, seconds: u32, family: Family) -> Vec<Instruction> {
+    let port = register(DATA + padded_len(family, KeyField::Address));
+    vec![
+        load_one(Selector::Saddr, family, register(FIRST)),
+        load_one(Selector::Daddr, family, register(DATA)),
+        load_one(Selector::Dport, family, port),
+        Instruction::new(c"dynset")
+            .number(sys::NFTNL_EXPR_DYNSET_SREG_KEY, register(FIRST))
+            .number(sys::NFTNL_EXPR_DYNSET_SREG_DATA, register(DATA))
+            .constant(sys::NFTNL_EXPR_DYNSET_OP, libc::NFT_DYNSET_OP_UPDATE)
+            .long(sys::NFTNL_EXPR_DYNSET_TIMEOUT, u64::from(seconds) * 1000)
+            .text(sys::NFTNL_EXPR_DYNSET_SET_NAME, &affinity.to_string()),
+    ]
 }
 
 fn payload(base: libc::c_int, offset: u32, len: u32, register: u32) -> Instruction {

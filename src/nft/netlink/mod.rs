@@ -5,6 +5,7 @@
 //! it. Everything `unsafe` of the crate is in this folder: `ffi` wraps libnftnl's objects,
 //! `batch` writes messages, `socket` sends them.
 
+mod affinity;
 mod batch;
 mod dump;
 mod encode;
@@ -15,13 +16,15 @@ mod userdata;
 
 use std::io;
 
+use tracing::{debug, warn};
+
 pub use self::socket::OpenError;
 
 use self::batch::Batch;
-use self::socket::NetlinkSocket;
+use self::socket::{Answer, NetlinkSocket};
 use super::dataplane::Options;
 use super::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
-use super::transaction::Transaction;
+use super::transaction::{Op, Transaction};
 
 /// The nf_tables of the network namespace it was opened in.
 #[derive(Debug)]
@@ -48,23 +51,36 @@ impl NetlinkKernel {
 
     /// Sends a batch made by [`Self::encode`].
     pub fn send_encoded(&mut self, bytes: &[u8]) -> Result<(), ApplyError> {
-        self.socket
-            .send(bytes)
-            .map_err(|source| ApplyError::Socket { step: "send the batch", source })?;
-        let answers = self.answers()?;
-        let refusals: Vec<_> = answers
-            .into_iter()
-            .filter(|answer| answer.errno != 0)
-            .map(|answer| Refusal { op: None, errno: answer.errno, message: answer.message })
-            .collect();
-        if refusals.is_empty() { Ok(()) } else { Err(ApplyError::Refused { refusals }) }
+        exchange(&mut self.socket, bytes, |_| None)
     }
+}
 
-    fn answers(&mut self) -> Result<Vec<socket::Answer>, ApplyError> {
-        self.socket
-            .answers()
-            .map_err(|source| ApplyError::Socket { step: "read the kernel's answer", source })
-    }
+/// Sends a batch.
+fn send(socket: &mut NetlinkSocket, batch: &Batch) -> Result<(), ApplyError> {
+    exchange(socket, &batch.bytes, |answer| batch.operation(answer.sequence, answer.offset))
+}
+
+/// Sends the bytes of a batch and reads what the kernel refuses of it.
+fn exchange(
+    socket: &mut NetlinkSocket,
+    bytes: &[u8],
+    operation: impl Fn(&Answer) -> Option<usize>,
+) -> Result<(), ApplyError> {
+    // A late answer to an earlier request would be taken for one to this batch.
+    socket.discard();
+    socket.send(bytes).map_err(|source| ApplyError::Socket { step: "send the batch", source })?;
+    let answers = socket
+        .answers()
+        .map_err(|source| ApplyError::Socket { step: "read the kernel's answer", source })?;
+    let refused = answers.into_iter().filter(|answer| answer.errno != 0);
+    let refusals: Vec<_> = refused
+        .map(|answer| Refusal {
+            op: operation(&answer),
+            errno: answer.errno,
+            message: answer.message,
+        })
+        .collect();
+    if refusals.is_empty() { Ok(()) } else { Err(ApplyError::Refused { refusals }) }
 }
 
 impl Kernel for NetlinkKernel {
@@ -78,33 +94,39 @@ impl Kernel for NetlinkKernel {
         }
         let mut batch =
             encode::batch(transaction, Batch::begin(std::mem::take(&mut self.buffer))).finish();
-        // A late answer to an earlier request would be taken for one to this batch.
-        self.socket.discard();
-        let sent = self.socket.send(&batch.bytes);
-        let applied = Applied { messages: batch.messages(), bytes: batch.bytes.len() };
-        let outcome = match sent {
-            Err(source) => Err(ApplyError::Socket { step: "send the batch", source }),
-            Ok(()) => self.answers().and_then(|answers| {
-                let refused = answers.iter().filter(|answer| answer.errno != 0);
-                let refusals: Vec<_> = refused
-                    .map(|answer| Refusal {
-                        op: batch.operation(answer.sequence, answer.offset),
-                        errno: answer.errno,
-                        message: answer.message.clone(),
-                    })
-                    .collect();
-                if refusals.is_empty() {
-                    Ok(applied)
-                } else {
-                    Err(ApplyError::Refused { refusals })
-                }
-            }),
-        };
+        let mut outcome = Ok(Applied { messages: batch.messages(), bytes: batch.bytes.len() });
+        // A transaction that only forgets has no messages but its begin and end.
+        if batch.messages() > 2
+            && let Err(refused) = send(&mut self.socket, &batch)
+        {
+            outcome = Err(refused);
+        }
         if batch.bytes.capacity() <= KEPT_BUFFER {
             batch.bytes.clear();
             self.buffer = batch.bytes;
         }
+        if outcome.is_ok() {
+            self.forget(transaction);
+        }
         outcome
+    }
+}
+
+impl NetlinkKernel {
+    /// Clients that cannot be forgotten now time out, and are looked for once more when the tables
+    /// were left alone for a while: no reason to take back what was committed.
+    fn forget(&mut self, transaction: &Transaction) {
+        for op in &transaction.ops {
+            let Op::Forget(family, name, keep) = op else { continue };
+            match affinity::forget(&mut self.socket, *family, name, keep) {
+                Ok(clients) => {
+                    debug!(%family, map = %name, clients, "forgot clients of backends that left");
+                }
+                Err(error) => {
+                    warn!(%family, map = %name, %error, "cannot forget the clients of backends that left");
+                }
+            }
+        }
     }
 }
 

@@ -65,6 +65,15 @@ pub(super) fn set(set: SetName, family: Family) -> Vec<u8> {
     userdata.bytes()
 }
 
+/// Userdata of an affinity map.
+pub(super) fn affinity() -> Vec<u8> {
+    let mut userdata = Userdata::new();
+    userdata.put_u32(small(sys::NFTNL_UDATA_SET_KEYBYTEORDER), BIG_ENDIAN);
+    userdata.put_u32(small(sys::NFTNL_UDATA_SET_DATABYTEORDER), MIXED);
+    userdata.put_u32(small(sys::NFTNL_UDATA_SET_DATA_INTERVAL), 0);
+    userdata.bytes()
+}
+
 fn concatenation(userdata: &mut Userdata, fields: &[KeyField], family: Family) {
     userdata.put_u32(KIND, EXPR_CONCAT);
     userdata.nest(DATA, |nest| {

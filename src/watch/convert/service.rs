@@ -8,10 +8,12 @@ use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 
 use super::text::{address, address_fault};
 use super::{
-    Findings, NotAPort, NotAProtocol, PROXY_NAME_LABEL, has_label, name_of, networks,
-    port_name_fault, port_number, protocol, shown,
+    Findings, NotAPort, NotAProtocol, PROXY_NAME_LABEL, SCHEDULER_ANNOTATION, annotation,
+    has_label, name_of, networks, port_name_fault, port_number, protocol, shown,
 };
-use crate::model::{self, Family, Kind, Problem, ServicePort, SessionAffinity, TrafficPolicy};
+use crate::model::{
+    self, Family, Kind, Problem, Scheduler, ServicePort, SessionAffinity, TrafficPolicy,
+};
 
 /// What the API server fills in for `sessionAffinityConfig.clientIP.timeoutSeconds`.
 const DEFAULT_AFFINITY_TIMEOUT: u32 = 10_800;
@@ -85,6 +87,7 @@ pub fn service(object: &Service) -> (Option<model::Service>, Vec<Problem>) {
             "the entry is ignored, and with no entry left the Service is open to all sources",
             &mut problems,
         ),
+        scheduler: scheduler(object, &mut problems),
         health_check_node_port: (service_type == "LoadBalancer"
             && external_policy == TrafficPolicy::Local)
             .then(|| health_check_node_port(spec, &mut problems))
@@ -274,6 +277,25 @@ fn traffic_policy(
                 format_args!("{} is neither Cluster nor Local; it counts as Cluster", shown(other)),
             );
             TrafficPolicy::Cluster
+        }
+    }
+}
+
+fn scheduler(object: &Service, problems: &mut Findings) -> Scheduler {
+    match annotation(&object.metadata, SCHEDULER_ANNOTATION) {
+        None | Some("random") => Scheduler::Random,
+        Some("round-robin") => Scheduler::RoundRobin,
+        Some("source-hash") => Scheduler::SourceHash,
+        Some("maglev") => Scheduler::Maglev,
+        Some(other) => {
+            problems.add(
+                format_args!("metadata.annotations[{SCHEDULER_ANNOTATION}]"),
+                format_args!(
+                    "{} is none of random, round-robin, source-hash and maglev; it counts as random",
+                    shown(other)
+                ),
+            );
+            Scheduler::Random
         }
     }
 }

@@ -1,6 +1,6 @@
 //! EndpointSlices: who may answer, with every unset condition resolved.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 
@@ -8,10 +8,13 @@ use k8s_openapi::api::discovery::v1::{self as discovery, EndpointSlice};
 
 use super::text::{address, address_fault, name_fault};
 use super::{
-    Findings, HEADLESS_LABEL, NotAPort, NotAProtocol, has_label, name_of, port_name_fault,
-    port_number, protocol, shown,
+    Findings, HEADLESS_LABEL, NotAPort, NotAProtocol, WEIGHTS_ANNOTATION, annotation, has_label,
+    name_of, port_name_fault, port_number, protocol, shown,
 };
 use crate::model::{self, Endpoint, Family, Hints, Kind, NamespacedName, Problem, SlicePort};
+
+/// Largest weight of an endpoint: each is an element in the kernel.
+const MAX_WEIGHT: u16 = 1000;
 
 /// On an EndpointSlice: the Service it belongs to.
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
@@ -55,6 +58,7 @@ pub fn endpoint_slice(
         return (None, problems.into_problems());
     }
 
+    let weights = weights(object, &mut problems);
     let namespace = object.metadata.namespace.as_deref().unwrap_or_default();
     let slice = model::EndpointSlice {
         service: NamespacedName::new(namespace, owner),
@@ -64,11 +68,37 @@ pub fn endpoint_slice(
             .endpoints
             .iter()
             .enumerate()
-            .filter_map(|(i, e)| endpoint(e, i, family, node_name, &mut problems))
+            .filter_map(|(i, e)| endpoint(e, i, family, node_name, &weights, &mut problems))
             .collect(),
         name,
     };
     (Some(slice), problems.into_problems())
+}
+
+/// The weights that the annotation gives to addresses. An address that is not in the slice is no
+/// fault: the annotation may come first.
+fn weights(object: &EndpointSlice, problems: &mut Findings) -> HashMap<IpAddr, u16> {
+    let text = annotation(&object.metadata, WEIGHTS_ANNOTATION).unwrap_or_default();
+    let entries = text.split(',').map(str::trim).filter(|entry| !entry.is_empty());
+    let mut weights = HashMap::new();
+    for entry in entries {
+        let parsed = entry.split_once('=').and_then(|(ip, weight)| {
+            let weight = weight.trim().parse().ok().filter(|weight| *weight <= MAX_WEIGHT)?;
+            Some((address(ip.trim())?, weight))
+        });
+        if let Some((ip, weight)) = parsed {
+            weights.insert(ip, weight);
+        } else {
+            problems.add(
+                format_args!("metadata.annotations[{WEIGHTS_ANNOTATION}]"),
+                format_args!(
+                    "{} is no ADDRESS=WEIGHT with a weight of 0 to {MAX_WEIGHT}; it is ignored",
+                    shown(entry)
+                ),
+            );
+        }
+    }
+    weights
 }
 
 fn slice_ports(object: &EndpointSlice, problems: &mut Findings) -> Vec<SlicePort> {
@@ -115,6 +145,7 @@ fn endpoint(
     index: usize,
     family: Family,
     node_name: &str,
+    weights: &HashMap<IpAddr, u16>,
     problems: &mut Findings,
 ) -> Option<Endpoint> {
     let text = object.addresses.first()?;
@@ -125,7 +156,10 @@ fn endpoint(
             Family::V6 => "is not an IPv6 address as the slice's addressType says",
         },
         Some(ip) => match address_fault(ip) {
-            None => return Some(resolved(object, ip, node_name)),
+            None => {
+                let weight = weights.get(&ip).copied().unwrap_or(1);
+                return Some(resolved(object, ip, weight, node_name));
+            }
             Some("a loopback address") => "is a loopback address",
             Some("a multicast address") => "is a multicast address",
             Some(_) => "is the unspecified address",
@@ -139,7 +173,12 @@ fn endpoint(
 }
 
 /// The endpoint with everything unset replaced by what that means.
-fn resolved(object: &discovery::Endpoint, address: IpAddr, node_name: &str) -> Endpoint {
+fn resolved(
+    object: &discovery::Endpoint,
+    address: IpAddr,
+    weight: u16,
+    node_name: &str,
+) -> Endpoint {
     let conditions = object.conditions.as_ref();
     let hints = object.hints.as_ref().map(|hints| Hints {
         zones: hints.for_zones.iter().flatten().map(|zone| zone.name.as_str().into()).collect(),
@@ -151,6 +190,7 @@ fn resolved(object: &discovery::Endpoint, address: IpAddr, node_name: &str) -> E
         serving: conditions.and_then(|c| c.serving).unwrap_or(true),
         terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
         local: object.node_name.as_deref() == Some(node_name),
+        weight,
         hints: hints.filter(|h| !h.zones.is_empty() || !h.nodes.is_empty()).map(Box::new),
     }
 }

@@ -1,0 +1,143 @@
+//! The Maglev table: backends over slots so that a client's slot keeps its backend when others come
+//! and go.
+//!
+//! The algorithm is that of "Maglev: A Fast and Reliable Software Network Load Balancer" (Eisenbud
+//! et al., NSDI 2016, section 3.4): every backend has a permutation of the slots of its own, and they
+//! take turns, each taking the first of its slots that is free. The table depends on the set of
+//! backends alone, so every node has the same one.
+
+use std::net::IpAddr;
+
+use crate::nft::element::Backend;
+
+/// Table sizes: primes, so that every step runs through all slots. The paper asks for a hundred slots
+/// for each backend to spread them within 1 %; as each slot is an element in the kernel, there are two
+/// sizes only. Where a Service grows from one to the other, its clients are dealt out anew.
+const SIZES: [(usize, usize); 2] = [(64, 2_039), (usize::MAX, 16_381)];
+
+/// The backend of every slot. `backends` must be sorted; one that is listed several times takes as
+/// many slots a turn. Empty if there are none.
+#[must_use]
+pub fn table(backends: &[Backend]) -> Vec<Backend> {
+    let size = SIZES.iter().find(|(most, _)| backends.len() <= *most).map_or(0, |(_, size)| *size);
+    if backends.is_empty() || size == 0 {
+        return Vec::new();
+    }
+    let mut slots: Vec<Option<Backend>> = vec![None; size];
+    let mut turns: Vec<Turn> = backends.iter().map(|backend| Turn::new(*backend, size)).collect();
+    let mut free = size;
+    loop {
+        for turn in &mut turns {
+            turn.skip_taken(&slots);
+            slots[turn.slot] = Some(turn.backend);
+            free -= 1;
+            if free == 0 {
+                return slots.into_iter().flatten().collect();
+            }
+        }
+    }
+}
+
+/// A backend's way through its permutation.
+struct Turn {
+    backend: Backend,
+    slot: usize,
+    step: usize,
+    size: usize,
+}
+
+impl Turn {
+    fn new(backend: Backend, size: usize) -> Self {
+        let size_64 = size as u64;
+        let within = |hash: u64, modulus: u64| usize::try_from(hash % modulus).unwrap_or_default();
+        let slot = within(hash(&backend, 0), size_64);
+        let step = within(hash(&backend, 1), size_64 - 1) + 1;
+        Self { backend, slot, step, size }
+    }
+
+    /// Moves on to the first slot of the permutation that is free.
+    fn skip_taken(&mut self, slots: &[Option<Backend>]) {
+        while slots[self.slot].is_some() {
+            self.slot = (self.slot + self.step) % self.size;
+        }
+    }
+}
+
+/// FNV-1a with a final mix (that of `SplitMix64`). It must be the same on every node and in every
+/// version, which the standard library's hasher does not promise.
+fn hash(backend: &Backend, seed: u8) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut take = |bytes: &[u8]| {
+        for byte in bytes {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    };
+    take(&[seed]);
+    match backend.address {
+        IpAddr::V4(v4) => take(&v4.octets()),
+        IpAddr::V6(v6) => take(&v6.octets()),
+    }
+    take(&backend.port.to_be_bytes());
+    let mixed = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    fn backends(hosts: impl IntoIterator<Item = u8>) -> Vec<Backend> {
+        let backend = |host| Backend { address: Ipv4Addr::new(10, 0, 0, host).into(), port: 80 };
+        hosts.into_iter().map(backend).collect()
+    }
+
+    fn shares(table: &[Backend]) -> BTreeMap<Backend, usize> {
+        table.iter().fold(BTreeMap::new(), |mut shares, backend| {
+            *shares.entry(*backend).or_default() += 1;
+            shares
+        })
+    }
+
+    #[test]
+    fn every_backend_has_its_share() {
+        for n in [1, 2, 3, 5, 8] {
+            let table = table(&backends(0..n));
+            for share in shares(&table).values() {
+                assert!(share.abs_diff(table.len() / usize::from(n)) <= 1, "{n}: {share}");
+            }
+        }
+        let weighted = table(&backends([1, 1, 1, 2]));
+        assert_eq!(shares(&weighted).into_values().collect::<Vec<_>>(), [1530, 509]);
+        assert!(table(&[]).is_empty());
+    }
+
+    #[test]
+    fn one_backend_less_moves_few_others() {
+        let before = table(&backends(0..8));
+        for gone in 0..8 {
+            let after = table(&backends((0..8).filter(|host| *host != gone)));
+            let lost = backends([gone])[0];
+            let moved = before.iter().zip(&after).filter(|(b, a)| **b != lost && b != a).count();
+            // The paper's figure 12 shows a few per cent.
+            assert!(moved < before.len() / 10, "{moved} of {} slots moved", before.len());
+        }
+    }
+
+    #[test]
+    fn the_table_is_the_same_in_every_version() {
+        // Clients would move at an upgrade otherwise.
+        let hosts: Vec<u8> = table(&backends([1, 2, 3]))
+            .iter()
+            .take(12)
+            .map(|backend| match backend.address {
+                IpAddr::V4(v4) => v4.octets()[3],
+                IpAddr::V6(_) => unreachable!(),
+            })
+            .collect();
+        assert_eq!(hosts, [1, 2, 1, 1, 3, 3, 3, 1, 2, 2, 2, 3]);
+    }
+}

@@ -1,0 +1,304 @@
+//! Chains. What a chain contains follows from its name alone, so that a ruleset need only say which
+//! chains there are, and a chain of the kernel can be compared with what it should be.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::{PortName, UnknownName};
+
+/// By what a frontend is found: decides which maps it is looked up in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Entry {
+    /// An address of the Service.
+    Address,
+    /// A node port.
+    NodePort,
+}
+
+/// Which backends of a frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum List {
+    /// Those of any node.
+    Cluster,
+    /// Those of this node.
+    Local,
+}
+
+/// How one of several backends is picked.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Pick {
+    /// By a random number.
+    Random,
+    /// By a hash of the client's address.
+    SourceHash,
+    /// In turn. The kernel keeps the turn in the rule, so that a port has a chain of its own.
+    RoundRobin(PortName),
+}
+
+/// Picks one of `n` slots of a frontend.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Selection {
+    /// What the frontend is found by.
+    pub entry: Entry,
+    /// The backends to pick from.
+    pub list: List,
+    /// How.
+    pub pick: Pick,
+    /// The number of slots, at least 1.
+    pub n: u16,
+}
+
+/// Where the backend of a client is remembered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Memory {
+    /// For frontends that reach any node.
+    Cluster,
+    /// For frontends that reach this node only.
+    Local,
+    /// For both; for the second only if the backend is on this node.
+    Both,
+}
+
+/// A chain. Those of Services exist while one needs them; most are shared by all Services with the
+/// same number of backends. All others always exist.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ChainName {
+    /// Picks a backend: `lb-2`, `nodeport-lb-local-1`, `hash-3`, `round-robin-2/…`.
+    Select(Selection),
+    /// Takes the backend that the client had last, else picks one: `sticky-lb-2/…`.
+    Sticky(PortName, Selection),
+    /// As either of them (by the port) for traffic from outside the cluster, which is masqueraded:
+    /// `external-lb-2`.
+    External(Option<PortName>, Selection),
+    /// Remembers the backend of a client for so many seconds: `record-10800s/…`.
+    Record(PortName, Memory, u32),
+    /// Sets the mark that postrouting masquerades by.
+    MarkForMasquerade,
+    /// Tells clients of a frontend address under a Local policy apart.
+    ExternalLocal,
+    /// The same for node ports.
+    NodeportExternalLocal,
+    /// Lets only the allowed sources of a load balancer's address pass.
+    Restricted,
+    /// Those of them that may pass.
+    RestrictedAllowed,
+    /// Looks a new connection up in the maps.
+    Dispatch,
+    /// Refuses a connection nobody can answer.
+    NoEndpoint,
+    /// Refuses unused ports of ClusterIPs, drops what goes to unallocated ones.
+    ClusterIpsCheck,
+    /// Remembers the backends of clients of Services with session affinity.
+    AffinityRecord,
+    /// Base chain, filter input.
+    FilterInput,
+    /// Base chain, filter forward.
+    FilterForward,
+    /// Base chain, filter output.
+    FilterOutput,
+    /// Base chain, nat prerouting.
+    NatPrerouting,
+    /// Base chain, nat output.
+    NatOutput,
+    /// Base chain, nat input.
+    NatInput,
+    /// Base chain, nat postrouting.
+    NatPostrouting,
+}
+
+impl ChainName {
+    /// The chains that always exist, in the order of the table's text.
+    pub const FIXED: [Self; 16] = [
+        Self::MarkForMasquerade,
+        Self::ExternalLocal,
+        Self::NodeportExternalLocal,
+        Self::RestrictedAllowed,
+        Self::Restricted,
+        Self::Dispatch,
+        Self::NoEndpoint,
+        Self::ClusterIpsCheck,
+        Self::AffinityRecord,
+        Self::FilterInput,
+        Self::FilterForward,
+        Self::FilterOutput,
+        Self::NatPrerouting,
+        Self::NatOutput,
+        Self::NatInput,
+        Self::NatPostrouting,
+    ];
+
+    /// The whole name of a chain that always exists.
+    fn fixed(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Select(_) | Self::Sticky(..) | Self::External(..) | Self::Record(..) => {
+                return None;
+            }
+            Self::MarkForMasquerade => "mark-for-masquerade",
+            Self::ExternalLocal => "external-local",
+            Self::NodeportExternalLocal => "nodeport-external-local",
+            Self::Restricted => "restricted",
+            Self::RestrictedAllowed => "restricted-allowed",
+            Self::Dispatch => "dispatch",
+            Self::NoEndpoint => "no-endpoint",
+            Self::ClusterIpsCheck => "cluster-ips-check",
+            Self::AffinityRecord => "affinity-record",
+            Self::FilterInput => "filter-input",
+            Self::FilterForward => "filter-forward",
+            Self::FilterOutput => "filter-output",
+            Self::NatPrerouting => "nat-prerouting",
+            Self::NatOutput => "nat-output",
+            Self::NatInput => "nat-input",
+            Self::NatPostrouting => "nat-postrouting",
+        })
+    }
+
+    /// Whether the chain exists only while a Service needs it.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        self.fixed().is_none()
+    }
+
+    /// The port that the chain belongs to, if it belongs to one.
+    #[must_use]
+    pub fn port(&self) -> Option<&PortName> {
+        match self {
+            Self::Sticky(port, _) | Self::External(Some(port), _) | Self::Record(port, ..) => {
+                Some(port)
+            }
+            Self::Select(selection) | Self::External(None, selection) => selection.owner(),
+            _ => None,
+        }
+    }
+
+    /// The chain that this one leads to, which has to exist, too.
+    #[must_use]
+    pub fn next(&self) -> Option<Self> {
+        match self {
+            Self::External(Some(port), selection) => {
+                Some(Self::Sticky(port.clone(), selection.clone()))
+            }
+            Self::Sticky(_, selection) | Self::External(None, selection) => {
+                Some(Self::Select(selection.clone()))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Without the port, which comes last in a chain's name.
+impl fmt::Display for Selection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let entry = match self.entry {
+            Entry::Address => "",
+            Entry::NodePort => "nodeport-",
+        };
+        let pick = match self.pick {
+            Pick::Random => "lb",
+            Pick::SourceHash => "hash",
+            Pick::RoundRobin(_) => "round-robin",
+        };
+        let list = match self.list {
+            List::Cluster => "",
+            List::Local => "-local",
+        };
+        write!(f, "{entry}{pick}{list}-{}", self.n)
+    }
+}
+
+impl Selection {
+    /// The port whose own chain this is.
+    fn owner(&self) -> Option<&PortName> {
+        match &self.pick {
+            Pick::RoundRobin(port) => Some(port),
+            Pick::Random | Pick::SourceHash => None,
+        }
+    }
+
+    /// Reads what [`fmt::Display`] writes; `port` is what stands behind the slash.
+    fn parse(text: &str, port: Option<&PortName>) -> Option<Self> {
+        let (entry, rest) = match text.strip_prefix("nodeport-") {
+            Some(rest) => (Entry::NodePort, rest),
+            None => (Entry::Address, text),
+        };
+        let (rest, number) = rest.rsplit_once('-')?;
+        let (list, pick) = match rest.strip_suffix("-local") {
+            Some(pick) => (List::Local, pick),
+            None => (List::Cluster, rest),
+        };
+        let pick = match pick {
+            "lb" => Pick::Random,
+            "hash" => Pick::SourceHash,
+            "round-robin" => Pick::RoundRobin(port?.clone()),
+            _ => return None,
+        };
+        Some(Self { entry, list, pick, n: number.parse().ok()? })
+    }
+}
+
+impl fmt::Display for ChainName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Select(selection) => write!(f, "{selection}")?,
+            Self::Sticky(_, selection) => write!(f, "sticky-{selection}")?,
+            Self::External(None, selection) => write!(f, "external-{selection}")?,
+            Self::External(Some(_), selection) => write!(f, "external-sticky-{selection}")?,
+            Self::Record(_, memory, timeout) => {
+                let memory = match memory {
+                    Memory::Cluster => "",
+                    Memory::Local => "-local",
+                    Memory::Both => "-both",
+                };
+                write!(f, "record{memory}-{timeout}s")?;
+            }
+            fixed => f.write_str(fixed.fixed().unwrap_or_default())?,
+        }
+        match self.port() {
+            Some(port) => write!(f, "/{port}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl FromStr for ChainName {
+    type Err = UnknownName;
+
+    fn from_str(name: &str) -> Result<Self, UnknownName> {
+        if let Some(fixed) = Self::FIXED.into_iter().find(|chain| chain.fixed() == Some(name)) {
+            return Ok(fixed);
+        }
+        let (kind, port) = match name.split_once('/') {
+            Some((kind, port)) => (kind, Some(port.parse::<PortName>()?)),
+            None => (name, None),
+        };
+        let chain = parse(kind, port).ok_or(UnknownName)?;
+        // `lb-02` and `lb-+2` parse, but are not names we write.
+        if chain.to_string() == name { Ok(chain) } else { Err(UnknownName) }
+    }
+}
+
+fn parse(kind: &str, port: Option<PortName>) -> Option<ChainName> {
+    if let Some(rest) = kind.strip_prefix("record-") {
+        let (memory, rest) = match rest.split_once('-') {
+            Some(("local", rest)) => (Memory::Local, rest),
+            Some(("both", rest)) => (Memory::Both, rest),
+            _ => (Memory::Cluster, rest),
+        };
+        let timeout = rest.strip_suffix('s')?.parse().ok()?;
+        return Some(ChainName::Record(port?, memory, timeout));
+    }
+    let (external, rest) = match kind.strip_prefix("external-") {
+        Some(rest) => (true, rest),
+        None => (false, kind),
+    };
+    let (sticky, rest) = match rest.strip_prefix("sticky-") {
+        Some(rest) => (true, rest),
+        None => (false, rest),
+    };
+    let selection = Selection::parse(rest, port.as_ref())?;
+    Some(match (external, sticky) {
+        (false, false) => ChainName::Select(selection),
+        (false, true) => ChainName::Sticky(port?, selection),
+        (true, false) => ChainName::External(None, selection),
+        (true, true) => ChainName::External(port, selection),
+    })
+}
