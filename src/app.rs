@@ -11,7 +11,7 @@
 
 use std::time::Duration;
 
-use tokio::sync::mpsc::{Receiver, Sender, channel, error::TryRecvError};
+use tokio::sync::mpsc::{Receiver, Sender, WeakSender, channel, error::TryRecvError};
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
@@ -87,6 +87,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     open.await.map_err(|_| RunError::Ended)??;
 
     info!(node = config.node_name, source = %config.source, "starting");
+    follow_host(sender.downgrade())?;
     tokio::select! {
         signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
         // Sources end with an error only, and only before they are under way.
@@ -95,6 +96,16 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     }
     // With the source, the sender is gone: the thread ends behind its last commit.
     thread.join().map_err(|_| RunError::Ended)
+}
+
+/// Follows the host's addresses. Everything else works without, so that a failure is said and no more.
+fn follow_host(events: WeakSender<Event>) -> Result<(), RunError> {
+    let thread = std::thread::Builder::new().name("host".into()).spawn(move || {
+        if let Err(error) = host::follow(&events) {
+            warn!(%error, "node ports stay on the addresses that the host had at start");
+        }
+    });
+    thread.map(drop).map_err(|source| RunError::System { step: "start a thread", source })
 }
 
 async fn stopped() -> Result<&'static str, RunError> {

@@ -1,12 +1,22 @@
-//! What the host itself tells about the node: its name and addresses.
+//! What the host itself tells about the node: its name, and its addresses while they change.
 //!
-//! Used where no Node object says it: with a directory of manifests, or while the Node is not there.
+//! Name and primary addresses count where no Node object tells them: with a directory of manifests, or
+//! while the Node is not there. Addresses of interfaces decide where node ports are served when they
+//! are configured by ranges; nothing but the kernel tells when one comes or goes.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::net::{IpAddr, Ipv6Addr};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::time::Duration;
+use std::{fs, io};
 
-use crate::model::{Family, NodeFacts};
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
+};
+use tokio::sync::mpsc::WeakSender;
+
+use crate::model::{Event, Family, HostFacts, NodeFacts};
 
 /// The host's name cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -20,34 +30,99 @@ pub fn node_name() -> Result<String, HostnameError> {
     if name.is_empty() { Err(HostnameError("it is empty".into())) } else { Ok(name) }
 }
 
-/// Node facts as far as the host knows them: of each family the first global address of the
-/// interface with the default route, or else of the first interface that has one.
+/// Node facts as far as the host knows them.
 #[must_use]
 pub fn node_facts(name: &str) -> NodeFacts {
-    let addresses = interface_addresses();
+    let HostFacts { addresses, interfaces } = host_facts();
+    NodeFacts { name: name.to_owned(), addresses, interfaces, ..NodeFacts::default() }
+}
+
+/// Of each family the first global address of the interface with the default route, or else of the
+/// first interface that has one; and the addresses of all interfaces.
+fn host_facts() -> HostFacts {
+    let all = interface_addresses();
     let first = |family: Family| {
         let default = default_interface(family);
-        let of_family = |(_, a): &&(String, IpAddr)| Family::of(*a) == family;
-        let preferred = addresses
-            .iter()
-            .filter(of_family)
-            .find(|(interface, _)| Some(interface) == default.as_ref());
-        preferred.or_else(|| addresses.iter().find(of_family)).map(|(_, address)| *address)
+        let of_family = |(_, a): &&(String, IpAddr)| Family::of(*a) == family && is_global(*a);
+        let preferred =
+            all.iter().filter(of_family).find(|(interface, _)| Some(interface) == default.as_ref());
+        preferred.or_else(|| all.iter().find(of_family)).map(|(_, address)| *address)
     };
-    NodeFacts {
-        name: name.to_owned(),
-        addresses: Family::BOTH.into_iter().filter_map(first).collect(),
-        ..NodeFacts::default()
+    let addresses = Family::BOTH.into_iter().filter_map(first).collect();
+    let mut interfaces: Vec<_> = all.into_iter().map(|(_, address)| address).collect();
+    interfaces.sort_unstable();
+    interfaces.dedup();
+    HostFacts { addresses, interfaces }
+}
+
+/// The host's addresses cannot be followed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot follow the host's addresses: cannot {step}: {source}")]
+pub struct FollowError {
+    /// What was being done.
+    step: &'static str,
+    /// The system's reason.
+    source: io::Error,
+}
+
+/// Sends the host's addresses now and whenever they have changed, until there is no receiver. Blocks
+/// in between, for which it needs a thread of its own.
+pub fn follow(events: &WeakSender<Event>) -> Result<(), FollowError> {
+    let fail = |step| move |errno: Errno| FollowError { step, source: errno.into() };
+    let socket = address_changes().map_err(fail("open a netlink socket"))?;
+    let mut known = None;
+    loop {
+        let facts = host_facts();
+        if known.as_ref() != Some(&facts) {
+            known = Some(facts.clone());
+            let events = events.upgrade();
+            if events.is_none_or(|events| events.blocking_send(Event::Host(facts)).is_err()) {
+                return Ok(());
+            }
+        }
+        receive(&socket, MsgFlags::empty()).map_err(fail("wait for a change"))?;
+        std::thread::sleep(SETTLE);
+        // What changed is read anew: messages can be lost, and one change can cause many.
+        while receive(&socket, MsgFlags::MSG_DONTWAIT).is_ok() {}
     }
 }
 
-/// Addresses that others can reach, by interface, in the system's order.
-fn interface_addresses() -> Vec<(String, IpAddr)> {
-    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
-    let global = |address: &IpAddr| match address {
+/// Changes often come several at a time.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// A socket that gets a message for every address that comes or goes.
+fn address_changes() -> nix::Result<OwnedFd> {
+    let protocol = SockProtocol::NetlinkRoute;
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
+    let groups = (libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR).cast_unsigned();
+    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
+    Ok(socket)
+}
+
+/// Takes one message off the socket. That some were lost is as good as one.
+fn receive(socket: &OwnedFd, flags: MsgFlags) -> nix::Result<()> {
+    let mut buffer = [0; 8192];
+    loop {
+        match recv(socket.as_raw_fd(), &mut buffer, flags) {
+            Ok(_) | Err(Errno::ENOBUFS) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
+/// Whether others can reach it.
+fn is_global(address: IpAddr) -> bool {
+    match address {
         IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
         IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
-    };
+    }
+}
+
+/// Addresses by interface, in the system's order.
+fn interface_addresses() -> Vec<(String, IpAddr)> {
+    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
     interfaces
         .filter_map(|interface| {
             let address = interface.address?;
@@ -57,7 +132,6 @@ fn interface_addresses() -> Vec<(String, IpAddr)> {
                 .or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))?;
             Some((interface.interface_name, address))
         })
-        .filter(|(_, address)| global(address))
         .collect()
 }
 

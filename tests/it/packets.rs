@@ -12,10 +12,10 @@ use crate::net::{
 use crate::objects::{CLUSTER, Svc, slice};
 use crate::serve::{Outcome, sctp, tcp, udp};
 
-const CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
-const HTTP: [(&str, &str, u16); 1] = [("http", "TCP", 8080)];
+pub(crate) const CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
+pub(crate) const HTTP: [(&str, &str, u16); 1] = [("http", "TCP", 8080)];
 
-fn run(net: &Net, arguments: &[&str]) -> Daemon {
+pub(crate) fn run(net: &Net, arguments: &[&str]) -> Daemon {
     let dir = net.manifests();
     let mut all =
         vec!["run", "--manifests", dir.to_str().unwrap(), "--hostname-override", "node-1"];
@@ -23,12 +23,12 @@ fn run(net: &Net, arguments: &[&str]) -> Daemon {
     Daemon::start(&net.name("node"), &all)
 }
 
-fn to(address: &str, port: u16) -> SocketAddr {
+pub(crate) fn to(address: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip(address), port)
 }
 
 /// What many connections met, and how often.
-fn many(net: &Net, from: &str, to: SocketAddr) -> BTreeMap<Outcome, usize> {
+pub(crate) fn many(net: &Net, from: &str, to: SocketAddr) -> BTreeMap<Outcome, usize> {
     let mut seen = BTreeMap::new();
     for _ in 0..60 {
         *seen.entry(tcp(&net.name(from), to)).or_default() += 1;
@@ -37,19 +37,19 @@ fn many(net: &Net, from: &str, to: SocketAddr) -> BTreeMap<Outcome, usize> {
 }
 
 /// The outcomes alone.
-fn set(net: &Net, from: &str, to: SocketAddr) -> BTreeSet<Outcome> {
+pub(crate) fn set(net: &Net, from: &str, to: SocketAddr) -> BTreeSet<Outcome> {
     many(net, from, to).into_keys().collect()
 }
 
-fn answered(by: &str, port: u16, seen: &str) -> Outcome {
+pub(crate) fn answered(by: &str, port: u16, seen: &str) -> Outcome {
     Outcome::Answered { by: by.into(), port, seen: ip(seen) }
 }
 
-fn answers<const N: usize>(list: [(&str, &str); N]) -> BTreeSet<Outcome> {
+pub(crate) fn answers<const N: usize>(list: [(&str, &str); N]) -> BTreeSet<Outcome> {
     list.into_iter().map(|(by, seen)| answered(by, 8080, seen)).collect()
 }
 
-fn one(net: &Net, from: &str, to: SocketAddr) -> Outcome {
+pub(crate) fn one(net: &Net, from: &str, to: SocketAddr) -> Outcome {
     tcp(&net.name(from), to)
 }
 
