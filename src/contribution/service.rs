@@ -13,7 +13,7 @@ use crate::model::{
 use crate::nft::dataplane::FIRST_LOCAL_SLOT;
 use crate::nft::element::{Backend, ElementId, Key, Value};
 use crate::nft::names::{
-    AffinityName, ChainName, Entry, List, Memory, Pick, PortName, Selection, SetName,
+    AffinityName, ChainName, Entry, List, Memory, Pick, PortChain, PortName, Selection, SetName,
 };
 use crate::selection::{Candidate, Uses, select};
 use crate::slots::{MAX_BACKENDS, Slots};
@@ -105,11 +105,11 @@ impl Building<'_> {
         let name = self.own_name(port);
         let sticky = self.affinity(name.as_ref(), family, uses, lists);
         let pick = match self.service.scheduler {
-            Scheduler::Random => Pick::Random,
             Scheduler::SourceHash | Scheduler::Maglev => Pick::SourceHash,
-            Scheduler::RoundRobin => name.map_or(Pick::Random, Pick::RoundRobin),
+            Scheduler::RoundRobin if name.is_some() => Pick::RoundRobin,
+            Scheduler::Random | Scheduler::RoundRobin => Pick::Random,
         };
-        let serving = Serving { lists, any: selection.any, pick, sticky };
+        let serving = Serving { lists, any: selection.any, pick, name, sticky };
         for (frontend, kind) in frontends {
             match owners.owner(frontend) {
                 Some(owner) if *owner == self.service.name => {
@@ -221,24 +221,31 @@ struct Serving<'a> {
     /// Whether anybody anywhere could answer.
     any: bool,
     pick: Pick,
+    /// What chains of the port's own are named after; only if it needs any.
+    name: Option<PortName>,
     sticky: Option<Sticky>,
 }
 
 impl Serving<'_> {
     /// The chain that picks a backend for one kind of frontend.
     fn chain(&self, entry: Entry, list: List, n: u16) -> ChainName {
-        let selection = Selection { entry, list, pick: self.pick.clone(), n };
+        let selection = Selection { entry, list, pick: self.pick, n };
         match &self.sticky {
-            Some(sticky) => ChainName::Sticky(sticky.port.clone(), selection),
-            None => ChainName::Select(selection),
+            Some(sticky) => ChainName::of_port(&sticky.port, PortChain::Sticky(selection)),
+            None => ChainName::select(self.name.as_ref(), selection),
         }
     }
 
     /// The same for traffic that is masqueraded whoever sent it.
     fn external_chain(&self, entry: Entry, n: u16) -> ChainName {
-        let pick = self.pick.clone();
-        let selection = Selection { entry, list: List::Cluster, pick, n };
-        ChainName::External(self.sticky.as_ref().map(|sticky| sticky.port.clone()), selection)
+        let selection = Selection { entry, list: List::Cluster, pick: self.pick, n };
+        match (&self.sticky, &self.name) {
+            (Some(sticky), _) => {
+                ChainName::of_port(&sticky.port, PortChain::ExternalSticky(selection))
+            }
+            (None, Some(name)) => ChainName::of_port(name, PortChain::External(selection)),
+            (None, None) => ChainName::External(selection),
+        }
     }
 }
 
@@ -379,7 +386,7 @@ impl<'a, 'b> Objects<'a, 'b> {
     /// Says where the clients of the frontend are remembered.
     fn remember(&mut self) {
         let Some(Sticky { port, memory, timeout }) = &self.serving.sticky else { return };
-        let chain = ChainName::Record(port.clone(), *memory, *timeout);
+        let chain = ChainName::of_port(port, PortChain::Record(*memory, *timeout));
         let (key, protocol) = match self.frontend {
             Frontend::Address(address, protocol, port) => {
                 (Key::AddressPort(address, port), protocol)

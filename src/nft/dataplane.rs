@@ -13,7 +13,7 @@
 //!   connections nor Services without ranges pay for them.
 
 use super::names::{
-    AffinityName, ChainName, Entry, List, Memory, Pick, PortName, Selection, SetName,
+    AffinityName, ChainName, Entry, List, Memory, Pick, PortChain, PortName, Selection, SetName,
 };
 use super::rule::{
     Base, BaseKind, Chain, Hook, InterfaceName, Rule, Selector, SlotSource, Statement,
@@ -135,21 +135,15 @@ fn base(name: &ChainName) -> Option<Base> {
 
 fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
     use Statement::{
-        CtStateNew, CtStatusDnat, DnatSticky, Drop, Goto, In, Jump, L4Proto, MarkClear, MarkOr,
-        MarkXor, Masquerade, Reject, Return, Vmap,
+        CtStateNew, CtStatusDnat, Drop, Goto, In, Jump, MarkClear, MarkOr, MarkXor, Masquerade,
+        Reject, Return, Vmap,
     };
     let mark = shape.options.masquerade_mark;
     let next = || Goto(name.next().expect("a chain that leads on"));
     match name {
-        ChainName::Select(selection) => select(selection),
-        ChainName::Sticky(port, selection) => {
-            let affinity = AffinityName { port: port.clone(), list: selection.list };
-            vec![Rule::new([L4Proto(port.protocol()), DnatSticky(affinity)]), Rule::new([next()])]
-        }
-        ChainName::External(..) => {
-            vec![Rule::new([Jump(ChainName::MarkForMasquerade)]), Rule::new([next()])]
-        }
-        ChainName::Record(port, memory, timeout) => record(port, *memory, *timeout),
+        ChainName::Select(selection) => select(*selection),
+        ChainName::OfPort(chain) => of_port(&chain.0, chain.1, next),
+        ChainName::External(_) => external(next()),
         ChainName::MarkForMasquerade => vec![Rule::new([MarkOr(mark)])],
         ChainName::ExternalLocal => {
             by_client(&FRONTEND, SetName::ServicesCluster, SetName::ServicesLocal, shape)
@@ -210,11 +204,29 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
     }
 }
 
+fn external(next: Statement) -> Vec<Rule> {
+    vec![Rule::new([Statement::Jump(ChainName::MarkForMasquerade)]), Rule::new([next])]
+}
+
+/// The chains of one Service port.
+fn of_port(port: &PortName, chain: PortChain, next: impl Fn() -> Statement) -> Vec<Rule> {
+    match chain {
+        PortChain::Select(selection) => select(selection),
+        PortChain::Sticky(selection) => {
+            let affinity = AffinityName { port: port.clone(), list: selection.list };
+            let sticky = [Statement::L4Proto(port.protocol()), Statement::DnatSticky(affinity)];
+            vec![Rule::new(sticky), Rule::new([next()])]
+        }
+        PortChain::External(_) | PortChain::ExternalSticky(_) => external(next()),
+        PortChain::Record(memory, timeout) => record(port, memory, timeout),
+    }
+}
+
 /// Slots from here on are the backends on this node.
 pub const FIRST_LOCAL_SLOT: u16 = 32768;
 
 /// Picks one of `n` backends; a pick that met no element is followed by the first slot.
-fn select(selection: &Selection) -> Vec<Rule> {
+fn select(selection: Selection) -> Vec<Rule> {
     let (frontend, map) = match selection.entry {
         Entry::Address => (FRONTEND.as_slice(), SetName::Endpoints),
         Entry::NodePort => (NODE_PORT.as_slice(), SetName::NodeportEndpoints),
@@ -226,7 +238,7 @@ fn select(selection: &Selection) -> Vec<Rule> {
     let source = match selection.pick {
         Pick::Random => SlotSource::Random,
         Pick::SourceHash => SlotSource::SourceHash,
-        Pick::RoundRobin(_) => SlotSource::Increment,
+        Pick::RoundRobin => SlotSource::Increment,
     };
     [(source, selection.n), (SlotSource::Random, 1)]
         .into_iter()

@@ -11,7 +11,7 @@ mod set;
 use std::fmt;
 use std::sync::Arc;
 
-pub use chain::{ChainName, Entry, List, Memory, Pick, Selection};
+pub use chain::{ChainName, Entry, List, Memory, Pick, PortChain, Selection};
 pub use set::{DataType, KeyField, SetName};
 
 use crate::model::{NamespacedName, Protocol};
@@ -147,30 +147,37 @@ mod tests {
             assert_eq!(set.as_str().parse(), Ok(set));
         }
         let mut chains = ChainName::FIXED.to_vec();
-        let picks = [Pick::Random, Pick::SourceHash, Pick::RoundRobin(port("a-1/b/udp/1-2"))];
-        for pick in picks {
+        let port = port("a-1/b/udp/1-2");
+        for pick in [Pick::Random, Pick::SourceHash, Pick::RoundRobin] {
             for entry in [Entry::Address, Entry::NodePort] {
                 for list in [List::Cluster, List::Local] {
                     for n in [1, 2, 32768] {
-                        let selection = Selection { entry, list, pick: pick.clone(), n };
-                        chains.push(ChainName::Select(selection.clone()));
-                        chains.push(ChainName::External(None, selection.clone()));
-                        let owner = match &pick {
-                            Pick::RoundRobin(port) => port.clone(),
-                            _ => port("default/web/tcp"),
-                        };
-                        chains.push(ChainName::Sticky(owner.clone(), selection.clone()));
-                        chains.push(ChainName::External(Some(owner), selection));
+                        let selection = Selection { entry, list, pick, n };
+                        if pick == Pick::RoundRobin {
+                            chains.push(ChainName::of_port(&port, PortChain::Select(selection)));
+                            chains.push(ChainName::of_port(&port, PortChain::External(selection)));
+                        } else {
+                            chains.push(ChainName::Select(selection));
+                            chains.push(ChainName::External(selection));
+                        }
+                        for chain in
+                            [PortChain::Sticky(selection), PortChain::ExternalSticky(selection)]
+                        {
+                            chains.push(ChainName::of_port(&port, chain));
+                        }
                     }
                 }
             }
         }
+        for chain in &chains {
+            assert!(chain.next().is_none_or(|next| chains.contains(&next)), "{chain}");
+        }
         for list in [List::Cluster, List::Local] {
-            let affinity = AffinityName { port: port("default/web/tcp/http"), list };
+            let affinity = AffinityName { port: port.clone(), list };
             assert_eq!(affinity.to_string().parse(), Ok(affinity));
         }
         for memory in [Memory::Cluster, Memory::Local, Memory::Both] {
-            chains.push(ChainName::Record(port("default/web/tcp/http"), memory, 10800));
+            chains.push(ChainName::of_port(&port, PortChain::Record(memory, 10800)));
         }
         let names: std::collections::BTreeSet<_> = chains.iter().map(ToString::to_string).collect();
         assert_eq!(names.len(), chains.len(), "no two have the same name");

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use super::{PortName, UnknownName};
 
@@ -25,18 +26,18 @@ pub enum List {
 }
 
 /// How one of several backends is picked.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Pick {
     /// By a random number.
     Random,
     /// By a hash of the client's address.
     SourceHash,
     /// In turn. The kernel keeps the turn in the rule, so that a port has a chain of its own.
-    RoundRobin(PortName),
+    RoundRobin,
 }
 
 /// Picks one of `n` slots of a frontend.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Selection {
     /// What the frontend is found by.
     pub entry: Entry,
@@ -59,19 +60,32 @@ pub enum Memory {
     Both,
 }
 
-/// A chain. Those of Services exist while one needs them; most are shared by all Services with the
-/// same number of backends. All others always exist.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum ChainName {
-    /// Picks a backend: `lb-2`, `nodeport-lb-local-1`, `hash-3`, `round-robin-2/…`.
+/// What the chains of one Service port do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PortChain {
+    /// Picks a backend in turn: `round-robin-2/…`.
     Select(Selection),
     /// Takes the backend that the client had last, else picks one: `sticky-lb-2/…`.
-    Sticky(PortName, Selection),
-    /// As either of them (by the port) for traffic from outside the cluster, which is masqueraded:
-    /// `external-lb-2`.
-    External(Option<PortName>, Selection),
+    Sticky(Selection),
+    /// As the first for traffic from outside the cluster: `external-round-robin-2/…`.
+    External(Selection),
+    /// As the second for traffic from outside the cluster: `external-sticky-lb-2/…`.
+    ExternalSticky(Selection),
     /// Remembers the backend of a client for so many seconds: `record-10800s/…`.
-    Record(PortName, Memory, u32),
+    Record(Memory, u32),
+}
+
+/// A chain. Those of Services exist while one needs them; almost all of them are shared by Services
+/// with the same number of backends. Tens of thousands of elements name one, so that what few need is
+/// behind a pointer.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ChainName {
+    /// Picks a backend: `lb-2`, `nodeport-lb-local-1`, `hash-3`.
+    Select(Selection),
+    /// The same for traffic from outside the cluster, which is masqueraded: `external-lb-2`.
+    External(Selection),
+    /// A chain that belongs to one Service port.
+    OfPort(Arc<(PortName, PortChain)>),
     /// Sets the mark that postrouting masquerades by.
     MarkForMasquerade,
     /// Tells clients of a frontend address under a Local policy apart.
@@ -130,9 +144,7 @@ impl ChainName {
     /// The whole name of a chain that always exists.
     fn fixed(&self) -> Option<&'static str> {
         Some(match self {
-            Self::Select(_) | Self::Sticky(..) | Self::External(..) | Self::Record(..) => {
-                return None;
-            }
+            Self::Select(_) | Self::External(_) | Self::OfPort(_) => return None,
             Self::MarkForMasquerade => "mark-for-masquerade",
             Self::ExternalLocal => "external-local",
             Self::NodeportExternalLocal => "nodeport-external-local",
@@ -162,11 +174,23 @@ impl ChainName {
     #[must_use]
     pub fn port(&self) -> Option<&PortName> {
         match self {
-            Self::Sticky(port, _) | Self::External(Some(port), _) | Self::Record(port, ..) => {
-                Some(port)
-            }
-            Self::Select(selection) | Self::External(None, selection) => selection.owner(),
+            Self::OfPort(chain) => Some(&chain.0),
             _ => None,
+        }
+    }
+
+    /// A chain of a port.
+    #[must_use]
+    pub fn of_port(port: &PortName, chain: PortChain) -> Self {
+        Self::OfPort(Arc::new((port.clone(), chain)))
+    }
+
+    /// The chain that picks a backend, `port` being the port that it is for.
+    #[must_use]
+    pub fn select(port: Option<&PortName>, selection: Selection) -> Self {
+        match port.filter(|_| selection.pick == Pick::RoundRobin) {
+            Some(port) => Self::of_port(port, PortChain::Select(selection)),
+            None => Self::Select(selection),
         }
     }
 
@@ -174,12 +198,16 @@ impl ChainName {
     #[must_use]
     pub fn next(&self) -> Option<Self> {
         match self {
-            Self::External(Some(port), selection) => {
-                Some(Self::Sticky(port.clone(), selection.clone()))
-            }
-            Self::Sticky(_, selection) | Self::External(None, selection) => {
-                Some(Self::Select(selection.clone()))
-            }
+            Self::External(selection) => Some(Self::Select(*selection)),
+            Self::OfPort(chain) => match chain.1 {
+                PortChain::External(selection) | PortChain::Sticky(selection) => {
+                    Some(Self::select(Some(&chain.0), selection))
+                }
+                PortChain::ExternalSticky(selection) => {
+                    Some(Self::of_port(&chain.0, PortChain::Sticky(selection)))
+                }
+                PortChain::Select(_) | PortChain::Record(..) => None,
+            },
             _ => None,
         }
     }
@@ -195,7 +223,7 @@ impl fmt::Display for Selection {
         let pick = match self.pick {
             Pick::Random => "lb",
             Pick::SourceHash => "hash",
-            Pick::RoundRobin(_) => "round-robin",
+            Pick::RoundRobin => "round-robin",
         };
         let list = match self.list {
             List::Cluster => "",
@@ -206,16 +234,8 @@ impl fmt::Display for Selection {
 }
 
 impl Selection {
-    /// The port whose own chain this is.
-    fn owner(&self) -> Option<&PortName> {
-        match &self.pick {
-            Pick::RoundRobin(port) => Some(port),
-            Pick::Random | Pick::SourceHash => None,
-        }
-    }
-
-    /// Reads what [`fmt::Display`] writes; `port` is what stands behind the slash.
-    fn parse(text: &str, port: Option<&PortName>) -> Option<Self> {
+    /// Reads what [`fmt::Display`] writes.
+    fn parse(text: &str) -> Option<Self> {
         let (entry, rest) = match text.strip_prefix("nodeport-") {
             Some(rest) => (Entry::NodePort, rest),
             None => (Entry::Address, text),
@@ -228,33 +248,39 @@ impl Selection {
         let pick = match pick {
             "lb" => Pick::Random,
             "hash" => Pick::SourceHash,
-            "round-robin" => Pick::RoundRobin(port?.clone()),
+            "round-robin" => Pick::RoundRobin,
             _ => return None,
         };
         Some(Self { entry, list, pick, n: number.parse().ok()? })
     }
 }
 
-impl fmt::Display for ChainName {
+impl fmt::Display for PortChain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Select(selection) => write!(f, "{selection}")?,
-            Self::Sticky(_, selection) => write!(f, "sticky-{selection}")?,
-            Self::External(None, selection) => write!(f, "external-{selection}")?,
-            Self::External(Some(_), selection) => write!(f, "external-sticky-{selection}")?,
-            Self::Record(_, memory, timeout) => {
+            Self::Select(selection) => write!(f, "{selection}"),
+            Self::Sticky(selection) => write!(f, "sticky-{selection}"),
+            Self::External(selection) => write!(f, "external-{selection}"),
+            Self::ExternalSticky(selection) => write!(f, "external-sticky-{selection}"),
+            Self::Record(memory, timeout) => {
                 let memory = match memory {
                     Memory::Cluster => "",
                     Memory::Local => "-local",
                     Memory::Both => "-both",
                 };
-                write!(f, "record{memory}-{timeout}s")?;
+                write!(f, "record{memory}-{timeout}s")
             }
-            fixed => f.write_str(fixed.fixed().unwrap_or_default())?,
         }
-        match self.port() {
-            Some(port) => write!(f, "/{port}"),
-            None => Ok(()),
+    }
+}
+
+impl fmt::Display for ChainName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Select(selection) => write!(f, "{selection}"),
+            Self::External(selection) => write!(f, "external-{selection}"),
+            Self::OfPort(chain) => write!(f, "{}/{}", chain.1, chain.0),
+            fixed => f.write_str(fixed.fixed().unwrap_or_default()),
         }
     }
 }
@@ -266,25 +292,35 @@ impl FromStr for ChainName {
         if let Some(fixed) = Self::FIXED.into_iter().find(|chain| chain.fixed() == Some(name)) {
             return Ok(fixed);
         }
-        let (kind, port) = match name.split_once('/') {
-            Some((kind, port)) => (kind, Some(port.parse::<PortName>()?)),
-            None => (name, None),
+        let chain = match name.split_once('/') {
+            Some((kind, port)) => {
+                port_chain(kind).map(|chain| Ok(Self::of_port(&port.parse()?, chain)))
+            }
+            None => shared_chain(name).map(Ok),
         };
-        let chain = parse(kind, port).ok_or(UnknownName)?;
+        let chain = chain.unwrap_or(Err(UnknownName))?;
         // `lb-02` and `lb-+2` parse, but are not names we write.
         if chain.to_string() == name { Ok(chain) } else { Err(UnknownName) }
     }
 }
 
-fn parse(kind: &str, port: Option<PortName>) -> Option<ChainName> {
+fn shared_chain(name: &str) -> Option<ChainName> {
+    let (external, rest) = match name.strip_prefix("external-") {
+        Some(rest) => (true, rest),
+        None => (false, name),
+    };
+    let selection = Selection::parse(rest).filter(|s| s.pick != Pick::RoundRobin)?;
+    Some(if external { ChainName::External(selection) } else { ChainName::Select(selection) })
+}
+
+fn port_chain(kind: &str) -> Option<PortChain> {
     if let Some(rest) = kind.strip_prefix("record-") {
         let (memory, rest) = match rest.split_once('-') {
             Some(("local", rest)) => (Memory::Local, rest),
             Some(("both", rest)) => (Memory::Both, rest),
             _ => (Memory::Cluster, rest),
         };
-        let timeout = rest.strip_suffix('s')?.parse().ok()?;
-        return Some(ChainName::Record(port?, memory, timeout));
+        return Some(PortChain::Record(memory, rest.strip_suffix('s')?.parse().ok()?));
     }
     let (external, rest) = match kind.strip_prefix("external-") {
         Some(rest) => (true, rest),
@@ -294,11 +330,12 @@ fn parse(kind: &str, port: Option<PortName>) -> Option<ChainName> {
         Some(rest) => (true, rest),
         None => (false, rest),
     };
-    let selection = Selection::parse(rest, port.as_ref())?;
+    let selection = Selection::parse(rest)?;
     Some(match (external, sticky) {
-        (false, false) => ChainName::Select(selection),
-        (false, true) => ChainName::Sticky(port?, selection),
-        (true, false) => ChainName::External(None, selection),
-        (true, true) => ChainName::External(port, selection),
+        (false, true) => PortChain::Sticky(selection),
+        (true, true) => PortChain::ExternalSticky(selection),
+        _ if selection.pick != Pick::RoundRobin => return None,
+        (false, false) => PortChain::Select(selection),
+        (true, false) => PortChain::External(selection),
     })
 }
