@@ -32,6 +32,8 @@ pub mod state;
 
 pub mod nft;
 
+pub mod conntrack;
+
 pub mod app;
 pub mod cli;
 pub mod config;
