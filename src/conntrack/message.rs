@@ -96,7 +96,9 @@ pub(super) fn list(sequence: u32, filter: &Filter, in_kernel: bool) -> Vec<u8> {
         }
         let mut matching = MATCH_PROTO_NUM;
         nested(bytes, TUPLE_ORIG, |bytes| {
-            if let Some(address) = filter.address {
+            // Kernels that filter compare IPv6 addresses the wrong way round (seen on 6.18): they
+            // would leave out exactly the flows asked for.
+            if let Some(address @ IpAddr::V4(_)) = filter.address {
                 matching |= MATCH_IP_DST;
                 nested(bytes, TUPLE_IP, |bytes| destination(bytes, address));
             }
@@ -412,5 +414,9 @@ mod tests {
         let full = list(1, &filter, true);
         let kinds: Vec<u16> = attributes(&full[HEADER + 4..]).map(|(kind, _)| kind).collect();
         assert_eq!(kinds, [TUPLE_ORIG, FILTER]);
+        assert!(full.windows(4).any(|bytes| bytes == [10, 96, 0, 10]));
+        let six = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0x53);
+        let six = Filter { family: Family::V6, address: Some(six.into()), port: Some(53) };
+        assert!(!list(1, &six, true).windows(2).any(|bytes| bytes == [0xfd, 0]));
     }
 }
