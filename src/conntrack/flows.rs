@@ -11,7 +11,7 @@ use nix::errno::Errno;
 
 use super::message::{self, Message};
 use super::socket::Socket;
-use super::sweep::{Culprit, Filter, Sweep};
+use super::sweep::{Culprit, Filter, Flow, Sweep};
 
 /// Deletions sent at once; that many refusals still fit the receive buffer a socket has by default.
 const BATCH: usize = 128;
@@ -34,10 +34,13 @@ pub enum SweepError {
     /// A flow could not be deleted.
     #[error("cannot delete a flow: {}", .0.desc())]
     Delete(Errno),
-    /// Flows that are forwarded by a flowtable cannot be deleted until they leave it.
+    /// Older kernels do not delete a flow while a flowtable forwards it.
     #[error("{0} stale flows are held by a flowtable")]
     Offloaded(u64),
 }
+
+/// A flow to be deleted, and where it was going.
+pub(super) type Stale<'a> = (Flow, Culprit<'a>);
 
 /// What a pass found, also if it failed halfway.
 #[derive(Debug, Default)]
@@ -68,17 +71,19 @@ impl Flows {
         Ok(Self { listing: open()?, deleting: open()?, sequence: 0, filters: true })
     }
 
-    /// Deletes the stale flows of a family. After an error the sockets are not to be used again.
+    /// Deletes the stale flows of a family, but for those that `spare` takes out again: by then, more
+    /// may be known. After an error the sockets are not to be used again.
     pub(super) fn pass<'a>(
         &mut self,
         sweep: &'a Sweep,
         filter: &Filter,
+        spare: &dyn Fn(&mut Vec<Stale<'a>>),
         found: &mut Found<'a>,
     ) -> Result<(), SweepError> {
-        match self.list(sweep, filter, found) {
+        match self.list(sweep, filter, spare, found) {
             Err(SweepError::List(Errno::EINVAL | Errno::EOPNOTSUPP)) if self.filters => {
                 self.filters = false;
-                self.list(sweep, filter, found)?;
+                self.list(sweep, filter, spare, found)?;
             }
             outcome => outcome?,
         }
@@ -92,12 +97,19 @@ impl Flows {
         &mut self,
         sweep: &'a Sweep,
         filter: &Filter,
+        spare: &dyn Fn(&mut Vec<Stale<'a>>),
         found: &mut Found<'a>,
     ) -> Result<(), SweepError> {
         self.sequence += 1;
         let request = message::list(self.sequence, filter, self.filters);
         self.listing.send(&request).map_err(SweepError::List)?;
-        let mut batch = Batch::default();
+        let mut batch = Vec::with_capacity(BATCH);
+        let mut delete = |batch: &mut Vec<_>, found: &mut Found<'a>| {
+            spare(batch);
+            let deleted = delete(&mut self.deleting, batch, found);
+            batch.clear();
+            deleted
+        };
         let mut consistent = true;
         loop {
             let piece = self.listing.receive().map_err(SweepError::List)?;
@@ -107,19 +119,19 @@ impl Flows {
                     Message::Flow(flow) => {
                         found.listed += 1;
                         if let Some(culprit) = sweep.stale(&flow) {
-                            batch.push(&flow, culprit);
-                            if batch.culprits.len() == BATCH {
-                                batch.delete(&mut self.deleting, found)?;
+                            batch.push((flow, culprit));
+                            if batch.len() == BATCH {
+                                delete(&mut batch, found)?;
                             }
                         }
                     }
                     Message::Other => found.other += 1,
                     Message::Done(0) => {
-                        batch.delete(&mut self.deleting, found)?;
+                        delete(&mut batch, found)?;
                         return if consistent { Ok(()) } else { Err(SweepError::Interrupted) };
                     }
                     Message::Done(errno) | Message::Answer { errno, .. } => {
-                        batch.delete(&mut self.deleting, found)?;
+                        delete(&mut batch, found)?;
                         return Err(match Errno::from_raw(errno) {
                             Errno::EINTR => SweepError::Interrupted,
                             errno => SweepError::List(errno),
@@ -131,47 +143,38 @@ impl Flows {
     }
 }
 
-/// Deletions on their way. The sequence number of each is its place in the batch.
-#[derive(Default)]
-struct Batch<'a> {
-    bytes: Vec<u8>,
-    culprits: Vec<Culprit<'a>>,
-}
-
-impl<'a> Batch<'a> {
-    fn push(&mut self, flow: &super::Flow, culprit: Culprit<'a>) {
-        let sequence = u32::try_from(self.culprits.len()).expect("bounded by BATCH");
-        message::delete(&mut self.bytes, sequence, flow);
-        self.culprits.push(culprit);
+/// Deletes flows, at most [`BATCH`], and counts what went.
+fn delete<'a>(
+    socket: &mut Socket,
+    batch: &[Stale<'a>],
+    found: &mut Found<'a>,
+) -> Result<(), SweepError> {
+    if batch.is_empty() {
+        return Ok(());
     }
-
-    /// Sends what is there, and counts what went.
-    fn delete(&mut self, socket: &mut Socket, found: &mut Found<'a>) -> Result<(), SweepError> {
-        if self.culprits.is_empty() {
-            return Ok(());
-        }
-        socket.send(&self.bytes).map_err(SweepError::Delete)?;
-        let mut kept = [false; BATCH];
-        let mut refused = None;
-        while let Some(piece) = socket.receive_queued().map_err(SweepError::Delete)? {
-            for (message, _) in message::messages(piece) {
-                let Message::Answer { sequence, errno } = message else { continue };
-                if let Some(kept) = kept.get_mut(sequence as usize) {
-                    *kept = true;
-                }
-                match Errno::from_raw(errno) {
-                    // It ended by itself, or was listed twice.
-                    Errno::ENOENT => {}
-                    Errno::EBUSY => found.offloaded += 1,
-                    errno => refused = Some(errno),
-                }
+    let mut requests = Vec::new();
+    for (sequence, (flow, _)) in (0..).zip(batch) {
+        message::delete(&mut requests, sequence, flow);
+    }
+    socket.send(&requests).map_err(SweepError::Delete)?;
+    let mut kept = [false; BATCH];
+    let mut refused = None;
+    while let Some(piece) = socket.receive_queued().map_err(SweepError::Delete)? {
+        for (message, _) in message::messages(piece) {
+            let Message::Answer { sequence, errno } = message else { continue };
+            if let Some(kept) = kept.get_mut(sequence as usize) {
+                *kept = true;
+            }
+            match Errno::from_raw(errno) {
+                // It ended by itself, or was listed twice.
+                Errno::ENOENT => {}
+                Errno::EBUSY => found.offloaded += 1,
+                errno => refused = Some(errno),
             }
         }
-        for (culprit, _) in self.culprits.iter().zip(kept).filter(|(_, kept)| !kept) {
-            *found.deleted.entry(*culprit).or_default() += 1;
-        }
-        self.bytes.clear();
-        self.culprits.clear();
-        refused.map_or(Ok(()), |errno| Err(SweepError::Delete(errno)))
     }
+    for ((_, culprit), _) in batch.iter().zip(kept).filter(|(_, kept)| !kept) {
+        *found.deleted.entry(*culprit).or_default() += 1;
+    }
+    refused.map_or(Ok(()), |errno| Err(SweepError::Delete(errno)))
 }

@@ -19,6 +19,6 @@ mod sweep;
 mod sweeper;
 
 pub use flows::SweepError;
-pub use serving::{Serving, serving_endpoints};
-pub use sweep::{Endpoints, Filter, Flow, NodePortAddresses, Sweep, Tuple, endpoints};
+pub use serving::{Serving, serving_endpoints, udp_frontends};
+pub use sweep::{Culprit, Endpoints, Filter, Flow, NodePortAddresses, Sweep, Tuple, endpoints};
 pub use sweeper::{Counters, Sweeper};

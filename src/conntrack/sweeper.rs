@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, info, warn};
 
-use super::flows::{Flows, Found, SweepError};
+use super::flows::{Flows, Found, Stale, SweepError};
 use super::sweep::Sweep;
 use crate::model::Family;
 
@@ -56,8 +56,9 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Waiting {
     sweep: Sweep,
-    /// Something came since the last sweep began.
+    /// Something to look for came since the last sweep began.
     fresh: bool,
+    running: bool,
     closed: bool,
 }
 
@@ -86,14 +87,17 @@ impl Sweeper {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Asks for a sweep; to be called after the commit that made it necessary. Never waits.
+    /// Asks for a sweep; to be called right after the commit that made it necessary. Never waits.
     pub fn sweep(&self, sweep: Sweep) {
         if sweep.is_empty() {
             return;
         }
         let mut waiting = self.shared.lock();
+        waiting.fresh |= sweep.sought() > 0;
         waiting.sweep.merge(sweep);
-        waiting.fresh = true;
+        if !waiting.running {
+            waiting.sweep.forget_amendments();
+        }
         drop(waiting);
         self.shared.changed.notify_one();
     }
@@ -135,7 +139,9 @@ impl Work {
     fn run(mut self) {
         while let Some(sweep) = self.next() {
             let began = now();
-            match self.carry_out(&sweep, began) {
+            let outcome = self.carry_out(&sweep, began);
+            self.ended(outcome.is_err().then_some(sweep));
+            match outcome {
                 Ok(()) => {
                     self.shared.sweeps.fetch_add(1, Ordering::Relaxed);
                     if self.failing.take().is_some() {
@@ -146,7 +152,6 @@ impl Work {
                 Err(error) => {
                     self.shared.failures.fetch_add(1, Ordering::Relaxed);
                     self.flows = None;
-                    self.shared.lock().sweep.merge_earlier(sweep);
                     let pause = self.failing.unwrap_or(FIRST_RETRY);
                     match (self.failing, error) {
                         (None, SweepError::Interrupted) | (Some(_), _) => {
@@ -172,10 +177,21 @@ impl Work {
             }
             if !waiting.sweep.is_empty() {
                 waiting.fresh = false;
+                waiting.running = true;
                 return Some(std::mem::take(&mut waiting.sweep));
             }
             waiting = self.shared.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// A sweep has ended; it is given back if it has to be repeated.
+    fn ended(&self, failed: Option<Sweep>) {
+        let mut waiting = self.shared.lock();
+        waiting.running = false;
+        if let Some(failed) = failed {
+            waiting.sweep.merge_earlier(failed);
+        }
+        waiting.sweep.forget_amendments();
     }
 
     /// Pauses: at least so long, and at most so long if nothing comes; not at all at the end.
@@ -204,8 +220,13 @@ impl Work {
                 Some(flows) => flows,
                 none => none.insert(Flows::open()?),
             };
+            let spare = |batch: &mut Vec<Stale<'_>>| {
+                // What was committed since this sweep began counts as well.
+                let waiting = self.shared.lock();
+                batch.retain(|(flow, culprit)| !waiting.sweep.acquits(flow, *culprit));
+            };
             let mut found = Found::default();
-            let passed = flows.pass(sweep, &filter, &mut found);
+            let passed = flows.pass(sweep, &filter, &spare, &mut found);
             self.shared.listed.fetch_add(found.listed, Ordering::Relaxed);
             counter.fetch_add(found.deleted.values().sum(), Ordering::Relaxed);
             for (culprit, count) in &found.deleted {

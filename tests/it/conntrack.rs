@@ -2,9 +2,10 @@
 //! hand, so that a test decides when a rule changes and when a sweep comes.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 
 use nftproxy::conntrack::{
@@ -185,8 +186,8 @@ fn a_flow_whose_endpoint_went_reaches_another_and_nothing_else_is_touched() {
     assert_eq!(done.listed, 8);
 
     let dialled = |line: &str| VIP.iter().any(|vip| line.contains(&format!(" dst={vip} ")));
-    let stale = |line: &&String| dialled(line) && line.contains(" dport=8081 ");
-    let (gone, kept): (BTreeSet<_>, BTreeSet<_>) = udp_before.iter().partition(stale);
+    let swept_away = |line: &&String| dialled(line) && line.contains(" dport=8081 ");
+    let (gone, kept): (BTreeSet<_>, BTreeSet<_>) = udp_before.iter().partition(swept_away);
     assert_eq!(gone.len(), 6);
     let after = node_flows(&net, "udp");
     assert_eq!(after.iter().collect::<BTreeSet<_>>(), kept);
@@ -350,7 +351,7 @@ fn make_flows(protocol: &str, endpoint_of: impl Fn(u16) -> IpAddr, ports: std::o
 #[test]
 fn thousands_of_flows_are_swept_and_those_that_stay_are_the_same_as_before() {
     in_namespace(|| {
-        let endpoint = |port: u16| ip(if port % 2 == 0 { POD_A[0] } else { POD_B[0] });
+        let endpoint = |port: u16| ip(if port.is_multiple_of(2) { POD_A[0] } else { POD_B[0] });
         make_flows("udp", endpoint, 1000..21000);
         make_flows("tcp", endpoint, 1000..2000);
         let (udp_before, tcp_before) = (flows("ipv4", "udp"), flows("ipv4", "tcp"));
@@ -365,6 +366,26 @@ fn thousands_of_flows_are_swept_and_those_that_stay_are_the_same_as_before() {
         assert_eq!(expected.len(), 10000);
         assert!(flows("ipv4", "udp") == expected);
         assert!(flows("ipv4", "tcp") == tcp_before);
+    });
+}
+
+#[test]
+fn what_is_committed_while_a_sweep_runs_is_not_undone_by_it() {
+    in_namespace(|| {
+        make_flows("udp", |_| ip(POD_A[0]), 1000..31000);
+        let sweeper = Sweeper::start().unwrap();
+        let mut serving = Serving::default();
+        let (a, b) = (to(POD_A[0], 53), to(POD_B[0], 53));
+        serving.update(&name("dns"), [(at(VIP[0], 53), by(&[b]))]);
+        sweeper.sweep(serving.take().unwrap());
+        serving.update(&name("dns"), [(at(VIP[0], 53), by(&[a, b]))]);
+        sweeper.sweep(serving.take().unwrap());
+        wait_until("the sweep", || sweeper.counters().sweeps == 1);
+        // No more than the batches that went before the word came; none, mostly.
+        let counters = sweeper.counters();
+        assert!(counters.deleted[0] < 15000, "{counters:?}");
+        assert_eq!(flows("ipv4", "udp").len() as u64, 30000 - counters.deleted[0]);
+        drop(sweeper);
     });
 }
 
@@ -394,8 +415,26 @@ fn churn_costs_few_listings() {
     });
 }
 
-/// Set in the child process of the test below: how many flows there are.
+/// Set where a test runs once more, alone in a process of its own.
 const CHILD: &str = "NFTPROXY_TEST_SWEEP_CHILD";
+
+/// Runs a test of this file alone in a process, in the namespace of the calling thread, behind
+/// another program if one is named; returns what it printed.
+fn alone(name: &str, value: &str, behind: &[&str]) -> String {
+    let program = std::env::current_exe().unwrap();
+    let mut words: Vec<&OsStr> = behind.iter().map(OsStr::new).collect();
+    words.push(program.as_os_str());
+    let output = Command::new(words[0])
+        .args(&words[1..])
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env(CHILD, value)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}\n{words}");
+    text
+}
 
 #[test]
 fn a_sweep_needs_the_same_memory_whatever_the_number_of_flows() {
@@ -412,20 +451,9 @@ fn a_sweep_needs_the_same_memory_whatever_the_number_of_flows() {
         return;
     }
     let peak = |flows: u16| {
-        make_flows(
-            "udp",
-            |port| ip(if port % 4 == 0 { POD_B[0] } else { POD_A[0] }),
-            1000..1000 + flows,
-        );
-        let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", NAME, "--nocapture", "--test-threads=1"])
-            .env(CHILD, (flows / 4 * 3).to_string())
-            .stderr(Stdio::piped())
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&child.stdout).into_owned();
-        let words = String::from_utf8_lossy(&child.stderr);
-        assert!(child.status.success(), "{text}\n{words}");
+        let endpoint = |port: u16| ip(if port.is_multiple_of(4) { POD_B[0] } else { POD_A[0] });
+        make_flows("udp", endpoint, 1000..1000 + flows);
+        let text = alone(NAME, &(flows / 4 * 3).to_string(), &[]);
         let line = text.lines().find(|line| line.contains("VmHWM:")).expect("the child's figure");
         let figure = line.split_whitespace().rev().nth(1).unwrap();
         Command::new("conntrack").arg("-F").output().unwrap();
@@ -439,15 +467,42 @@ fn a_sweep_needs_the_same_memory_whatever_the_number_of_flows() {
 }
 
 #[test]
-fn a_sweep_that_fails_is_repeated_and_what_was_asked_for_is_done_before_the_end() {
+fn what_was_asked_for_is_done_before_the_end() {
     in_namespace(|| {
         make_flows("udp", |_| ip(POD_A[0]), 1000..1010);
         let mut sweep = Sweep::default();
         sweep.served(at(VIP[0], 53), &name("dns"), by(&[]));
         let sweeper = Sweeper::start().unwrap();
-        sweeper.sweep(sweep.clone());
+        sweeper.sweep(sweep);
         drop(sweeper);
         assert_eq!(flows("ipv4", "udp"), BTreeSet::new());
+    });
+}
+
+#[test]
+fn a_sweep_that_fails_is_repeated_until_it_succeeds() {
+    const NAME: &str = "conntrack::a_sweep_that_fails_is_repeated_until_it_succeeds";
+    if std::env::var_os(CHILD).is_some() {
+        // The child has few files, and uses them up: there is no socket to be had.
+        let mut hoard = Vec::new();
+        while let Ok(file) = std::fs::File::open("/dev/null") {
+            hoard.push(file);
+        }
+        let sweeper = Sweeper::start().unwrap();
+        let mut sweep = Sweep::default();
+        sweep.served(at(VIP[0], 53), &name("dns"), by(&[]));
+        sweeper.sweep(sweep);
+        wait_until("two failures", || sweeper.counters().failures >= 2);
+        assert_eq!(sweeper.counters().sweeps, 0);
+        drop(hoard);
+        wait_until("the sweep", || sweeper.counters().sweeps == 1);
+        assert_eq!(sweeper.counters().deleted, [10, 0]);
+        println!("repeated");
+        return;
+    }
+    in_namespace(|| {
+        make_flows("udp", |_| ip(POD_A[0]), 1000..1010);
+        assert!(alone(NAME, "", &["prlimit", "--nofile=64"]).contains("repeated"));
     });
 }
 
