@@ -119,6 +119,15 @@ impl Serving {
         }
     }
 
+    /// Services this is not true of are gone. For when everything is told anew, and nobody says which
+    /// Services there were.
+    pub fn retain(&mut self, exists: impl Fn(&NamespacedName) -> bool) {
+        let gone = self.frontends.keys().filter(|service| !exists(service));
+        for service in gone.cloned().collect::<BTreeSet<_>>() {
+            self.update(&service, []);
+        }
+    }
+
     /// Frontends that an adopted table had: those that nobody has now are gone. To be called when
     /// every Service was told of.
     pub fn found(&mut self, frontends: impl IntoIterator<Item = Frontend>) {
@@ -272,6 +281,12 @@ mod tests {
         assert!(sweeps_away(&serving.take().expect("the Service is gone"), VIP, 1));
         serving.update(&name("dns"), []);
         assert_eq!(serving.take(), None);
+        serving.update(&name("dns"), [(frontend(VIP), by(&[1]))]);
+        serving.update(&name("log"), [(frontend("10.96.0.11:53"), by(&[1]))]);
+        serving.take();
+        serving.retain(|service| *service == name("log"));
+        let sweep = serving.take().expect("the Service is gone");
+        assert!(sweeps_away(&sweep, VIP, 1) && sweep.sought() == 1);
     }
 
     #[test]
