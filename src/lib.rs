@@ -15,9 +15,11 @@
 //!   → nft::text (templates/, snapshots)  |  nft::netlink (one batch) → kernel
 //! ```
 //!
+//! Beside that way, `conntrack` removes UDP flows that a commit left without their endpoint.
+//!
 //! Read the modules in that order. Rings, checked by `tests/it/tidy.rs`: `model` knows nothing but
 //! plain values; everything from `state` to `nft::transaction` is pure (no I/O, clock, randomness or
-//! Kubernetes type); `watch`, `nft::netlink` and `host` each touch one outside thing; `reconcile`,
+//! Kubernetes type); `watch`, `nft::netlink`, `conntrack` and `host` each touch one outside thing; `reconcile`,
 //! `app`, `config` and `cli` wire them up.
 
 pub mod model;
@@ -32,6 +34,8 @@ pub mod slots;
 pub mod state;
 
 pub mod nft;
+
+pub mod conntrack;
 
 pub mod app;
 pub mod cli;

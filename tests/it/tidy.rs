@@ -72,6 +72,8 @@ const RINGS: [Ring; 3] = [
             "src/ledger.rs",
             "src/state.rs",
             "src/settings.rs",
+            "src/conntrack/serving.rs",
+            "src/conntrack/sweep.rs",
             "src/nft/names.rs",
             "src/nft/element.rs",
             "src/nft/rule.rs",
@@ -107,7 +109,12 @@ const RINGS: [Ring; 3] = [
     },
     // Adapters: one foreign vocabulary each, no sockets, files or clocks.
     Ring {
-        files: &["src/watch/convert.rs", "src/nft/text.rs", "src/nft/netlink/encode.rs"],
+        files: &[
+            "src/watch/convert.rs",
+            "src/nft/text.rs",
+            "src/nft/netlink/encode.rs",
+            "src/conntrack/message.rs",
+        ],
         banned: &[
             "kube::",
             "tokio",
