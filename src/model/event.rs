@@ -52,6 +52,8 @@ pub enum Event {
     ServiceCidr(ServiceCidr),
     /// The own Node exists and looks like this.
     Node(NodeFacts),
+    /// The object of this kind and name exists, but makes no sense. What is known of it stays.
+    Unreadable(Kind, NamespacedName),
     /// The object of this kind and name is gone, or is no longer one for this proxy.
     Gone(Kind, NamespacedName),
 }
