@@ -13,7 +13,8 @@
 #![allow(dead_code, reason = "the flip and restart tests use the rest of the node's interface")]
 
 mod adopt;
-// mod control_plane;
+mod control_plane;
+mod e2e;
 mod ledger;
 mod model;
 mod namespace;
