@@ -111,6 +111,8 @@ struct Watch<K> {
     backoff: DefaultBackoff,
     /// Errors since something last worked.
     failures: u32,
+    /// Times in a row that the server said that the kind is not for us.
+    denials: u32,
     /// The consumer was told that the kind cannot be had.
     unavailable: bool,
 }
@@ -150,6 +152,7 @@ impl<K: Watched> Watch<K> {
             problems: ProblemLog::default(),
             backoff: DefaultBackoff::default(),
             failures: 0,
+            denials: 0,
             unavailable: false,
         }
     }
@@ -260,6 +263,7 @@ impl<K: Watched> Watch<K> {
 
     fn works(&mut self) {
         self.report.works();
+        self.denials = 0;
         if self.failures > 0 {
             self.failures = 0;
             self.backoff.reset();
@@ -317,24 +321,31 @@ impl<K: Watched> Watch<K> {
             self.shared.stop_streaming(&one_line(&error.to_string()));
             return Ok(Next::Anew);
         }
+        let denied = matches!(trouble, Trouble::Forbidden(_) | Trouble::NotServed);
+        self.denials = if denied { self.denials + 1 } else { 0 };
+        // A server that starts says so of what it grants and serves a moment later.
+        let hasty = self.denials == 1;
+        if hasty {
+            self.backoff.reset();
+        }
         match &trouble {
             // Connections do break; a watch goes on where it was, or the next request says why not.
             Trouble::BrokenOff(error) if phase == Phase::Watching => {
                 tracing::debug!(kind = %K::KIND, error = %Causes(*error), "the watch broke off");
             }
+            _ if hasty => tracing::debug!(kind = %K::KIND, %error, "denied once"),
             trouble => self.report.failed(trouble),
         }
         let optional = matches!(K::KIND, Kind::ServiceCidr | Kind::Node);
-        let denied = matches!(trouble, Trouble::Forbidden(_) | Trouble::NotServed);
-        if optional && denied && !self.unavailable {
+        if optional && denied && !hasty && !self.unavailable {
             self.unavailable = true;
             self.send(Event::Unavailable(K::KIND)).await?;
         }
 
         self.failures += 1;
         let mut pause = self.backoff.next().unwrap_or(LONG_PAUSE);
-        // All servers have the other kinds; one that does not is only starting.
-        if K::KIND == Kind::ServiceCidr && matches!(trouble, Trouble::NotServed) {
+        // All servers have the other kinds.
+        if K::KIND == Kind::ServiceCidr && matches!(trouble, Trouble::NotServed) && !hasty {
             pause = LONG_PAUSE;
         }
         tokio::select! {
