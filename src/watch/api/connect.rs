@@ -16,7 +16,7 @@ use thiserror::Error;
 use tokio::time::Instant;
 
 use super::outage::{Report, locked};
-use crate::watch::convert::shown;
+use crate::watch::convert::{one_line, shown};
 
 /// A watch that a server ends sooner than this after granting it is begun again with growing pauses.
 const SHORT: Duration = Duration::from_secs(1);
@@ -28,7 +28,7 @@ pub enum ClientError {
     #[error("cannot use the pod's service account (no kubeconfig and no master given): {0}")]
     InCluster(#[source] InClusterError),
     /// The kubeconfig could not be read.
-    #[error("cannot read the kubeconfig {}: {source}", path.display())]
+    #[error("cannot read the kubeconfig {}: {}", path.display(), reason(source))]
     ReadKubeconfig {
         /// The file.
         path: PathBuf,
@@ -36,7 +36,7 @@ pub enum ClientError {
         source: Box<KubeconfigError>,
     },
     /// The kubeconfig names something that is not there.
-    #[error("cannot use the kubeconfig {}: {source}", path.display())]
+    #[error("cannot use the kubeconfig {}: {}", path.display(), reason(source))]
     UseKubeconfig {
         /// The file.
         path: PathBuf,
@@ -89,6 +89,15 @@ pub async fn client(
     // The client's own retries go on for minutes without a word; the watch loop has its own.
     config.default_retry = false;
     Client::try_from(config).map_err(|error| ClientError::Build(Box::new(error)))
+}
+
+/// Without the excerpt of the file that the parser adds: a kubeconfig holds secrets, and the log is
+/// one line.
+fn reason(error: &KubeconfigError) -> String {
+    match error {
+        KubeconfigError::ReadConfig(error, _) => error.to_string(),
+        error => one_line(error.to_string().lines().next().unwrap_or_default()),
+    }
 }
 
 /// The URL of a server, complete enough to connect to.

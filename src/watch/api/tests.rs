@@ -308,6 +308,21 @@ async fn a_missing_right_is_named_and_asked_for_ever_more_rarely_until_it_is_gra
 }
 
 #[tokio::test(start_paused = true)]
+async fn credentials_that_are_not_accepted_are_said_to_be() {
+    let mut bench = Bench::start::<Service>();
+    for _ in 0..4 {
+        bench.server.asked_for_stream().await.refuse(401, "Unauthorized");
+    }
+    let mut stream = bench.server.asked_for_stream().await.begin();
+    stream.complete(7);
+    bench.saw(&["listing Service", "listed Service"]).await;
+    let said = "does not accept our credentials (401: Unauthorized)";
+    assert_eq!(bench.log.count(said), 1, "{}", bench.log.text());
+    assert_eq!(bench.log.count("serves the kind again"), 1, "{}", bench.log.text());
+    assert_eq!(bench.log.text().lines().count(), 2, "{}", bench.log.text());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_right_missing_for_what_is_optional_holds_nothing_up() {
     let mut bench = Bench::start::<Node>();
     bench.server.asked_for_stream().await.refuse(403, "User \"x\" cannot watch");
@@ -430,6 +445,36 @@ async fn a_server_that_ends_every_watch_at_once_is_not_asked_in_a_loop() {
     drop(stream);
     bench.server.asked_for_changes(7).await.begin();
     assert_eq!(last.elapsed(), Duration::ZERO);
+}
+
+#[tokio::test]
+async fn a_kubeconfig_that_cannot_be_used_is_named_in_one_line_without_its_secrets() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("kubeconfig");
+    let said = async || {
+        let refused = client(Some(&path), None).await.err().expect("it cannot be used");
+        let text = refused.to_string();
+        assert!(!text.contains('\n') && !text.contains("sesame"), "{text}");
+        text
+    };
+    let name = path.display().to_string();
+    let text = said().await;
+    assert!(text.contains(&name) && text.contains("No such file"), "{text}");
+    let users = "users: [{ name: u, user: { token: sesame } }]\n";
+    std::fs::write(&path, format!("{users}clusters: [\n")).unwrap();
+    let text = said().await;
+    assert!(text.contains(&name) && text.contains("line 2"), "{text}");
+    std::fs::write(&path, format!("{users}current-context: gone\n")).unwrap();
+    let text = said().await;
+    assert!(text.contains(&name) && text.contains("gone"), "{text}");
+}
+
+#[tokio::test]
+async fn a_master_that_is_no_url_is_refused() {
+    for (master, fault) in [("10.0.0.1:6443", "no scheme"), ("https://", ""), ("http://a b", "")] {
+        let refused = client(None, Some(master)).await.err().expect("it is no URL").to_string();
+        assert!(refused.contains(master) && refused.contains(fault), "{refused}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
