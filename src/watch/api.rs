@@ -316,6 +316,8 @@ impl<K: Watched> Watch<K> {
         phase: Phase,
         streaming: bool,
     ) -> Result<Next, Closed> {
+        let connection = self.shared.connection.clone();
+        let back = connection.back();
         let trouble = Trouble::of(error);
         if streaming && phase != Phase::Watching && trouble.refuses_streaming() {
             self.shared.stop_streaming(&one_line(&error.to_string()));
@@ -350,6 +352,7 @@ impl<K: Watched> Watch<K> {
         }
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
+            () = back, if matches!(trouble, Trouble::Unreachable(_)) => self.backoff.reset(),
             () = self.events.closed() => return Err(Closed),
         }
         // A broken list must not be completed: what was lost from it would count as gone. A change

@@ -403,8 +403,8 @@ fn a_killed_apiserver_costs_nothing(cluster: &mut Cluster<'_>, daemon: &Daemon) 
             let told = lines(daemon, "no answer from the API server");
             if told.len() == round { Ok(()) } else { Err(format!("{told:?}")) }
         });
-        // Long enough for several more tries of all kinds.
-        std::thread::sleep(Duration::from_secs(4));
+        // Long enough for more tries of all kinds.
+        std::thread::sleep(Duration::from_secs(3));
         cluster.still_has("ip", &before);
         cluster.answers("10.96.0.40", 80, &["a", "remote"]);
         cluster.runtime.block_on(cluster.plane.start_apiserver());

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use kube::core::Status;
 use kube::runtime::watcher;
+use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 use tokio::time::Instant;
 
 use crate::model::Kind;
@@ -109,9 +111,16 @@ impl<'a> Trouble<'a> {
 #[derive(Debug, Default)]
 pub(super) struct Connection {
     lost: Mutex<Option<Instant>>,
+    back: Notify,
 }
 
 impl Connection {
+    /// Ends when the server answers for the first time after an outage, from the call on. Whoever
+    /// waits for a try of its own need not wait longer.
+    pub(super) fn back(&self) -> Notified<'_> {
+        self.back.notified()
+    }
+
     fn lost(&self, error: &kube::Error) {
         let mut lost = locked(&self.lost);
         if lost.is_none() {
@@ -126,6 +135,7 @@ impl Connection {
     fn answered(&self) {
         let since = locked(&self.lost).take();
         if let Some(since) = since {
+            self.back.notify_waiters();
             tracing::info!(after = ?since.elapsed(), "the API server answers again");
         }
     }
