@@ -177,6 +177,12 @@ async fn a_list_that_breaks_off_is_never_taken_for_a_whole_one() {
     bench.saw(&["listing Service", "x/b"]).await;
     assert_eq!(bench.log.count("ended a list before it was complete"), 1, "{}", bench.log.text());
     assert_eq!(bench.log.count("again"), 0, "{}", bench.log.text());
+    // Or go on behind a fault, which may stand for an object.
+    stream.event("ERROR", &status(500, "encoding failed"));
+    stream.complete(6);
+    let mut stream = bench.server.asked_for_stream().await.begin();
+    stream.event("ADDED", &service("b", 1));
+    bench.saw(&["listing Service", "x/b"]).await;
     stream.complete(7);
     bench.saw(&["listed Service"]).await;
     assert_eq!(bench.log.count("serves the kind again"), 1, "{}", bench.log.text());
@@ -288,9 +294,9 @@ async fn a_missing_right_is_named_and_asked_for_ever_more_rarely_until_it_is_gra
     bench.saw_nothing();
     // Each comes after a pause of at least 0.8 s, doubled up to 30 s, and up to as much again by
     // chance.
-    let least = |n: u32| Duration::from_millis(800 << n).min(Duration::from_secs(30));
+    let shortest = |n: u32| Duration::from_millis(800 << n).min(Duration::from_secs(30));
     for (n, pause) in (0..).zip(&pauses) {
-        assert!(*pause >= least(n) && *pause <= least(n) * 2, "{n}: {pauses:?}");
+        assert!(*pause >= shortest(n) && *pause <= shortest(n) * 2, "{n}: {pauses:?}");
     }
     let role = r#"{apiGroups: ["discovery.k8s.io"], resources: ["endpointslices"], verbs: ["list", "watch"]}"#;
     let said = bench.log.count(role);

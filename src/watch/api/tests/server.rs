@@ -36,9 +36,9 @@ pub(super) fn server() -> (Client, Server) {
         let uri = request.uri().to_string();
         let sent = sender.send(Asked { uri, answer });
         async move {
-            let gone = |_| io::Error::new(io::ErrorKind::ConnectionRefused, "connection refused");
-            sent.map_err(|_| gone(()))?;
-            answered.await.map_err(|_| gone(()))?
+            let gone = || io::Error::new(io::ErrorKind::ConnectionRefused, "connection refused");
+            sent.map_err(|_| gone())?;
+            answered.await.map_err(|_| gone())?
         }
     });
     (Client::new(service, "default"), Server(requests))
