@@ -57,13 +57,13 @@ fn words(event: &Event) -> String {
     match event {
         Event::Listing(kind) => format!("listing {kind}"),
         Event::Listed(kind) => format!("listed {kind}"),
-        Event::Unavailable(kind) => format!("no {kind}"),
         Event::Service(service) => format!("{}", service.name),
         Event::EndpointSlice(slice) => format!("{}", slice.name),
         Event::ServiceCidr(cidr) => format!("{}", cidr.name),
         Event::Node(node) => node.name.clone(),
         Event::Unreadable(_, name) => format!("unreadable {name}"),
         Event::Gone(_, name) => format!("gone {name}"),
+        other => format!("{other:?}"),
     }
 }
 
@@ -333,7 +333,7 @@ async fn a_right_missing_for_what_is_optional_holds_nothing_up() {
     let mut bench = Bench::start::<Node>();
     bench.server.asked_for_stream().await.refuse(403, "User \"x\" cannot watch");
     bench.server.asked_for_stream().await.refuse(403, "User \"x\" cannot watch");
-    bench.saw(&["no Node"]).await;
+    bench.saw(&["Unavailable(Node)"]).await;
     bench.server.asked_for_stream().await.refuse(403, "User \"x\" cannot watch");
     let mut stream = bench.server.asked_for_stream().await.begin();
     stream.event("ADDED", &json!({ "metadata": { "name": "node-1", "resourceVersion": "1" } }));
@@ -350,7 +350,7 @@ async fn a_server_without_service_cidrs_is_asked_again_rarely() {
         let message = "the server could not find the resource";
         bench.server.asked_for_stream().await.refuse(404, message);
     }
-    bench.saw(&["no ServiceCIDR"]).await;
+    bench.saw(&["Unavailable(ServiceCidr)"]).await;
     for _ in 0..3 {
         let began = Instant::now();
         let asked = bench.server.asked_for_stream().await;
