@@ -61,7 +61,6 @@ fn words(event: &Event) -> String {
         Event::EndpointSlice(slice) => format!("{}", slice.name),
         Event::ServiceCidr(cidr) => format!("{}", cidr.name),
         Event::Node(node) => node.name.clone(),
-        Event::Unreadable(_, name) => format!("unreadable {name}"),
         Event::Gone(_, name) => format!("gone {name}"),
         other => format!("{other:?}"),
     }
