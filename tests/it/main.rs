@@ -14,7 +14,8 @@
 
 mod adopt;
 mod conntrack;
-// mod control_plane;
+mod control_plane;
+mod e2e;
 mod features;
 mod ledger;
 mod model;
