@@ -189,7 +189,8 @@ pub(crate) fn write_manifest(dir: &Path, name: &str, text: &str) {
     fs::rename(hidden, dir.join(name)).unwrap();
 }
 
-fn sysctl(key: &str, value: &str) {
+/// Sets a sysctl of the namespace the calling thread is in.
+pub(crate) fn sysctl(key: &str, value: &str) {
     fs::write(format!("/proc/sys/net/{key}"), value).unwrap_or_else(|e| panic!("{key}: {e}"));
 }
 
@@ -197,7 +198,8 @@ fn ip_batch(lines: &str) {
     run_ip(&["-batch", "-"], lines);
 }
 
-fn ip_batch_in(netns: &str, lines: &str) {
+/// Runs lines of `ip -batch` in a namespace.
+pub(crate) fn ip_batch_in(netns: &str, lines: &str) {
     run_ip(&["-n", netns, "-batch", "-"], lines);
 }
 
