@@ -10,11 +10,12 @@
     clippy::items_after_statements,
     reason = "tests fail by panicking, read the clock, and are written for reading"
 )]
-#![allow(dead_code, reason = "the flip and restart tests use the rest of the node's interface")]
 
 mod adopt;
 // mod control_plane;
+mod commands;
 mod flips;
+
 mod ledger;
 mod model;
 mod namespace;

@@ -24,7 +24,13 @@ fn wanted(events: Vec<Event>) -> Ruleset {
 
 /// The ruleset as nft's JSON, without what cannot agree: handles, and the order of elements.
 pub(crate) fn listed() -> Value {
-    let mut listing: Value = serde_json::from_str(&nft(&["-j", "list", "ruleset"], "")).unwrap();
+    listed_by(&["ruleset"])
+}
+
+/// Like [`listed`], for what `nft list` is to list.
+pub(crate) fn listed_by(what: &[&str]) -> Value {
+    let arguments = [&["-j", "list"], what].concat();
+    let mut listing: Value = serde_json::from_str(&nft(&arguments, "")).unwrap();
     let objects = listing["nftables"].as_array_mut().unwrap();
     objects.retain(|object| object.get("metainfo").is_none());
     for object in objects.iter_mut().flat_map(|o| o.as_object_mut().unwrap().values_mut()) {
