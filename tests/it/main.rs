@@ -15,7 +15,7 @@ mod adopt;
 // mod control_plane;
 mod commands;
 mod flips;
-
+mod hostile;
 mod ledger;
 mod model;
 mod namespace;
