@@ -99,9 +99,10 @@ impl Net {
                 if short == "node" {
                     sysctl("ipv4/ip_forward", "1");
                     sysctl("ipv6/conf/all/forwarding", "1");
-                    // Every refusal is to be seen, not the first few of a second.
-                    sysctl("ipv4/icmp_ratelimit", "0");
-                    sysctl("ipv6/icmp/ratelimit", "0");
+                    // Every refusal is to be seen, not the first few of a second. The masks say which
+                    // types are limited, by either of two limits: none, and one that nobody sends.
+                    sysctl("ipv4/icmp_ratemask", "0");
+                    sysctl("ipv6/icmp/ratemask", "0");
                     for key in ["default", "all"] {
                         sysctl(&format!("ipv4/conf/{key}/rp_filter"), "0");
                     }
