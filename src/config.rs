@@ -286,8 +286,12 @@ fn read(path: &Path, remarks: &mut Vec<String>) -> Result<File, ConfigError> {
     let text = fs::read_to_string(path)
         .map_err(|source| ConfigError::Read { path: path.into(), source })?;
     let fail = |reason: String| ConfigError::Parse { path: path.into(), reason };
-    let value: serde_json::Value =
+    let mut value: serde_json::Value =
         serde_saphyr::from_str(&text).map_err(|error| fail(first_line(&error.to_string())))?;
+    if value.is_null() {
+        // An empty file has no kind.
+        value = serde_json::Value::Object(serde_json::Map::new());
+    }
     let mut ignored = Vec::new();
     let mut note = |field: serde_ignored::Path<'_>| ignored.push(field.to_string());
     let tracked = serde_ignored::Deserializer::new(&value, &mut note);
