@@ -147,6 +147,11 @@ impl<K: Kernel> Proxy<K> {
         self.adopt()
     }
 
+    /// Brings the kernel to the same after somebody else changed our tables.
+    pub fn repair(&mut self) -> Result<Committed, CommitError> {
+        self.adopt()
+    }
+
     /// Whether shared chains or affinity maps stand idle, and could be collected.
     #[must_use]
     pub fn has_idle(&self) -> bool {

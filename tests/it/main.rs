@@ -15,6 +15,7 @@ mod adopt;
 mod commands;
 mod conntrack;
 mod control_plane;
+mod drift;
 mod e2e;
 mod features;
 mod flips;
