@@ -1,45 +1,31 @@
-//! The running daemon: a source, a thread that programs the kernel, and the time between commits.
+//! The running daemon: a source of events and the thread that programs the kernel, from start to stop.
 //!
-//! Sources run on the tokio runtime and send events through a bounded channel. State, ledger and
-//! netlink socket live on one thread of their own, which blocks in `sendmsg` without holding up a
-//! watch, and which is the only place that decides *when* to commit:
-//!
-//! - nothing before every kind was listed once;
-//! - the first change at once, and the next no sooner than a few times what the last commit took, so
-//!   that programming never takes more than a fixed share of one core, whatever the size;
-//! - after a failure with growing pauses, up to `syncPeriod`.
+//! Sources run on the tokio runtime and send events through a bounded channel to
+//! [`crate::program`], which has a thread of its own and blocks in `sendmsg` without holding up a
+//! watch.
 
-use std::time::Duration;
+use std::sync::Arc;
 
-use tokio::sync::mpsc::{Receiver, Sender, WeakSender, channel, error::TryRecvError};
-use tokio::time::Instant;
-use tracing::{debug, error, info, warn};
+use tokio::sync::mpsc::{Sender, WeakSender, channel};
+use tracing::{info, warn};
 
 use crate::config::{Config, Source};
 use crate::conntrack::Sweeper;
 use crate::host;
-use crate::model::Event;
-use crate::nft::kernel::Kernel;
+use crate::metrics::RestClient;
+use crate::model::{Event, Family};
 use crate::nft::netlink::{NetlinkKernel, OpenError};
-use crate::reconcile::{CommitError, Committed, Proxy};
+use crate::program::{Pacing, Program};
+use crate::reconcile::Proxy;
+use crate::server::{self, BindError, Listen, ListenFailure};
 use crate::state::State;
+use crate::status::{Reporter, Status};
 use crate::watch::api::{self, ClientError};
 use crate::watch::manifests::{ManifestError, Manifests};
+use crate::watch::notices::{self, Notice};
 
 /// Events on their way; a source that is faster than the state waits.
 const QUEUE: usize = 4096;
-
-/// A commit is followed by a pause of this many times what it took.
-const PAUSE: u32 = 5;
-
-/// Shared chains nobody uses are removed when nothing was committed for so long.
-const COLLECT_AFTER: Duration = Duration::from_secs(2);
-
-/// How often start-up says what it waits for.
-const WAITING: Duration = Duration::from_secs(10);
-
-/// First pause after a failed commit; doubled up to `syncPeriod`.
-const FIRST_RETRY: Duration = Duration::from_millis(100);
 
 /// The daemon cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +39,9 @@ pub enum RunError {
     /// The manifests cannot be read.
     #[error(transparent)]
     Manifests(#[from] ManifestError),
+    /// A port cannot be bound, and that is a reason to end.
+    #[error(transparent)]
+    Bind(#[from] BindError),
     /// A thread cannot be started, or a signal not be caught.
     #[error("cannot {step}: {source}")]
     System {
@@ -74,12 +63,17 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let state = State::new(config.settings.clone(), host::node_facts(&config.node_name));
     let pacing =
         Pacing { min_sync_period: config.min_sync_period, sync_period: config.sync_period };
+    let mut families = vec![Family::V4];
+    families.extend(host::has_ipv6().then_some(Family::V6));
+    let status = Arc::new(Status::new(families, config.sync_period));
+    let (reporter, health_checks) = Reporter::new(status.clone());
+    let swept = status.clone();
     let thread = std::thread::Builder::new().name("program".into()).spawn(move || {
-        match open() {
+        match open(swept) {
             Err(error) => drop(opened.send(Err(error))),
             Ok((kernel, sweeper)) => {
                 drop(opened.send(Ok(())));
-                program(Proxy::new(state, kernel), &sweeper, events, pacing);
+                Program::new(Proxy::new(state, kernel), sweeper, pacing, reporter).run(events);
             }
         }
         drop(ended);
@@ -89,10 +83,34 @@ pub async fn run(config: Config) -> Result<(), RunError> {
 
     info!(node = config.node_name, source = %config.source, "starting");
     follow_host(sender.downgrade())?;
+    let listen = Listen {
+        healthz: config.healthz_bind_address,
+        metrics: config.metrics_bind_address,
+        hard_fail: config.bind_address_hard_fail,
+    };
+    let node = config.node_name.clone();
+    let notices = notices::start(&config.source, &config.node_name, &status.metrics.rest_client);
+    let rest_client = status.metrics.rest_client.clone();
+    let servers =
+        server::serve(listen, status, configz(&config), health_checks, move |failure| {
+            let ListenFailure { service, address, reason } = failure;
+            notices.give(Notice {
+                // The words of kube-proxy.
+                note: format!(
+                    "node {node} failed to start healthcheck \"{service}\" on port {}: listen \
+                     {address}: {reason}",
+                    address.port()
+                ),
+                service,
+                reason: "FailedToStartServiceHealthcheck",
+                action: "Listen",
+            });
+        });
     tokio::select! {
         signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
         // Sources end with an error only, and only before they are under way.
-        outcome = watch(config.source, config.node_name, sender) => outcome?,
+        outcome = watch(config.source, config.node_name, sender, rest_client) => outcome?,
+        error = servers => return Err(error.into()),
         _ = &mut end => return Err(RunError::Ended),
     }
     // With the source, the sender is gone: the thread ends behind its last commit.
@@ -100,10 +118,11 @@ pub async fn run(config: Config) -> Result<(), RunError> {
 }
 
 /// What the programming thread works with; both stay in the network namespace they are opened in.
-fn open() -> Result<(NetlinkKernel, Sweeper), RunError> {
+fn open(status: Arc<Status>) -> Result<(NetlinkKernel, Sweeper), RunError> {
     let kernel = NetlinkKernel::open()?;
     let start = |source| RunError::System { step: "start a thread", source };
-    Ok((kernel, Sweeper::start().map_err(start)?))
+    let sweeper = Sweeper::start_reporting(move |pass| status.swept(pass)).map_err(start)?;
+    Ok((kernel, sweeper))
 }
 
 /// Follows the host's addresses. Everything else works without, so that a failure is said and no more.
@@ -132,166 +151,39 @@ pub async fn watch(
     source: Source,
     node_name: String,
     events: Sender<Event>,
+    metrics: RestClient,
 ) -> Result<(), RunError> {
     match source {
         Source::Manifests(dir) => Manifests::new(dir, node_name).run(events).await?,
         Source::Api { kubeconfig, master } => {
-            let client = api::client(kubeconfig.as_deref(), master.as_deref()).await?;
+            let (kubeconfig, master) = (kubeconfig.as_deref(), master.as_deref());
+            let client = api::measured_client(kubeconfig, master, metrics).await?;
             api::run(client, node_name, events).await;
         }
     }
     Ok(())
 }
 
-/// When to commit.
-#[derive(Clone, Copy, Debug)]
-pub struct Pacing {
-    /// Least time between the end of a commit and the next.
-    pub min_sync_period: Duration,
-    /// Longest time between a failed commit and the next.
-    pub sync_period: Duration,
-}
-
-/// Takes in events and commits, until the sender is gone.
-fn program<K: Kernel>(
-    mut proxy: Proxy<K>,
-    sweeper: &Sweeper,
-    mut events: Receiver<Event>,
-    pacing: Pacing,
-) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
-    let runtime = match runtime {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            error!(%error, "cannot start the timer of the programming thread");
-            return;
-        }
+/// The text of `/configz`: what kube-proxy's has under the same names, as far as it has an effect here.
+fn configz(config: &Config) -> String {
+    let address = |address: Option<std::net::SocketAddr>| {
+        address.map_or_else(String::new, |address| address.to_string())
     };
-    runtime.block_on(async {
-        let mut clock = Clock::new(pacing);
-        let mut open = true;
-        while open {
-            match clock.deadline(&proxy) {
-                None => match events.recv().await {
-                    Some(event) => proxy.observe(event),
-                    None => open = false,
-                },
-                Some(deadline) => match tokio::time::timeout_at(deadline, events.recv()).await {
-                    Ok(Some(event)) => proxy.observe(event),
-                    Ok(None) => open = false,
-                    Err(_) => {}
-                },
-            }
-            open &= take_queued(&mut proxy, &mut events);
-            clock.act(&mut proxy);
-            if let Some(sweep) = proxy.take_sweep() {
-                sweeper.sweep(sweep);
-            }
-        }
-    });
-}
-
-/// Takes in what is queued already; false if the sender is gone.
-fn take_queued<K: Kernel>(proxy: &mut Proxy<K>, events: &mut Receiver<Event>) -> bool {
-    loop {
-        match events.try_recv() {
-            Ok(event) => proxy.observe(event),
-            Err(TryRecvError::Empty) => return true,
-            Err(TryRecvError::Disconnected) => return false,
-        }
-    }
-}
-
-/// What was done when, and so what is due.
-struct Clock {
-    pacing: Pacing,
-    started: Instant,
-    /// No commit before this.
-    next: Instant,
-    /// The pause after the next failure.
-    retry: Duration,
-    last_commit: Instant,
-    synced: bool,
-    said_waiting: Instant,
-}
-
-impl Clock {
-    fn new(pacing: Pacing) -> Self {
-        let now = Instant::now();
-        Self {
-            pacing,
-            started: now,
-            next: now,
-            retry: FIRST_RETRY,
-            last_commit: now,
-            synced: false,
-            said_waiting: now,
-        }
-    }
-
-    /// When something has to be done, if no event comes first.
-    fn deadline<K: Kernel>(&self, proxy: &Proxy<K>) -> Option<Instant> {
-        if !proxy.is_complete() {
-            return Some(self.said_waiting + WAITING);
-        }
-        if proxy.is_stale() {
-            return Some(self.next);
-        }
-        proxy.has_idle().then(|| self.last_commit + COLLECT_AFTER)
-    }
-
-    /// Does what is due.
-    fn act<K: Kernel>(&mut self, proxy: &mut Proxy<K>) {
-        let now = Instant::now();
-        if !proxy.is_complete() {
-            if now >= self.said_waiting + WAITING {
-                self.said_waiting = now;
-                let missing = proxy.state().missing();
-                info!(?missing, "waiting for the first complete list; nothing is programmed yet");
-            }
-        } else if proxy.is_stale() {
-            if now >= self.next {
-                let outcome = proxy.commit();
-                self.committed(now, outcome, proxy.state().service_count());
-            }
-        } else if proxy.has_idle() && now >= self.last_commit + COLLECT_AFTER {
-            self.last_commit = now;
-            if let Err(error) = proxy.collect_idle() {
-                debug!(%error, "idle chains stay for now");
-            }
-        }
-    }
-
-    fn committed(
-        &mut self,
-        began: Instant,
-        outcome: Result<Committed, CommitError>,
-        services: usize,
-    ) {
-        let now = Instant::now();
-        let took = now - began;
-        self.last_commit = now;
-        match outcome {
-            Ok(done) => {
-                self.next = now + (took * PAUSE).max(self.pacing.min_sync_period);
-                self.retry = FIRST_RETRY;
-                let Committed { operations, applied, set_aside, .. } = done;
-                let bytes = applied.bytes;
-                if !self.synced {
-                    self.synced = true;
-                    let after = now - self.started;
-                    info!(services, operations, bytes, set_aside, ?took, ?after, "synced");
-                } else if done.adopted {
-                    info!(services, operations, bytes, set_aside, ?took, "synced again");
-                } else {
-                    debug!(operations, bytes, ?took, "committed");
-                }
-            }
-            Err(error) => {
-                warn!(%error, retry_in = ?self.retry, "the kernel keeps what it had");
-                self.next = now + self.retry;
-                self.retry = (self.retry * 2).min(self.pacing.sync_period);
-            }
-        }
-    }
+    let seconds = |period: std::time::Duration| format!("{}s", period.as_secs_f64());
+    serde_json::json!({ "kubeproxy.config.k8s.io": {
+        "kind": "KubeProxyConfiguration",
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+        "mode": "nftables",
+        "hostnameOverride": config.node_name,
+        "healthzBindAddress": address(config.healthz_bind_address),
+        "metricsBindAddress": address(config.metrics_bind_address),
+        "bindAddressHardFail": config.bind_address_hard_fail,
+        "nftables": {
+            "masqueradeBit": config.settings.masquerade_mark.trailing_zeros(),
+            "masqueradeAll": config.settings.masquerade_all,
+            "syncPeriod": seconds(config.sync_period),
+            "minSyncPeriod": seconds(config.min_sync_period),
+        },
+    }})
+    .to_string()
 }

@@ -6,6 +6,7 @@
 //! that ignores them would do something else than the user believes.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +31,12 @@ pub struct Config {
     pub min_sync_period: Duration,
     /// Longest time between a failed commit and the next try.
     pub sync_period: Duration,
+    /// Where `/healthz` and `/livez` are served; None for nowhere.
+    pub healthz_bind_address: Option<SocketAddr>,
+    /// Where `/metrics` is served; None for nowhere.
+    pub metrics_bind_address: Option<SocketAddr>,
+    /// Whether it is fatal if that cannot be.
+    pub bind_address_hard_fail: bool,
 }
 
 /// Where objects come from.
@@ -126,6 +133,9 @@ struct File {
     node_port_addresses: Option<Vec<String>>,
     client_connection: ClientConnection,
     nftables: Nftables,
+    healthz_bind_address: String,
+    metrics_bind_address: String,
+    bind_address_hard_fail: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -209,6 +219,14 @@ pub fn resolve(flags: &Flags) -> Result<(Config, Vec<String>), ConfigError> {
             expected: "expected a duration like 1s or 1m30s".into(),
         }),
     };
+    let listen = |field: &str, text: &str, default: &str| {
+        let text = if text.is_empty() { default } else { text };
+        text.parse::<SocketAddr>().map_err(|_| ConfigError::Value {
+            origin: origin(field),
+            value: text.to_owned(),
+            expected: format!("expected an address and a port like {default}"),
+        })
+    };
     let nft = &file.nftables;
     let config = Config {
         node_name,
@@ -222,6 +240,9 @@ pub fn resolve(flags: &Flags) -> Result<(Config, Vec<String>), ConfigError> {
         min_sync_period: duration("nftables.minSyncPeriod", &nft.min_sync_period, Duration::ZERO)?,
         sync_period: duration("nftables.syncPeriod", &nft.sync_period, Duration::from_secs(30))?
             .max(Duration::from_secs(1)),
+        healthz_bind_address: Some(listen("healthzBindAddress", &file.healthz_bind_address, "0.0.0.0:10256")?),
+        metrics_bind_address: Some(listen("metricsBindAddress", &file.metrics_bind_address, "127.0.0.1:10249")?),
+        bind_address_hard_fail: file.bind_address_hard_fail,
     };
     Ok((config, remarks))
 }
@@ -286,8 +307,12 @@ fn read(path: &Path, remarks: &mut Vec<String>) -> Result<File, ConfigError> {
     let text = fs::read_to_string(path)
         .map_err(|source| ConfigError::Read { path: path.into(), source })?;
     let fail = |reason: String| ConfigError::Parse { path: path.into(), reason };
-    let value: serde_json::Value =
+    let mut value: serde_json::Value =
         serde_saphyr::from_str(&text).map_err(|error| fail(first_line(&error.to_string())))?;
+    if value.is_null() {
+        // An empty file has no kind.
+        value = serde_json::Value::Object(serde_json::Map::new());
+    }
     let mut ignored = Vec::new();
     let mut note = |field: serde_ignored::Path<'_>| ignored.push(field.to_string());
     let tracked = serde_ignored::Deserializer::new(&value, &mut note);

@@ -17,11 +17,11 @@
 //!
 //! Beside that way, `conntrack` removes UDP flows that a commit left without their endpoint, and
 //! `account` keeps what health checks and metrics tell of the last commit: `status` hands it on to
-//! `http`, which answers by the rules of `health`.
+//! `server`, which answers by the rules of `health`.
 //!
 //! Read the modules in that order. Rings, checked by `tests/it/tidy.rs`: `model` knows nothing but
 //! plain values; everything from `state` to `nft::transaction` is pure (no I/O, clock, randomness or
-//! Kubernetes type); `watch`, `nft::netlink`, `conntrack`, `host` and `http` each touch one outside
+//! Kubernetes type); `watch`, `nft::netlink`, `conntrack`, `host` and `server` each touch one outside
 //! thing; `reconcile`, `status`, `app`, `config` and `cli` wire them up.
 
 pub mod model;
@@ -44,9 +44,11 @@ pub mod conntrack;
 pub mod app;
 pub mod cli;
 pub mod config;
+pub mod drift;
 pub mod host;
-pub mod http;
 pub mod metrics;
+pub mod program;
 pub mod reconcile;
+pub mod server;
 pub mod status;
 pub mod watch;

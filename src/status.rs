@@ -211,6 +211,19 @@ impl Reporter {
         }
     }
 
+    /// A repair of what others changed was tried.
+    pub fn repaired<K: Kernel>(
+        &mut self,
+        proxy: &mut Proxy<K>,
+        took: Duration,
+        outcome: &Result<Committed, CommitError>,
+    ) {
+        self.committed(proxy, took, outcome);
+        if outcome.as_ref().is_ok_and(|done| done.operations > 0) {
+            self.status.metrics.own.drift_repairs.inc();
+        }
+    }
+
     /// What nobody uses any more was removed, or could not be.
     pub fn collected<K: Kernel>(
         &mut self,

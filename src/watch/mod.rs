@@ -8,6 +8,7 @@
 pub mod api;
 pub mod convert;
 pub mod manifests;
+pub mod notices;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -115,7 +116,7 @@ impl ProblemLog {
 }
 
 /// One line for one problem.
-fn log(problem: &Problem) {
+pub(crate) fn log(problem: &Problem) {
     if problem.field.is_empty() {
         tracing::warn!(object = problem.object, "{}", problem.message);
     } else {

@@ -38,7 +38,7 @@ pub(super) fn load(socket: &mut NetlinkSocket, options: &Options) -> Result<Load
 }
 
 /// The number that every commit of anyone increments.
-fn generation(socket: &mut NetlinkSocket) -> Result<u32, LoadError> {
+pub(super) fn generation(socket: &mut NetlinkSocket) -> Result<u32, LoadError> {
     let fail = |source| LoadError::Socket { step: "read the ruleset generation", source };
     let request = request(libc::NFT_MSG_GETGEN, 0, libc::NLM_F_ACK, |_| ());
     let mut generation = None;

@@ -11,6 +11,7 @@ mod dump;
 mod encode;
 mod ffi;
 mod instruction;
+mod monitor;
 mod socket;
 mod userdata;
 
@@ -18,6 +19,7 @@ use std::io;
 
 use tracing::{debug, warn};
 
+pub use self::monitor::{Intrusion, Monitor};
 pub use self::socket::OpenError;
 
 use self::batch::Batch;
@@ -41,6 +43,16 @@ impl NetlinkKernel {
     /// Opens the socket. Needs `CAP_NET_ADMIN` in the namespace's user namespace.
     pub fn open() -> Result<Self, OpenError> {
         Ok(Self { socket: NetlinkSocket::open()?, buffer: Vec::new() })
+    }
+
+    /// Receives what others commit from now on.
+    pub fn monitor(&self) -> Result<Monitor, OpenError> {
+        Monitor::open(self.socket.address()?)
+    }
+
+    /// The number of the last commit of anyone in the network namespace.
+    pub fn generation(&mut self) -> Result<u32, LoadError> {
+        dump::generation(&mut self.socket)
     }
 
     /// Encodes a transaction without sending it, for benches that time the kernel alone.

@@ -132,7 +132,9 @@ impl<F: FnMut(ListenFailure)> Ports<F> {
             wanted.get(name).is_none_or(|places| places.contains_key(address))
         };
         self.failed.retain(|place, _| stays(place));
-        for (place, listener) in self.open.extract_if(.., |place, _| !stays(place)) {
+        let unwanted: Vec<_> = self.open.keys().filter(|place| !stays(place)).cloned().collect();
+        for place in unwanted {
+            let Some(listener) = self.open.remove(&place) else { continue };
             listener.abort();
             // The port is free when the task is gone.
             drop(listener.await);

@@ -137,6 +137,7 @@ async fn answer(stream: TcpStream, answers: Arc<impl Answers>) {
     });
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
+        .title_case_headers(true)
         .header_read_timeout(PATIENCE)
         .max_buf_size(16 << 10)
         .serve_connection(TokioIo::new(stream), service)
