@@ -70,6 +70,16 @@ impl Status {
         Progress { waiting, committed }
     }
 
+    /// Something is not in force that should be, since then or longer.
+    fn waits_since(&self, then: Instant) {
+        let since = then.saturating_duration_since(self.started).as_millis();
+        let since = u64::try_from(since).unwrap_or(u64::MAX - 1) + 1;
+        // Only one thread writes.
+        if self.waiting_since.load(Ordering::Relaxed) == 0 {
+            self.waiting_since.store(since, Ordering::Relaxed);
+        }
+    }
+
     /// The answer of `/healthz`.
     #[must_use]
     pub fn healthz(&self) -> Answer {
@@ -168,9 +178,7 @@ impl Reporter {
         }
         if self.oldest.is_none() {
             self.oldest = Some(came);
-            let since = (came - status.started).as_millis();
-            let since = u64::try_from(since).unwrap_or(u64::MAX - 1) + 1;
-            status.waiting_since.store(since, Ordering::Relaxed);
+            status.waits_since(came);
         }
     }
 
@@ -190,6 +198,8 @@ impl Reporter {
         own.set_aside.set(int(proxy.set_aside_count()));
         match outcome {
             Err(_) => {
+                // Nothing may be waiting: it may be a repair that fails.
+                self.status.waits_since(Instant::now());
                 observe(&kube_proxy.full_sync);
                 own.commit_failures.inc();
                 kube_proxy.sync_failures.iter().for_each(prometheus::IntCounter::inc);

@@ -126,19 +126,25 @@ impl<F: FnMut(ListenFailure)> Ports<F> {
 
     /// Closes what is not wanted any more, then opens what is: a port may change hands.
     async fn follow(&mut self, touched: &BTreeSet<NamespacedName>) {
-        let wanted: BTreeMap<_, _> =
+        let mut wanted: BTreeMap<_, _> =
             touched.iter().map(|name| (name.clone(), self.places(name))).collect();
         let stays = |(name, address): &Place| {
             wanted.get(name).is_none_or(|places| places.contains_key(address))
         };
         self.failed.retain(|place, _| stays(place));
         let unwanted: Vec<_> = self.open.keys().filter(|place| !stays(place)).cloned().collect();
+        let closed = !unwanted.is_empty();
         for place in unwanted {
             let Some(listener) = self.open.remove(&place) else { continue };
             listener.abort();
             // The port is free when the task is gone.
             drop(listener.await);
             info!(service = %place.0, address = %place.1, "closed the health-check node port");
+        }
+        if closed {
+            // What was closed may be what another one waits for.
+            let waiting = self.failed.keys().map(|(name, _)| (name.clone(), self.places(name)));
+            wanted.extend(waiting.collect::<Vec<_>>());
         }
         for (name, places) in wanted {
             for (address, endpoints) in places {
