@@ -29,7 +29,7 @@ pub struct HealthCheck {
 }
 
 /// What about a Service concerns this node alone.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Local {
     /// Its health check, if it has one.
     pub health_check: Option<HealthCheck>,
@@ -170,7 +170,7 @@ impl Account {
         let before = if local == nothing {
             self.local.remove(service)
         } else {
-            self.local.insert(service.clone(), local.clone())
+            self.local.insert(service.clone(), local)
         };
         let before = before.unwrap_or_default();
         if before.health_check != local.health_check {
@@ -195,7 +195,9 @@ impl Account {
     pub fn apply<'a>(&mut self, ops: impl IntoIterator<Item = &'a Op>) {
         for op in ops {
             match op {
-                Op::AddElement(id, _) => *self.elements.entry((id.family, id.set)).or_default() += 1,
+                Op::AddElement(id, _) => {
+                    *self.elements.entry((id.family, id.set)).or_default() += 1;
+                }
                 Op::DeleteElement(id, _) => {
                     let count = self.elements.entry((id.family, id.set)).or_default();
                     *count = count.saturating_sub(1);
@@ -265,9 +267,7 @@ impl Changes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{
-        Endpoint, Protocol, Scheduler, ServicePort, SessionAffinity, SlicePort,
-    };
+    use crate::model::{Endpoint, Protocol, Scheduler, ServicePort, SessionAffinity, SlicePort};
 
     fn name(text: &str) -> NamespacedName {
         NamespacedName::new("default", text)
@@ -307,7 +307,8 @@ mod tests {
             weight: u16::from(!words.contains('0')),
             hints: None,
         };
-        let port = |name: &str| SlicePort { name: name.into(), protocol: Protocol::Tcp, port: 8080 };
+        let port =
+            |name: &str| SlicePort { name: name.into(), protocol: Protocol::Tcp, port: 8080 };
         EndpointSlice {
             name: name("web-1"),
             service: name("web"),
@@ -363,18 +364,16 @@ mod tests {
     #[test]
     fn an_account_follows_its_services() {
         let mut account = Account::default();
-        let check = HealthCheck {
-            port: NonZeroU16::new(32000).unwrap(),
-            endpoints: [Some(1), None],
-        };
+        let check =
+            HealthCheck { port: NonZeroU16::new(32000).unwrap(), endpoints: [Some(1), None] };
         let missing = WithoutEndpoints { internal: 1, external: 2 };
         let web = Local {
             health_check: Some(check),
             without_endpoints: [missing, WithoutEndpoints::default()],
         };
-        account.update(&name("web"), web.clone());
+        account.update(&name("web"), web);
         account.update(&name("plain"), Local::default());
-        account.update(&name("other"), Local { health_check: None, ..web.clone() });
+        account.update(&name("other"), Local { health_check: None, ..web });
         assert_eq!(account.without_endpoints()[0], WithoutEndpoints { internal: 2, external: 4 });
         assert_eq!(account.take_health_checks(), [(name("web"), Some(check))].into());
         account.update(&name("web"), web);

@@ -91,21 +91,20 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let node = config.node_name.clone();
     let notices = notices::start(&config.source, &config.node_name, &status.metrics.rest_client);
     let rest_client = status.metrics.rest_client.clone();
-    let servers =
-        server::serve(listen, status, configz(&config), health_checks, move |failure| {
-            let ListenFailure { service, address, reason } = failure;
-            notices.give(Notice {
-                // The words of kube-proxy.
-                note: format!(
-                    "node {node} failed to start healthcheck \"{service}\" on port {}: listen \
+    let servers = server::serve(listen, status, configz(&config), health_checks, move |failure| {
+        let ListenFailure { service, address, reason } = failure;
+        notices.give(Notice {
+            // The words of kube-proxy.
+            note: format!(
+                "node {node} failed to start healthcheck \"{service}\" on port {}: listen \
                      {address}: {reason}",
-                    address.port()
-                ),
-                service,
-                reason: "FailedToStartServiceHealthcheck",
-                action: "Listen",
-            });
+                address.port()
+            ),
+            service,
+            reason: "FailedToStartServiceHealthcheck",
+            action: "Listen",
         });
+    });
     tokio::select! {
         signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
         // Sources end with an error only, and only before they are under way.

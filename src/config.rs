@@ -240,8 +240,16 @@ pub fn resolve(flags: &Flags) -> Result<(Config, Vec<String>), ConfigError> {
         min_sync_period: duration("nftables.minSyncPeriod", &nft.min_sync_period, Duration::ZERO)?,
         sync_period: duration("nftables.syncPeriod", &nft.sync_period, Duration::from_secs(30))?
             .max(Duration::from_secs(1)),
-        healthz_bind_address: Some(listen("healthzBindAddress", &file.healthz_bind_address, "0.0.0.0:10256")?),
-        metrics_bind_address: Some(listen("metricsBindAddress", &file.metrics_bind_address, "127.0.0.1:10249")?),
+        healthz_bind_address: Some(listen(
+            "healthzBindAddress",
+            &file.healthz_bind_address,
+            "0.0.0.0:10256",
+        )?),
+        metrics_bind_address: Some(listen(
+            "metricsBindAddress",
+            &file.metrics_bind_address,
+            "127.0.0.1:10249",
+        )?),
         bind_address_hard_fail: file.bind_address_hard_fail,
     };
     Ok((config, remarks))

@@ -146,9 +146,13 @@ mod tests {
     #[test]
     fn a_change_that_waits_too_long_is_unhealthy() {
         assert_eq!(patience(Duration::from_secs(30)), PATIENCE);
-        for (waiting, healthy) in
-            [(None, true), (Some(0), true), (Some(59), true), (Some(60), false), (Some(9999), false)]
-        {
+        for (waiting, healthy) in [
+            (None, true),
+            (Some(0), true),
+            (Some(59), true),
+            (Some(60), false),
+            (Some(9999), false),
+        ] {
             for committed in ["", "2026-11-25T10:00:00Z"] {
                 assert_eq!(progress(waiting, committed).is_healthy(PATIENCE), healthy);
             }

@@ -6,14 +6,14 @@
 //! and this crate rather than `OpenMetrics`, which would write `le="1.0"` for `le="1"` and another
 //! name of every counter's family: to Prometheus those would be other series than kube-proxy's.
 
-mod kube_proxy;
+mod kubeproxy;
 mod own;
 mod process;
 
 use prometheus::core::Collector;
 use prometheus::{Encoder as _, HistogramOpts, HistogramVec, Registry, TextEncoder};
 
-pub use kube_proxy::{KubeProxy, RestClient};
+pub use kubeproxy::{KubeProxy, RestClient};
 pub use own::Own;
 
 use crate::health::ip_family;

@@ -70,9 +70,7 @@ pub async fn serve(
     loop {
         match servers.join_next().await {
             Some(Ok(error)) => return error,
-            Some(Err(error)) if error.is_panic() => {
-                std::panic::resume_unwind(error.into_panic())
-            }
+            Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
             Some(Err(_)) => {}
             None => std::future::pending().await,
         }

@@ -60,9 +60,11 @@ impl Status {
 
     /// Both families are one transaction, and so as far as each other.
     fn progress(&self) -> Progress {
-        let waiting = self.waiting_since.load(Ordering::Relaxed).checked_sub(1).map(|since| {
-            self.started.elapsed().saturating_sub(Duration::from_millis(since))
-        });
+        let waiting = self
+            .waiting_since
+            .load(Ordering::Relaxed)
+            .checked_sub(1)
+            .map(|since| self.started.elapsed().saturating_sub(Duration::from_millis(since)));
         let committed = match self.committed.load(Ordering::Relaxed) {
             0 => None,
             at => Timestamp::from_microsecond(at).ok(),
@@ -143,6 +145,8 @@ pub struct Reporter {
     seen: Changes,
     /// When the oldest event came that is not in force.
     oldest: Option<Instant>,
+    /// The last repair failed: what is in force is not what should be, whatever else is committed.
+    broken: bool,
 }
 
 impl Reporter {
@@ -151,7 +155,7 @@ impl Reporter {
     pub fn new(status: Arc<Status>) -> (Self, UnboundedReceiver<HealthCheckChange>) {
         let (changes, receiver) = unbounded_channel();
         let seen = Changes::default();
-        (Self { status, changes, addresses: None, seen, oldest: None }, receiver)
+        (Self { status, changes, addresses: None, seen, oldest: None, broken: false }, receiver)
     }
 
     /// Events were taken in that came at this time.
@@ -205,6 +209,7 @@ impl Reporter {
                 kube_proxy.sync_failures.iter().for_each(prometheus::IntCounter::inc);
             }
             Ok(done) => {
+                self.broken &= !done.adopted;
                 let kind = if done.adopted {
                     observe(&kube_proxy.full_sync);
                     &own.adoptions
@@ -228,6 +233,7 @@ impl Reporter {
         took: Duration,
         outcome: &Result<Committed, CommitError>,
     ) {
+        self.broken = outcome.is_err();
         self.committed(proxy, took, outcome);
         if outcome.as_ref().is_ok_and(|done| done.operations > 0) {
             self.status.metrics.own.drift_repairs.inc();
@@ -265,7 +271,9 @@ impl Reporter {
         let status = &*self.status;
         let Metrics { kube_proxy, own, .. } = &status.metrics;
         let now = Timestamp::now();
-        status.waiting_since.store(0, Ordering::Relaxed);
+        if !self.broken {
+            status.waiting_since.store(0, Ordering::Relaxed);
+        }
         status.committed.store(now.as_microsecond(), Ordering::Relaxed);
         kube_proxy.last_sync.iter().for_each(|gauge| gauge.set(seconds(now)));
         if let Some(oldest) = self.oldest.take() {

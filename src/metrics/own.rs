@@ -2,7 +2,7 @@
 //! to the kernel, and how full things are.
 
 use prometheus::{
-    GaugeVec, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    Gauge, GaugeVec, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
 
 use super::{ByFamily, histogram, registered};
@@ -44,7 +44,20 @@ pub struct Own {
     pub health_check_listeners: IntGauge,
     /// Those that could not be opened.
     pub health_check_failures: IntCounter,
+    /// Affinity maps, the clients in them, and how full the fullest is.
+    pub affinity: ByFamily<Affinity>,
     elements: Vec<((Family, SetName), IntGauge)>,
+}
+
+/// The affinity maps of a family. One value for all of them: there can be thousands.
+#[derive(Clone, Debug)]
+pub struct Affinity {
+    /// How many there are.
+    pub maps: IntGauge,
+    /// Clients in them.
+    pub entries: IntGauge,
+    /// How full the fullest is, from 0 to 1.
+    pub fullest: Gauge,
 }
 
 /// From 10 µs, which a small commit takes, doubling up to 5 s.
@@ -56,10 +69,32 @@ fn quadrupling(start: f64, count: usize) -> Vec<f64> {
     prometheus::exponential_buckets(start, 4.0, count).expect("start and factor are positive")
 }
 
+fn affinity(registry: &Registry) -> ByFamily<Affinity> {
+    let by_family = |name: &str, help: &str| {
+        registered(registry, IntGaugeVec::new(Opts::new(name, help), &["ip_family"]))
+    };
+    let maps = by_family("nftproxy_affinity_maps", "Maps of clients that keep their endpoint.");
+    let clients = by_family("nftproxy_affinity_entries", "Clients that keep their endpoint.");
+    let fullest = registered(
+        registry,
+        GaugeVec::new(
+            Opts::new(
+                "nftproxy_affinity_fullest_ratio",
+                "How full the fullest affinity map is; clients beyond 1 get any endpoint.",
+            ),
+            &["ip_family"],
+        ),
+    );
+    ByFamily::new(|family| Affinity {
+        maps: maps.with_label_values(&[family]),
+        entries: clients.with_label_values(&[family]),
+        fullest: fullest.with_label_values(&[family]),
+    })
+}
+
 impl Own {
     pub(super) fn new(registry: &Registry) -> Self {
-        let counter =
-            |name: &str, help: &str| registered(registry, IntCounter::new(name, help));
+        let counter = |name: &str, help: &str| registered(registry, IntCounter::new(name, help));
         let gauge = |name: &str, help: &str| registered(registry, IntGauge::new(name, help));
         let histogram = |name: &str, help: &str, buckets: Vec<f64>| {
             registered(registry, Histogram::with_opts(histogram(name, help, &buckets)))
@@ -149,6 +184,7 @@ impl Own {
                 "nftproxy_health_check_listen_failures_total",
                 "Attempts to open a health-check node port that failed.",
             ),
+            affinity: affinity(registry),
             elements: SetName::ALL.into_iter().flat_map(both).map(element).collect(),
         }
     }

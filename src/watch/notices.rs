@@ -75,7 +75,7 @@ async fn publish(client: Client, node_name: String, mut notices: Receiver<Notice
     let reporter = Reporter { controller: "nftproxy".into(), instance: Some(instance) };
     let recorder = Recorder::new(client, reporter);
     while let Some(notice) = notices.recv().await {
-        let (reference, event) = event(notice);
+        let (reference, event) = event(&notice);
         match timeout(PATIENCE, recorder.publish(&event, &reference)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::debug!(error = %Causes(&error), "an Event was not taken"),
@@ -85,7 +85,7 @@ async fn publish(client: Client, node_name: String, mut notices: Receiver<Notice
     }
 }
 
-fn event(notice: Notice) -> (ObjectReference, Event) {
+fn event(notice: &Notice) -> (ObjectReference, Event) {
     let full = notice.service.as_str();
     let (namespace, name) = full.split_once('/').unwrap_or(("default", full));
     let reference = ObjectReference {
@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn an_event_is_about_the_service() {
-        let (reference, event) = event(Notice {
+        let (reference, event) = event(&Notice {
             service: NamespacedName::new("shop", "web"),
             reason: "FailedToStartServiceHealthcheck",
             action: "Listen",

@@ -6,6 +6,11 @@ use std::net::{SocketAddr, TcpListener};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use k8s_openapi::api::events::v1::Event;
+use kube::api::{Api, ListParams};
+
+use crate::control_plane::User;
+use crate::e2e::with_cluster;
 use crate::http::{Page, get, request};
 use crate::net::{Daemon, NODE, NODE_SECOND, Net, in_netns, wait_until};
 use crate::objects::{CLUSTER, Svc, slice};
@@ -283,9 +288,59 @@ fn a_server_outlives_clients_that_mean_no_good() {
     });
     assert_eq!(health(&net, "/livez").code, 200, "beside a hundred idle connections");
     drop(idle);
-    let long = format!("GET /{} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", "x".repeat(9000));
+    let long =
+        format!("GET /{} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", "x".repeat(9000));
     assert_eq!(request(&net, "client", at, &long).unwrap().code, 404);
     let nonsense = "\u{1}\u{2}\u{3} nonsense\r\n\r\n";
     assert_eq!(request(&net, "client", at, nonsense).unwrap().code, 400);
     assert_eq!(health(&net, "/livez").code, 200);
+}
+
+#[test]
+fn the_owner_of_a_service_is_told_by_an_event() {
+    with_cluster(|cluster| {
+        let net = cluster.net;
+        cluster.apply(CLUSTER.split("---\n").next().unwrap());
+        let taken = in_netns(&net.name("node"), || TcpListener::bind(to(NODE[0], PORT)).unwrap());
+        let _daemon = cluster.start(User::KubeProxy);
+        let check = format!("healthCheckNodePort: {PORT}");
+        let web = Svc {
+            name: "web",
+            cluster_ips: &["10.96.0.10"],
+            ports: &[("http", "TCP", 80, 0)],
+            spec: &["externalTrafficPolicy: Local", &check],
+            balancer_ips: &["203.0.113.10"],
+        };
+        cluster.apply(&web.yaml());
+        cluster.endpoints("web", &["10.244.1.5!"]);
+        let mut event = None;
+        let began = Instant::now();
+        while event.is_none() && began.elapsed() < Duration::from_secs(30) {
+            event = cluster.runtime.block_on(async {
+                let events: Api<Event> = Api::namespaced(cluster.plane.client().await, "default");
+                let all = events.list(&ListParams::default()).await.unwrap();
+                all.into_iter().find(|e| e.reporting_controller.as_deref() == Some("nftproxy"))
+            });
+        }
+        let event = event.expect("an Event");
+        assert_eq!(event.reason.as_deref(), Some("FailedToStartServiceHealthcheck"));
+        assert_eq!(event.action.as_deref(), Some("Listen"));
+        assert_eq!(event.type_.as_deref(), Some("Warning"));
+        let regarding = event.regarding.unwrap();
+        assert_eq!(
+            (regarding.kind.as_deref(), regarding.namespace.as_deref(), regarding.name.as_deref()),
+            (Some("Service"), Some("default"), Some("web"))
+        );
+        assert_eq!(
+            event.note.unwrap(),
+            format!(
+                "node node-1 failed to start healthcheck \"default/web\" on port {PORT}: listen \
+                 192.0.2.10:{PORT}: Address already in use (os error 98)"
+            )
+        );
+        drop(taken);
+        wait_until("the port to be served", || {
+            get(net, "node", to(NODE[0], PORT), "/").is_some_and(|page| page.code == 200)
+        });
+    });
 }

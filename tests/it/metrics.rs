@@ -1,12 +1,17 @@
 //! The metrics, as a Prometheus server reads them: the text is well-formed, what kube-proxy has is
 //! there under the same names, labels and buckets, and values follow what happens.
 
+#![allow(clippy::float_cmp, reason = "counts are whole numbers, which floats hold exactly")]
+
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::control_plane::User;
+use crate::e2e::with_cluster;
 use crate::http::get;
 use crate::net::{NODE, Net, wait_until};
 use crate::objects::{CLUSTER, Svc, slice};
-use crate::packets::{CIDRS, HTTP, run, to};
+use crate::packets::{CIDRS, HTTP, one, run, to};
+use crate::serve::Outcome;
 
 type Labels = BTreeMap<String, String>;
 
@@ -29,7 +34,11 @@ impl Family {
 
     /// The bounds of its buckets.
     fn buckets(&self) -> BTreeSet<&str> {
-        self.samples.iter().filter_map(|(_, labels, _)| labels.get("le")).map(String::as_str).collect()
+        self.samples
+            .iter()
+            .filter_map(|(_, labels, _)| labels.get("le"))
+            .map(String::as_str)
+            .collect()
     }
 }
 
@@ -152,7 +161,9 @@ fn scrape(net: &Net) -> BTreeMap<String, Family> {
 fn value(families: &BTreeMap<String, Family>, name: &str, labels: &[(&str, &str)]) -> f64 {
     let samples = families.values().flat_map(|family| &family.samples);
     let found: Vec<f64> = samples
-        .filter(|(n, l, _)| n == name && labels.iter().all(|(k, v)| l.get(*k).is_some_and(|x| x == v)))
+        .filter(|(n, l, _)| {
+            n == name && labels.iter().all(|(k, v)| l.get(*k).is_some_and(|x| x == v))
+        })
         .map(|(.., value)| *value)
         .collect();
     assert_eq!(found.len(), 1, "{name} {labels:?}: {found:?}");
@@ -167,6 +178,8 @@ const WEB: Svc<'_> = Svc {
     balancer_ips: &[],
 };
 
+const HTTP_PORT: [(&str, &str, u16, u16); 1] = [("http", "TCP", 80, 30080)];
+
 #[test]
 fn what_kube_proxy_has_is_there_under_the_same_names_labels_and_buckets() {
     let reference = parsed(KUBE_PROXY);
@@ -176,9 +189,9 @@ fn what_kube_proxy_has_is_there_under_the_same_names_labels_and_buckets() {
     let _daemon = run(&net, &["--cluster-cidr", CIDRS]);
     let ours = scrape(&net);
     let left_out = |name: &str| {
-        LEFT_OUT.iter().any(|(left, _)| {
-            name == *left || left.ends_with('_') && name.starts_with(left)
-        })
+        LEFT_OUT
+            .iter()
+            .any(|(left, _)| name == *left || left.ends_with('_') && name.starts_with(left))
     };
     for (name, theirs) in &reference {
         if left_out(name) {
@@ -324,4 +337,46 @@ fn what_is_asked_beside_metrics_is_answered_to_this_host() {
         assert_eq!(page("/metrics").code, 200);
         assert_eq!(page("/configz").code, 404, "anybody could read it");
     }
+}
+
+#[test]
+fn affinity_maps_are_counted() {
+    let Some(net) = Net::new() else { return };
+    let sticky = Svc { spec: &["sessionAffinity: ClientIP"], ports: &HTTP_PORT, ..WEB };
+    net.write("web.yaml", &(CLUSTER.to_owned() + &sticky.yaml()));
+    net.write("web-4.yaml", &slice("web", "4", &HTTP, &["10.244.1.5!", "10.244.2.9"]));
+    let _daemon = run(&net, &["--cluster-cidr", CIDRS]);
+    let seen = |name: &str, family| {
+        let name = format!("nftproxy_affinity_{name}");
+        value(&scrape(&net), &name, &[("ip_family", family)])
+    };
+    assert!(seen("maps", "IPv4") >= 1.0);
+    assert_eq!((seen("entries", "IPv4"), seen("fullest_ratio", "IPv4")), (0.0, 0.0));
+    for from in ["client", "b"] {
+        assert!(matches!(one(&net, from, to("10.96.0.10", 80)), Outcome::Answered { .. }));
+    }
+    // The kernel is asked once a second.
+    wait_until("both clients to be counted", || seen("entries", "IPv4") == 2.0);
+    assert!((seen("fullest_ratio", "IPv4") - 2.0 / 65535.0).abs() < 1e-9);
+    assert_eq!(seen("entries", "IPv6"), 0.0);
+}
+
+#[test]
+fn requests_to_the_api_server_are_counted() {
+    let reference = parsed(KUBE_PROXY);
+    with_cluster(|cluster| {
+        cluster.apply(CLUSTER.split("---\n").next().unwrap());
+        let _daemon = cluster.start(User::KubeProxy);
+        let families = scrape(cluster.net);
+        for name in ["rest_client_requests_total", "rest_client_request_duration_seconds"] {
+            let (ours, theirs) = (&families[name], &reference[name]);
+            assert_eq!((&ours.kind, &ours.help), (&theirs.kind, &theirs.help), "{name}");
+            assert_eq!(ours.label_names(), theirs.label_names(), "{name}");
+            assert_eq!(ours.buckets(), theirs.buckets(), "{name}");
+        }
+        let (_, labels, requests) = &families["rest_client_requests_total"].samples[0];
+        assert_eq!((labels["code"].as_str(), labels["method"].as_str()), ("200", "GET"));
+        assert!(labels["host"].starts_with("192.0.2.2:"), "{labels:?}");
+        assert!(*requests >= 4.0, "one for each kind at least");
+    });
 }

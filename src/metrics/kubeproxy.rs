@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec,
-    IntGauge, IntGaugeVec, Opts, Registry,
+    Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry,
 };
 
 use super::{ByFamily, histogram, histograms, registered};
@@ -74,6 +74,8 @@ impl KubeProxy {
             let made = registered(registry, made);
             ByFamily::new(|family| made.with_label_values(&[family]))
         };
+        let counter = |name: &str, help: &str| registered(registry, IntCounter::new(name, help));
+        let gauge = |name: &str, help: &str| registered(registry, IntGauge::new(name, help));
         let gauges = |name: &str, help: &str| {
             let made = registered(registry, GaugeVec::new(Opts::new(name, help), &["ip_family"]));
             ByFamily::new(|family| made.with_label_values(&[family]))
@@ -121,33 +123,21 @@ impl KubeProxy {
                 "[ALPHA] In Cluster Network Programming Latency in seconds",
                 &network_programming_buckets(),
             ),
-            endpoint_changes_pending: registered(
-                registry,
-                IntGauge::new(
-                    "kubeproxy_sync_proxy_rules_endpoint_changes_pending",
-                    "[ALPHA] Pending proxy rules Endpoint changes",
-                ),
+            endpoint_changes_pending: gauge(
+                "kubeproxy_sync_proxy_rules_endpoint_changes_pending",
+                "[ALPHA] Pending proxy rules Endpoint changes",
             ),
-            endpoint_changes: registered(
-                registry,
-                IntCounter::new(
-                    "kubeproxy_sync_proxy_rules_endpoint_changes_total",
-                    "[ALPHA] Cumulative proxy rules Endpoint changes",
-                ),
+            endpoint_changes: counter(
+                "kubeproxy_sync_proxy_rules_endpoint_changes_total",
+                "[ALPHA] Cumulative proxy rules Endpoint changes",
             ),
-            service_changes_pending: registered(
-                registry,
-                IntGauge::new(
-                    "kubeproxy_sync_proxy_rules_service_changes_pending",
-                    "[ALPHA] Pending proxy rules Service changes",
-                ),
+            service_changes_pending: gauge(
+                "kubeproxy_sync_proxy_rules_service_changes_pending",
+                "[ALPHA] Pending proxy rules Service changes",
             ),
-            service_changes: registered(
-                registry,
-                IntCounter::new(
-                    "kubeproxy_sync_proxy_rules_service_changes_total",
-                    "[ALPHA] Cumulative proxy rules Service changes",
-                ),
+            service_changes: counter(
+                "kubeproxy_sync_proxy_rules_service_changes_total",
+                "[ALPHA] Cumulative proxy rules Service changes",
             ),
             no_local_internal: no_local("internal"),
             no_local_external: no_local("external"),
