@@ -111,11 +111,23 @@ const MAX_TRIGGERS: usize = 10_000;
 /// How many elements each object has.
 pub type ElementCounts = BTreeMap<(Family, SetName), usize>;
 
-/// Counts elements by object.
+/// Counts elements by object. They come in order, so that those of one object are next to each other.
 pub fn count_elements<'a>(elements: impl IntoIterator<Item = &'a ElementId>) -> ElementCounts {
     let mut counts = ElementCounts::new();
+    let mut run: Option<((Family, SetName), usize)> = None;
     for id in elements {
-        *counts.entry((id.family, id.set)).or_default() += 1;
+        let object = (id.family, id.set);
+        match &mut run {
+            Some((same, count)) if *same == object => *count += 1,
+            run => {
+                if let Some((object, count)) = run.replace((object, 1)) {
+                    *counts.entry(object).or_default() += count;
+                }
+            }
+        }
+    }
+    if let Some((object, count)) = run {
+        *counts.entry(object).or_default() += count;
     }
     counts
 }
@@ -131,6 +143,8 @@ pub struct Account {
     without_endpoints: [WithoutEndpoints; 2],
     health_checks: BTreeMap<NamespacedName, Option<HealthCheck>>,
     elements: ElementCounts,
+    /// Objects whose number of elements may have changed.
+    moved: BTreeSet<(Family, SetName)>,
 }
 
 impl Account {
@@ -194,21 +208,20 @@ impl Account {
     /// These operations were committed.
     pub fn apply<'a>(&mut self, ops: impl IntoIterator<Item = &'a Op>) {
         for op in ops {
-            match op {
-                Op::AddElement(id, _) => {
-                    *self.elements.entry((id.family, id.set)).or_default() += 1;
-                }
-                Op::DeleteElement(id, _) => {
-                    let count = self.elements.entry((id.family, id.set)).or_default();
-                    *count = count.saturating_sub(1);
-                }
-                _ => {}
-            }
+            let (id, change) = match op {
+                Op::AddElement(id, _) => (id, 1),
+                Op::DeleteElement(id, _) => (id, -1),
+                _ => continue,
+            };
+            let count = self.elements.entry((id.family, id.set)).or_default();
+            *count = count.saturating_add_signed(change);
+            self.moved.insert((id.family, id.set));
         }
     }
 
-    /// The tables hold these numbers of elements.
+    /// The tables hold these numbers of elements, and no others.
     pub fn set_elements(&mut self, elements: ElementCounts) {
+        self.moved.extend(self.elements.keys().chain(elements.keys()));
         self.elements = elements;
     }
 
@@ -224,10 +237,10 @@ impl Account {
         self.waiting
     }
 
-    /// How many elements an object has.
-    #[must_use]
-    pub fn elements(&self, family: Family, set: SetName) -> usize {
-        self.elements.get(&(family, set)).copied().unwrap_or(0)
+    /// How many elements the objects have that were changed since the last call.
+    pub fn take_elements(&mut self) -> Vec<((Family, SetName), usize)> {
+        let moved = std::mem::take(&mut self.moved).into_iter();
+        moved.map(|object| (object, self.elements.get(&object).copied().unwrap_or(0))).collect()
     }
 
     /// Ports that drop traffic for want of an endpoint on this node, in the order of [`Family::BOTH`].
@@ -381,6 +394,37 @@ mod tests {
         account.retain(|service| *service == name("other"));
         assert_eq!(account.without_endpoints()[0], missing);
         assert_eq!(account.take_health_checks(), [(name("web"), None)].into());
+    }
+
+    #[test]
+    fn elements_are_counted_by_object() {
+        use crate::nft::element::{Key, Value};
+        let id = |family, set, host: u8| ElementId {
+            family,
+            set,
+            key: Key::Address([10, 0, 0, host].into()),
+        };
+        let add = |id| Op::AddElement(id, Value::None);
+        let delete = |id| Op::DeleteElement(id, Value::None);
+        let ips = |host| id(Family::V4, SetName::ClusterIps, host);
+        let others = id(Family::V6, SetName::ClusterIps, 9);
+        let mut account = Account::default();
+        account.apply(&[add(ips(1)), add(ips(2)), add(others), delete(ips(1)), add(ips(3))]);
+        let counted =
+            [((Family::V4, SetName::ClusterIps), 2), ((Family::V6, SetName::ClusterIps), 1)];
+        assert_eq!(account.take_elements(), counted);
+        assert_eq!(account.take_elements(), [], "nothing changed");
+        let pods = id(Family::V4, SetName::LocalPods, 1);
+        let found = [ips(1), ips(2), ips(3), pods];
+        account.set_elements(count_elements(&found));
+        let ip_count = ((Family::V4, SetName::ClusterIps), 3);
+        let pod_count = ((Family::V4, SetName::LocalPods), 1);
+        let gone = ((Family::V6, SetName::ClusterIps), 0);
+        let mut taken = account.take_elements();
+        taken.sort_unstable();
+        let mut expected = [ip_count, pod_count, gone];
+        expected.sort_unstable();
+        assert_eq!(taken, expected);
     }
 
     #[test]

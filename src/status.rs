@@ -251,8 +251,7 @@ impl Reporter {
             Ok(done) => {
                 own.collections.inc();
                 self.batch(done);
-                let account = proxy.account_mut();
-                own.set_elements(|family, set| account.elements(family, set));
+                own.set_elements(proxy.account_mut().take_elements());
             }
             Err(_) => kube_proxy.cleanup_failures.iter().for_each(prometheus::IntCounter::inc),
         }
@@ -281,7 +280,7 @@ impl Reporter {
         }
 
         let account = proxy.account_mut();
-        own.set_elements(|family, set| account.elements(family, set));
+        own.set_elements(account.take_elements());
         for (family, without) in Family::BOTH.into_iter().zip(account.without_endpoints()) {
             kube_proxy.no_local_internal.of(family).set(int(without.internal));
             kube_proxy.no_local_external.of(family).set(int(without.external));

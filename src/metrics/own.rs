@@ -1,6 +1,8 @@
 //! What this program can tell and kube-proxy cannot: the cost of every batch, the way from an event
 //! to the kernel, and how full things are.
 
+use std::collections::BTreeMap;
+
 use prometheus::{
     Gauge, GaugeVec, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
@@ -46,7 +48,7 @@ pub struct Own {
     pub health_check_failures: IntCounter,
     /// Affinity maps, the clients in them, and how full the fullest is.
     pub affinity: ByFamily<Affinity>,
-    elements: Vec<((Family, SetName), IntGauge)>,
+    elements: BTreeMap<(Family, SetName), IntGauge>,
 }
 
 /// The affinity maps of a family. One value for all of them: there can be thousands.
@@ -189,10 +191,12 @@ impl Own {
         }
     }
 
-    /// Sets the number of elements of every object.
-    pub fn set_elements(&self, count: impl Fn(Family, SetName) -> usize) {
-        for ((family, set), gauge) in &self.elements {
-            gauge.set(i64::try_from(count(*family, *set)).unwrap_or(i64::MAX));
+    /// Sets the number of elements of some objects.
+    pub fn set_elements(&self, counts: impl IntoIterator<Item = ((Family, SetName), usize)>) {
+        for (object, count) in counts {
+            if let Some(gauge) = self.elements.get(&object) {
+                gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+            }
         }
     }
 }

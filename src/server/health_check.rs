@@ -32,6 +32,9 @@ pub struct ListenFailure {
     pub reason: String,
 }
 
+/// Connections of one port at a time; there can be hundreds of ports.
+const MAX_CONNECTIONS: usize = 32;
+
 /// Which Service, and where.
 type Place = (NamespacedName, SocketAddr);
 
@@ -167,7 +170,7 @@ impl<F: FnMut(ListenFailure)> Ports<F> {
                 let status = self.status.clone();
                 let pages = Arc::new(Pages { status, service: service.clone(), endpoints });
                 let task = tokio::spawn(async move {
-                    serve_listener(listener, pages).await;
+                    serve_listener(listener, MAX_CONNECTIONS, pages).await;
                 });
                 self.open.insert(place, task);
             }

@@ -21,7 +21,7 @@ use super::{Answers, Reply};
 /// How long after a failure it is tried again.
 pub(super) const RETRY: Duration = Duration::from_secs(5);
 
-/// Connections of one listener at a time; more wait.
+/// Connections of one server at a time; more wait.
 const MAX_CONNECTIONS: usize = 128;
 
 /// How long a client may take for its request, and keep an idle connection.
@@ -92,7 +92,7 @@ pub(super) async fn keep(
         match bind(address, Scope::Both) {
             Ok(listener) => {
                 info!(%address, "serving {what}");
-                serve(listener, answers).await;
+                serve(listener, MAX_CONNECTIONS, answers).await;
                 return std::future::pending().await;
             }
             Err(source) if hard_fail => return BindError { what, address, source },
@@ -106,11 +106,15 @@ pub(super) async fn keep(
     }
 }
 
-/// Answers connections until it is aborted, which ends them as well.
-pub(super) async fn serve(listener: TcpListener, answers: Arc<impl Answers>) -> Infallible {
+/// Answers connections, so many at a time, until it is aborted, which ends them as well.
+pub(super) async fn serve(
+    listener: TcpListener,
+    limit: usize,
+    answers: Arc<impl Answers>,
+) -> Infallible {
     let mut connections = JoinSet::new();
     loop {
-        if connections.len() >= MAX_CONNECTIONS {
+        if connections.len() >= limit {
             connections.join_next().await;
         }
         tokio::select! {
