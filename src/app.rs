@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use tokio::sync::mpsc::{Sender, WeakSender, channel};
+use tokio::sync::mpsc::{Sender, UnboundedReceiver, WeakSender, channel};
 use tracing::{info, warn};
 
 use crate::config::{Config, Source};
@@ -19,7 +19,7 @@ use crate::program::{Pacing, Program};
 use crate::reconcile::Proxy;
 use crate::server::{self, BindError, Listen, ListenFailure};
 use crate::state::State;
-use crate::status::{Reporter, Status};
+use crate::status::{HealthCheckChange, Reporter, Status};
 use crate::watch::api::{self, ClientError};
 use crate::watch::manifests::{ManifestError, Manifests};
 use crate::watch::notices::{self, Notice};
@@ -68,8 +68,9 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let status = Arc::new(Status::new(families, config.sync_period));
     let (reporter, health_checks) = Reporter::new(status.clone());
     let swept = status.clone();
+    let owning = config.table_owner;
     let thread = std::thread::Builder::new().name("program".into()).spawn(move || {
-        match open(swept) {
+        match open(owning, swept) {
             Err(error) => drop(opened.send(Err(error))),
             Ok((kernel, sweeper)) => {
                 drop(opened.send(Ok(())));
@@ -82,7 +83,31 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     open_outcome.await.map_err(|_| RunError::Ended)??;
 
     info!(node = config.node_name, source = %config.source, "starting");
+    if config.settings.localhost_node_ports
+        && let Err(error) = host::route_loopback()
+    {
+        warn!(%error, "node ports are not served on 127.0.0.1");
+    }
     follow_host(sender.downgrade())?;
+    let rest_client = status.metrics.rest_client.clone();
+    let servers = serve(&config, status, health_checks);
+    tokio::select! {
+        signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
+        // Sources end with an error only, and only before they are under way.
+        outcome = watch(config.source, config.node_name, sender, rest_client) => outcome?,
+        error = servers => return Err(error.into()),
+        _ = &mut end => return Err(RunError::Ended),
+    }
+    // With the source, the sender is gone: the thread ends behind its last commit.
+    thread.join().map_err(|_| RunError::Ended)
+}
+
+/// Serves probes and metrics; returns only if that cannot be and is a reason to end.
+fn serve(
+    config: &Config,
+    status: Arc<Status>,
+    health_checks: UnboundedReceiver<HealthCheckChange>,
+) -> impl Future<Output = BindError> + use<> {
     let listen = Listen {
         healthz: config.healthz_bind_address,
         metrics: config.metrics_bind_address,
@@ -90,8 +115,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     };
     let node = config.node_name.clone();
     let notices = notices::start(&config.source, &config.node_name, &status.metrics.rest_client);
-    let rest_client = status.metrics.rest_client.clone();
-    let servers = server::serve(listen, status, configz(&config), health_checks, move |failure| {
+    server::serve(listen, status, configz(config), health_checks, move |failure| {
         let ListenFailure { service, address, reason } = failure;
         notices.give(Notice {
             // The words of kube-proxy.
@@ -104,21 +128,12 @@ pub async fn run(config: Config) -> Result<(), RunError> {
             reason: "FailedToStartServiceHealthcheck",
             action: "Listen",
         });
-    });
-    tokio::select! {
-        signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
-        // Sources end with an error only, and only before they are under way.
-        outcome = watch(config.source, config.node_name, sender, rest_client) => outcome?,
-        error = servers => return Err(error.into()),
-        _ = &mut end => return Err(RunError::Ended),
-    }
-    // With the source, the sender is gone: the thread ends behind its last commit.
-    thread.join().map_err(|_| RunError::Ended)
+    })
 }
 
 /// What the programming thread works with; both stay in the network namespace they are opened in.
-fn open(status: Arc<Status>) -> Result<(NetlinkKernel, Sweeper), RunError> {
-    let kernel = NetlinkKernel::open()?;
+fn open(owning: bool, status: Arc<Status>) -> Result<(NetlinkKernel, Sweeper), RunError> {
+    let kernel = if owning { NetlinkKernel::open_owning()? } else { NetlinkKernel::open()? };
     let start = |source| RunError::System { step: "start a thread", source };
     let sweeper = Sweeper::start_reporting(move |pass| status.swept(pass)).map_err(start)?;
     Ok((kernel, sweeper))
