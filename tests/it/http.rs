@@ -1,6 +1,7 @@
 //! A client of the program's HTTP servers, as probes and load balancers are: one request, one answer.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
@@ -26,7 +27,7 @@ impl Page {
     }
 }
 
-/// Asks from a namespace; None if nobody listens there.
+/// Asks from a namespace; None if nobody listens there, or stops to.
 pub(crate) fn get(net: &Net, from: &str, at: SocketAddr, path: &str) -> Option<Page> {
     request(net, from, at, &format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"))
 }
@@ -40,10 +41,14 @@ pub(crate) fn request(net: &Net, from: &str, at: SocketAddr, request: &str) -> O
             Err(error) => panic!("{at}: {error}"),
         };
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        stream.write_all(request.as_bytes()).unwrap();
         let mut text = String::new();
-        stream.read_to_string(&mut text).unwrap();
-        Some(parsed(&text))
+        let sent = stream.write_all(request.as_bytes());
+        match sent.and_then(|()| stream.read_to_string(&mut text)) {
+            Ok(_) => Some(parsed(&text)),
+            // The port was closed under the connection.
+            Err(error) if [ConnectionReset, BrokenPipe].contains(&error.kind()) => None,
+            Err(error) => panic!("{at}: {error}"),
+        }
     })
 }
 
