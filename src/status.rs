@@ -16,7 +16,7 @@ use crate::account::{Changes, HealthCheck};
 use crate::conntrack::Pass;
 use crate::health::{self, Answer, Progress};
 use crate::metrics::Metrics;
-use crate::model::{Family, NamespacedName};
+use crate::model::{Family, Kind, NamespacedName};
 use crate::nft::kernel::Kernel;
 use crate::reconcile::{CommitError, Committed, Proxy};
 
@@ -171,7 +171,7 @@ impl Reporter {
         let fresh = seen != self.seen;
         self.seen = seen;
         self.waiting(account.waiting());
-        own.services.set(int(proxy.state().service_count()));
+        own.services.set(int(proxy.state().count(Kind::Service)));
         // Before the first complete lists there is nothing to be late with.
         if !proxy.is_complete() || !proxy.is_stale() {
             return;
