@@ -14,6 +14,7 @@
 
 mod adopt;
 // mod control_plane;
+mod example;
 mod ledger;
 mod model;
 mod namespace;
