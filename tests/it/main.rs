@@ -17,6 +17,7 @@ mod conntrack;
 mod control_plane;
 mod drift;
 mod e2e;
+mod example;
 mod features;
 mod flips;
 mod hostile;
