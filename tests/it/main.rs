@@ -14,7 +14,7 @@
 
 mod adopt;
 mod conntrack;
-// mod control_plane;
+mod control_plane;
 mod features;
 mod ledger;
 mod model;
@@ -24,5 +24,6 @@ mod objects;
 mod packets;
 mod parity;
 mod render;
+mod scenario;
 mod serve;
 mod tidy;

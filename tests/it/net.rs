@@ -197,7 +197,8 @@ fn ip_batch(lines: &str) {
     run_ip(&["-batch", "-"], lines);
 }
 
-fn ip_batch_in(netns: &str, lines: &str) {
+/// Runs commands of `ip` in a namespace, one a line.
+pub(crate) fn ip_batch_in(netns: &str, lines: &str) {
     run_ip(&["-n", netns, "-batch", "-"], lines);
 }
 

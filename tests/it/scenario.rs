@@ -1,0 +1,119 @@
+//! The scenario table of the compatibility reference (`SEMANTICS.md`, section 11), at the packet.
+//!
+//! One runner asks every row of any proxy: of nftproxy always, and on demand of the real kube-proxy
+//! too, which shows what was only read about it. A proxy is started once for each configuration, with
+//! all objects of all rows; the rows that are about changes follow.
+
+mod asking;
+mod changes;
+mod proxies;
+mod report;
+mod services;
+mod table;
+mod world;
+
+use std::collections::BTreeMap;
+
+use self::changes::Changes;
+use self::proxies::{KubeProxy, Nftproxy, Proxy};
+use self::table::{Case, How, ROWS};
+use self::world::{Objects, Setting};
+use crate::net::{Net, in_netns};
+
+/// What came of one case.
+#[derive(Clone, Debug)]
+pub(crate) struct Finding {
+    case: String,
+    setting: Setting,
+    family: Option<usize>,
+    expected: String,
+    seen: String,
+    right: bool,
+}
+
+/// By the number of the row.
+type Findings = BTreeMap<u8, Vec<Finding>>;
+
+fn run(net: &Net, proxy: &mut dyn Proxy) -> Findings {
+    let mut findings = Findings::new();
+    // The changes come last, behind the configuration they are made under.
+    let mut settings = Setting::ALL;
+    settings.reverse();
+    for setting in settings {
+        proxy.start(setting, &Objects::default());
+        let cases: Vec<(u8, Case)> = ROWS
+            .iter()
+            .filter_map(|row| match row.how {
+                How::Cases(cases) => Some((row.number, cases)),
+                _ => None,
+            })
+            .flat_map(|(number, cases)| cases.iter().map(move |case| (number, *case)))
+            .filter(|(_, case)| case.setting == setting)
+            .collect();
+        assert!(!cases.is_empty(), "no row is about {setting:?}");
+        for (number, finding) in asking::ask_all(net, &cases, proxy.patience()) {
+            findings.entry(number).or_default().push(finding);
+        }
+    }
+    let changes = Changes { net, proxy, objects: Objects::default(), findings: Vec::new() };
+    for (number, finding) in changes.run() {
+        findings.entry(number).or_default().push(finding);
+    }
+    for row in ROWS {
+        let found = findings.contains_key(&row.number);
+        assert_eq!(found, !matches!(row.how, How::Absent(_)), "row {}", row.number);
+    }
+    findings
+}
+
+/// What is not as the table says, a line each.
+fn wrong(findings: &Findings) -> Vec<String> {
+    let all = findings.iter().flat_map(|(number, list)| list.iter().map(move |f| (number, f)));
+    all.filter(|(_, finding)| !finding.right)
+        .map(|(number, finding)| {
+            let Finding { case, setting, family, expected, seen, .. } = finding;
+            let family = ["IPv4", "IPv6"][family.unwrap_or(0)];
+            format!("{number}: {case}, {setting:?}, {family}: expected {expected}; seen {seen}")
+        })
+        .collect()
+}
+
+#[test]
+fn every_row_is_there_once() {
+    let numbers: Vec<u8> = ROWS.iter().map(|row| row.number).collect();
+    assert_eq!(numbers, (1..=127).collect::<Vec<u8>>());
+}
+
+#[test]
+fn nftproxy_does_what_the_table_says() {
+    let Some(net) = Net::new() else { return };
+    world::build(&net);
+    let findings = run(&net, &mut Nftproxy::new(&net));
+    let wrong = wrong(&findings);
+    assert!(
+        wrong.is_empty(),
+        "{} findings are not as expected:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
+}
+
+/// Runs both, and writes what they do beside what the table says.
+#[test]
+#[ignore = "needs the real kube-proxy, and writes tests/scenario-comparison.md"]
+fn comparison() {
+    let net = Net::new().expect("namespaces need root");
+    world::build(&net);
+    let ours = run(&net, &mut Nftproxy::new(&net));
+    // With namespaces of its own, so that nothing of the other is left.
+    let net = Net::new().unwrap();
+    world::build(&net);
+    let theirs = in_netns(&net.name("client"), || run(&net, &mut KubeProxy::new(&net)));
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/scenario-comparison.md");
+    std::fs::write(path, report::markdown(&ours, &theirs)).unwrap();
+    for line in wrong(&theirs) {
+        eprintln!("kube-proxy, {line}");
+    }
+    let wrong = wrong(&ours);
+    assert!(wrong.is_empty(), "nftproxy:\n{}", wrong.join("\n"));
+}
