@@ -72,6 +72,7 @@ fn outcome(met: Met, case: &Case, to: SocketAddr) -> Outcome {
         Met::Own(by) if case.protocol == Protocol::Sctp => answered(by, 8080, UNSEEN),
         Met::Own(by) => answered(by, 8080, own),
         Met::Masq(by) => answered(by, 8080, masquerade(by, family)),
+        Met::Masq8081(by) => answered(by, 8081, masquerade(by, family)),
         Met::Own8081(by) => answered(by, 8081, own),
         Met::Untouched(by) => answered(by, to.port(), own),
         Met::Refused => Outcome::Refused,

@@ -23,8 +23,8 @@ pub(crate) struct Service {
     pub(crate) target_port: u16,
     /// If it is not 80.
     pub(crate) port: Option<u16>,
-    /// A second port: 443, at the endpoints 8081.
-    pub(crate) second_port: bool,
+    /// A second port, at the endpoints 8081: protocol, number, node port.
+    pub(crate) second: Option<(&'static str, u16, u16)>,
     /// If it does not follow from the place in the list.
     pub(crate) node_port: Option<u16>,
     pub(crate) external_ips: Option<[&'static str; 2]>,
@@ -49,7 +49,7 @@ const fn service(name: &'static str, endpoints: &'static [&'static str]) -> Serv
         protocol: "TCP",
         target_port: 8080,
         port: None,
-        second_port: false,
+        second: None,
         node_port: None,
         external_ips: None,
         internal_local: false,
@@ -131,8 +131,12 @@ pub(crate) const SERVICES: &[Service] = &[
     service("external", ANY).external(),
     service("external-away", &["remote"]).external(),
     service("external-ending", ENDING).external(),
-    Service { node_port: Some(30901), ..service("number-tcp", &["a"]) },
-    Service { node_port: Some(30901), ..service("number-udp", &["b"]).udp() },
+    // The API server gives one number to two ports only if they are of one Service.
+    Service {
+        node_port: Some(30901),
+        second: Some(("UDP", 80, 30901)),
+        ..service("number", &["a"])
+    },
     Service { port: Some(30902), ..service("node-ip", &["a"]).external_ips(NODE) },
     Service { node_port: Some(30902), ..service("node-port", &["b"]) },
     service("balancer-here", ANY).external(),
@@ -184,7 +188,7 @@ pub(crate) const SERVICES: &[Service] = &[
     Service { target_port: 8081, ..service("ranges-change", &["a"]).ranges(CLIENTS) },
     Service {
         affinity: Some(10_800),
-        second_port: true,
+        second: Some(("TCP", 443, 30903)),
         ..service("sticky", &["a", "b", "remote"])
     },
     Service { affinity: Some(2), ..service("sticky-short", &["a", "b", "remote"]) },
@@ -240,10 +244,9 @@ impl Service {
             "name": "p", "protocol": self.protocol, "port": port(self.name),
             "nodePort": node_port(self.name),
         })];
-        if self.second_port {
-            let node_port = node_port(self.name) + 500;
+        if let Some((protocol, port, node_port)) = self.second {
             ports.push(json!({
-                "name": "q", "protocol": "TCP", "port": 443, "nodePort": node_port,
+                "name": "q", "protocol": protocol, "port": port, "nodePort": node_port,
             }));
         }
         let mut spec = json!({
@@ -292,8 +295,8 @@ impl Service {
             for (place, (port, label, endpoints)) in all.enumerate() {
                 let mut ports =
                     vec![json!({ "name": "p", "protocol": self.protocol, "port": port })];
-                if self.second_port {
-                    ports.push(json!({ "name": "q", "protocol": "TCP", "port": 8081 }));
+                if let Some((protocol, ..)) = self.second {
+                    ports.push(json!({ "name": "q", "protocol": protocol, "port": 8081 }));
                 }
                 let mut labels = json!({ "kubernetes.io/service-name": self.name });
                 if let Some(label) = label {

@@ -67,13 +67,14 @@ pub(crate) enum Met {
     Masq(&'static str),
     /// The same, at the endpoint's port 8081.
     Own8081(&'static str),
+    Masq8081(&'static str),
     /// Not the proxy's: this one answers at the port that was dialled, and sees the own address.
     Untouched(&'static str),
     Refused,
     Lost,
 }
 
-use Met::{Lost, Masq, Own, Own8081, Refused, Untouched};
+use Met::{Lost, Masq, Masq8081, Own, Own8081, Refused, Untouched};
 
 const fn case(from: &'static str, to: Target, expected: &'static [Met]) -> Case {
     let (setting, protocol, families) = (Setting::Base, Protocol::Tcp, BOTH);
@@ -264,9 +265,9 @@ pub(crate) const ROWS: &[Row] = &[
         case("client", Target::NodePort("daemon-none", SECOND), DAEMON),
     ]),
     row(71, "C → N1:NP, a daemon listens there", &[case("client", np("daemon"), ANY_MASQ)]),
-    row(72, "C → N1:NP by TCP and UDP, two Services", &[
-        case("client", np("number-tcp"), A_MASQ),
-        case("client", np("number-udp"), &[Masq("b")]).by(Udp),
+    row(72, "C → N1:NP by TCP and UDP, one number", &[
+        case("client", np("number"), A_MASQ),
+        case("client", np("number"), &[Masq8081("a")]).by(Udp),
     ]),
     row(73, "C → N1, external IP and port also a NP", &[case("client", np("node-port"), A_MASQ)]),
     row(74, "C → LB", &[case("client", lb("any"), ANY_MASQ)]),
