@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use crate::config::{Config, Source};
+use crate::conntrack::Sweeper;
 use crate::host;
 use crate::model::Event;
 use crate::nft::kernel::Kernel;
@@ -68,23 +69,23 @@ pub enum RunError {
 /// Runs until SIGTERM or SIGINT. The tables stay in force afterwards.
 pub async fn run(config: Config) -> Result<(), RunError> {
     let (sender, events) = channel(QUEUE);
-    let (opened, open) = tokio::sync::oneshot::channel();
+    let (opened, open_outcome) = tokio::sync::oneshot::channel();
     let (ended, mut end) = tokio::sync::oneshot::channel::<()>();
     let state = State::new(config.settings.clone(), host::node_facts(&config.node_name));
     let pacing =
         Pacing { min_sync_period: config.min_sync_period, sync_period: config.sync_period };
     let thread = std::thread::Builder::new().name("program".into()).spawn(move || {
-        match NetlinkKernel::open() {
+        match open() {
             Err(error) => drop(opened.send(Err(error))),
-            Ok(kernel) => {
+            Ok((kernel, sweeper)) => {
                 drop(opened.send(Ok(())));
-                program(Proxy::new(state, kernel), events, pacing);
+                program(Proxy::new(state, kernel), &sweeper, events, pacing);
             }
         }
         drop(ended);
     });
     let thread = thread.map_err(|source| RunError::System { step: "start a thread", source })?;
-    open.await.map_err(|_| RunError::Ended)??;
+    open_outcome.await.map_err(|_| RunError::Ended)??;
 
     info!(node = config.node_name, source = %config.source, "starting");
     follow_host(sender.downgrade())?;
@@ -96,6 +97,13 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     }
     // With the source, the sender is gone: the thread ends behind its last commit.
     thread.join().map_err(|_| RunError::Ended)
+}
+
+/// What the programming thread works with; both stay in the network namespace they are opened in.
+fn open() -> Result<(NetlinkKernel, Sweeper), RunError> {
+    let kernel = NetlinkKernel::open()?;
+    let start = |source| RunError::System { step: "start a thread", source };
+    Ok((kernel, Sweeper::start().map_err(start)?))
 }
 
 /// Follows the host's addresses. Everything else works without, so that a failure is said and no more.
@@ -145,7 +153,12 @@ pub struct Pacing {
 }
 
 /// Takes in events and commits, until the sender is gone.
-fn program<K: Kernel>(mut proxy: Proxy<K>, mut events: Receiver<Event>, pacing: Pacing) {
+fn program<K: Kernel>(
+    mut proxy: Proxy<K>,
+    sweeper: &Sweeper,
+    mut events: Receiver<Event>,
+    pacing: Pacing,
+) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
@@ -171,6 +184,9 @@ fn program<K: Kernel>(mut proxy: Proxy<K>, mut events: Receiver<Event>, pacing: 
             }
             open &= take_queued(&mut proxy, &mut events);
             clock.act(&mut proxy);
+            if let Some(sweep) = proxy.take_sweep() {
+                sweeper.sweep(sweep);
+            }
         }
     });
 }

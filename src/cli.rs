@@ -192,6 +192,9 @@ impl Cli {
     }
 }
 
+/// Where the client says that it cannot read its file of certificates again.
+const CA_BUNDLE: &str = "kube_client::client::tls=warn";
+
 fn start_log(args: &LogArgs, quiet: bool) {
     use tracing_subscriber::EnvFilter;
     let level = match args.verbosity {
@@ -200,6 +203,12 @@ fn start_log(args: &LogArgs, quiet: bool) {
         2 | 3 => "info,nftproxy=debug",
         4 | 5 => "debug",
         _ => "trace",
+    };
+    // What goes wrong with the API server is said by `watch::api`, once and in full; the client says it
+    // at every attempt, several times, and without what to do.
+    let level = match args.verbosity {
+        0..=3 => format!("{level},kube_runtime=off,kube_client::client=off,{CA_BUNDLE}"),
+        _ => level.to_owned(),
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let subscriber = tracing_subscriber::fmt()

@@ -10,11 +10,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tracing::{debug, error, info, warn};
 
+use crate::conntrack::{Serving, Sweep};
 use crate::contribution::{Contribution, Contributor};
+use crate::frontend::Frontend;
 use crate::ledger::{Ledger, Staged};
 use crate::model::{Event, Problem};
 use crate::nft::dataplane::Options;
 use crate::nft::diff::{diff, foreign};
+use crate::nft::element::{ElementId, Key};
 use crate::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
 use crate::nft::ruleset::Ruleset;
 use crate::nft::text;
@@ -34,6 +37,8 @@ pub struct Proxy<K> {
     options: Options,
     /// Contributors whose operations the kernel refuses; they keep what they had until they change.
     set_aside: BTreeSet<Contributor>,
+    /// Who answers every UDP frontend as of the last commit.
+    serving: Serving,
     /// What was last said about a contributor, so that it is said once.
     reported: BTreeMap<Contributor, Vec<Problem>>,
 }
@@ -75,6 +80,7 @@ impl<K: Kernel> Proxy<K> {
             state,
             kernel,
             ledger: None,
+            serving: Serving::default(),
             set_aside: BTreeSet::new(),
             reported: BTreeMap::new(),
         }
@@ -121,13 +127,16 @@ impl<K: Kernel> Proxy<K> {
         }
         if let Some(ledger) = &self.ledger {
             let stale = self.state.stale_contributions();
-            let staged = ledger.stage(accepted(stale, &mut self.reported, &self.set_aside));
+            let stale = accepted(stale, &mut self.reported, &self.set_aside);
+            let contributors: Vec<_> = stale.iter().map(|(name, _)| name.clone()).collect();
+            let staged = ledger.stage(stale);
             let transaction = staged.transaction(&self.options);
             match apply(&mut self.kernel, &transaction) {
                 Ok(applied) => {
                     let ledger = self.ledger.as_mut().expect("borrowed above");
                     ledger.accept(staged);
                     self.state.settle();
+                    self.serve(contributors);
                     return Ok(committed(&transaction, applied, false));
                 }
                 Err(refused) => {
@@ -200,6 +209,7 @@ impl<K: Kernel> Proxy<K> {
                     ledger.accept(staged);
                     self.ledger = Some(ledger);
                     self.state.settle();
+                    self.serve_all(&loaded);
                     return Ok(Committed { set_aside, ..committed(&transaction, applied, true) });
                 }
                 Err(CommitError::Apply { source: ApplyError::Refused { refusals }, .. })
@@ -217,6 +227,34 @@ impl<K: Kernel> Proxy<K> {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// What the commits since the last call may have left behind in connection tracking.
+    pub fn take_sweep(&mut self) -> Option<Sweep> {
+        self.serving.take()
+    }
+
+    /// Takes note of what contributors have committed.
+    fn serve(&mut self, contributors: impl IntoIterator<Item = Contributor>) {
+        self.serving.set_node_port_addresses(self.state.node_port_addresses());
+        for contributor in contributors {
+            if let Contributor::Service(name) = contributor {
+                self.serving.update(&name, self.state.udp_frontends(&name));
+            }
+        }
+    }
+
+    /// The same after everything was committed over tables that were found.
+    fn serve_all(&mut self, loaded: &Loaded) {
+        let services = self.state.service_names().cloned().map(Contributor::Service);
+        let services: Vec<_> = services.filter(|name| !self.set_aside.contains(name)).collect();
+        self.serve(services);
+        let Self { state, set_aside, serving, .. } = self;
+        serving.retain(|name| {
+            state.has_service(name) || set_aside.contains(&Contributor::Service(name.clone()))
+        });
+        let found = loaded.tables.values().filter(|table| foreign(table).is_none());
+        serving.found(found.flat_map(|table| table.elements.keys()).filter_map(frontend_of));
     }
 
     /// All contributions, on an empty ledger. One that is set aside keeps what it has committed.
@@ -255,6 +293,15 @@ impl<K: Kernel> Proxy<K> {
             }
         }
         guilty
+    }
+}
+
+/// The frontend that an element is about, if it is a dispatch or a refusal.
+fn frontend_of(id: &ElementId) -> Option<Frontend> {
+    match id.key {
+        Key::Frontend(address, protocol, port) => Some(Frontend::Address(address, protocol, port)),
+        Key::NodePort(protocol, port) => Some(Frontend::NodePort(id.family, protocol, port)),
+        _ => None,
     }
 }
 

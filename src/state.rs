@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
+use crate::conntrack::{Endpoints, NodePortAddresses, udp_frontends};
 use crate::contribution::{self, Contribution, Contributor, Lists, PortSlots};
 use crate::frontend::{Frontend, Frontends, frontends};
 use crate::model::{
@@ -134,6 +135,10 @@ impl State {
                 self.host = host;
                 self.node(self.node.clone())
             }
+            Event::Unreadable(kind, name) => {
+                self.keep(kind, &name);
+                BTreeSet::new()
+            }
             Event::Gone(kind, name) => self.gone(kind, &name),
         };
         self.stale.extend(touched.iter().cloned());
@@ -142,6 +147,20 @@ impl State {
 
     fn listing(&self, kind: Kind) -> u32 {
         self.listings.get(&kind).map_or(0, |listing| listing.number)
+    }
+
+    /// The present listing names an object without saying what it looks like.
+    fn keep(&mut self, kind: Kind, name: &NamespacedName) {
+        let listing = self.listing(kind);
+        let known = match kind {
+            Kind::Service => self.services.get_mut(name).map(|known| &mut known.listing),
+            Kind::EndpointSlice => self.slices.get_mut(name).map(|known| &mut known.listing),
+            Kind::ServiceCidr => self.cidrs.get_mut(name).map(|known| &mut known.listing),
+            Kind::Node => None,
+        };
+        if let Some(known) = known {
+            *known = listing;
+        }
     }
 
     /// Forgets what the listing that just ended did not name.
@@ -271,6 +290,37 @@ impl State {
         self.stale.clear();
     }
 
+    /// The names of all Services.
+    pub fn service_names(&self) -> impl Iterator<Item = &NamespacedName> {
+        self.services.keys()
+    }
+
+    /// Whether there is such a Service.
+    #[must_use]
+    pub fn has_service(&self, name: &NamespacedName) -> bool {
+        self.services.contains_key(name)
+    }
+
+    /// The UDP frontends a Service owns, with the endpoints whose flows are to stay.
+    #[must_use]
+    pub fn udp_frontends(&self, name: &NamespacedName) -> Vec<(Frontend, Endpoints)> {
+        let Some(service) = self.services.get(name) else { return Vec::new() };
+        let slices = slices_of(name, &self.slices_of, &self.slices);
+        udp_frontends(&service.object, &slices, &self.frontends)
+    }
+
+    /// The addresses of this host that node ports are served on.
+    #[must_use]
+    pub fn node_port_addresses(&self) -> NodePortAddresses {
+        let of = |family| {
+            self.settings.node_port_ips(&self.node, family).unwrap_or_else(|| {
+                let all = self.node.interfaces.iter().copied();
+                all.filter(|a| Family::of(*a) == family && !a.is_loopback()).collect()
+            })
+        };
+        Family::BOTH.into_iter().flat_map(of).collect()
+    }
+
     fn contribution(
         &mut self,
         contributor: Contributor,
@@ -286,11 +336,7 @@ impl State {
                     (Contribution::default(), Vec::new())
                 }
                 Some(service) => {
-                    let names = self.slices_of.get(name).into_iter().flatten();
-                    let slices: Vec<_> = names
-                        .filter_map(|slice| self.slices.get(slice))
-                        .map(|known| &known.object)
-                        .collect();
+                    let slices = slices_of(name, &self.slices_of, &self.slices);
                     let slots = self.slots.entry(name.clone()).or_default();
                     contribution::of_service(
                         &service.object,
@@ -327,6 +373,15 @@ impl State {
             }
         }
     }
+}
+
+fn slices_of<'a>(
+    service: &NamespacedName,
+    of: &BTreeMap<NamespacedName, BTreeSet<NamespacedName>>,
+    slices: &'a BTreeMap<NamespacedName, Known<EndpointSlice>>,
+) -> Vec<&'a EndpointSlice> {
+    let names = of.get(service).into_iter().flatten();
+    names.filter_map(|name| slices.get(name)).map(|known| &known.object).collect()
 }
 
 /// The backends of a frontend in these slots, numbered from the first of them.

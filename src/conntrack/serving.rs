@@ -203,7 +203,7 @@ mod tests {
 
     use super::super::sweep::{Flow, Tuple};
     use super::*;
-    use crate::model::{Endpoint, SessionAffinity, SlicePort, TrafficPolicy};
+    use crate::model::{Endpoint, Scheduler, SessionAffinity, SlicePort, TrafficPolicy};
 
     fn at(text: &str) -> SocketAddr {
         text.parse().unwrap()
@@ -223,7 +223,7 @@ mod tests {
     fn serving() -> Serving {
         let mut serving = Serving::default();
         let node = Arc::new([IpAddr::from([192, 0, 2, 10])]);
-        serving.set_node_port_addresses(NodePortAddresses::These(node));
+        serving.set_node_port_addresses(node);
         serving
     }
 
@@ -345,10 +345,11 @@ mod tests {
         let mut serving = serving();
         serving.update(&name("dns"), [(frontend(VIP), by(&[1])), (NODE_PORT, by(&[1]))]);
         serving.take();
-        serving.set_node_port_addresses(NodePortAddresses::Host);
-        let sweep = serving.take().unwrap();
-        assert_eq!((sweep.sought(), sweep.wants_host_addresses()), (1, true));
-        serving.set_node_port_addresses(NodePortAddresses::Host);
+        let more: NodePortAddresses =
+            ["192.0.2.10", "192.0.2.11"].map(|a| a.parse().unwrap()).into();
+        serving.set_node_port_addresses(more.clone());
+        assert_eq!(serving.take().unwrap().sought(), 1);
+        serving.set_node_port_addresses(more);
         assert_eq!(serving.take(), None);
     }
 
@@ -360,6 +361,7 @@ mod tests {
             serving,
             terminating: !ready,
             local: host == 1,
+            weight: 1,
             hints: None,
         };
         let slice = |family, port_name: &str| EndpointSlice {
@@ -402,6 +404,7 @@ mod tests {
             external_traffic_policy: TrafficPolicy::Cluster,
             session_affinity: SessionAffinity::None,
             source_ranges: Vec::new(),
+            scheduler: Scheduler::Random,
             health_check_node_port: None,
         };
         let endpoint = |host| Endpoint {
@@ -410,6 +413,7 @@ mod tests {
             serving: true,
             terminating: false,
             local: false,
+            weight: 1,
             hints: None,
         };
         let slice = EndpointSlice {

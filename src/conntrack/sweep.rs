@@ -49,20 +49,8 @@ pub fn endpoints(list: impl IntoIterator<Item = SocketAddr>) -> Endpoints {
     list.into()
 }
 
-/// On which of the node's addresses node ports are served.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NodePortAddresses {
-    /// On these.
-    These(Arc<[IpAddr]>),
-    /// On all the host has when the sweep runs, loopback excepted.
-    Host,
-}
-
-impl Default for NodePortAddresses {
-    fn default() -> Self {
-        Self::These(Arc::new([]))
-    }
-}
+/// Addresses of the node on which node ports are served.
+pub type NodePortAddresses = Arc<[IpAddr]>;
 
 /// How a frontend stands since the commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -191,21 +179,6 @@ impl Sweep {
         self.frontends.retain(|_, item| item.sought);
     }
 
-    /// Whether the host's addresses are needed to judge.
-    #[must_use]
-    pub fn wants_host_addresses(&self) -> bool {
-        self.node_port_addresses == NodePortAddresses::Host
-            && self.frontends.keys().any(|frontend| matches!(frontend, Frontend::NodePort(..)))
-    }
-
-    /// The same with the addresses the host has now.
-    #[must_use]
-    pub fn with_host_addresses(mut self, addresses: impl IntoIterator<Item = IpAddr>) -> Self {
-        let addresses = addresses.into_iter().filter(|address| !address.is_loopback());
-        self.node_port_addresses = NodePortAddresses::These(addresses.collect());
-        self
-    }
-
     /// The narrowest filter that lets pass every flow of a family that may be stale; None if there is
     /// nothing to look for in it.
     #[must_use]
@@ -237,12 +210,9 @@ impl Sweep {
         // As in the table: the address and port first, the node port second.
         let at_address = Frontend::Address(address, Protocol::Udp, port);
         let (frontend, item) = self.frontends.get_key_value(&at_address).or_else(|| {
-            let NodePortAddresses::These(addresses) = &self.node_port_addresses else {
-                return None;
-            };
             let node_port = Frontend::NodePort(Family::of(address), Protocol::Udp, port);
             let found = self.frontends.get_key_value(&node_port)?;
-            addresses.contains(&address).then_some(found)
+            self.node_port_addresses.contains(&address).then_some(found)
         })?;
         let stale = item.sought && item.is_stale(flow);
         stale.then_some(Culprit { frontend, service: item.service.as_ref() })
@@ -311,7 +281,7 @@ mod tests {
     }
 
     fn sweep() -> Sweep {
-        Sweep::new(NodePortAddresses::These(Arc::new([at("192.0.2.10:0").ip()])))
+        Sweep::new(Arc::new([at("192.0.2.10:0").ip()]))
     }
 
     #[test]
@@ -373,19 +343,6 @@ mod tests {
     }
 
     #[test]
-    fn host_addresses_are_asked_for_only_if_needed_and_loopback_is_not_one() {
-        let mut sweep = Sweep::new(NodePortAddresses::Host);
-        sweep.served(frontend(VIP), &name(), endpoints([]));
-        assert!(!sweep.wants_host_addresses());
-        sweep.served(node_port(30053), &name(), endpoints([]));
-        assert!(sweep.wants_host_addresses());
-        let addresses = ["127.0.0.1:0", "192.0.2.10:0"].map(|text| at(text).ip());
-        let sweep = sweep.with_host_addresses(addresses);
-        assert!(sweep.stale(&flow("192.0.2.10:30053", "10.244.1.5:53")).is_some());
-        assert_eq!(sweep.stale(&flow("127.0.0.1:30053", "127.0.0.1:30053")), None);
-    }
-
-    #[test]
     fn the_filter_is_as_narrow_as_the_frontends_allow() {
         let of = |frontends: &[Frontend]| {
             let mut sweep = sweep();
@@ -412,7 +369,7 @@ mod tests {
         let mut first = sweep();
         first.served(frontend(VIP), &name(), early);
         first.gone(frontend("10.96.0.11:53"), None);
-        let mut second = Sweep::new(NodePortAddresses::Host);
+        let mut second = Sweep::default();
         second.served(frontend(VIP), &name(), late);
         let mut forwards = first.clone();
         forwards.merge(second.clone());
@@ -476,7 +433,7 @@ mod tests {
             node in prop::collection::vec(addresses(), 0..2),
         ) -> Sweep {
             let node = node.into_iter().map(|a| a.ip()).collect();
-            let mut sweep = Sweep::new(NodePortAddresses::These(node));
+            let mut sweep = Sweep::new(node);
             for (address, by_node_port, protocol, by) in parts {
                 let frontend = if by_node_port {
                     Frontend::NodePort(Family::of(address.ip()), protocol, address.port())

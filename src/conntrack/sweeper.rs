@@ -8,7 +8,6 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
-use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -210,8 +209,6 @@ impl Work {
     }
 
     fn carry_out(&mut self, sweep: &Sweep, began: Instant) -> Result<(), SweepError> {
-        let resolved = resolved(sweep)?;
-        let sweep = resolved.as_ref().unwrap_or(sweep);
         let mut outcome = Ok(());
         let mut deleted = BTreeMap::<String, u64>::new();
         for (family, counter) in Family::BOTH.into_iter().zip(&self.shared.deleted) {
@@ -246,20 +243,6 @@ impl Work {
         }
         outcome
     }
-}
-
-/// The sweep with the host's addresses in it, if it asks for them.
-fn resolved(sweep: &Sweep) -> Result<Option<Sweep>, SweepError> {
-    if !sweep.wants_host_addresses() {
-        return Ok(None);
-    }
-    let interfaces = nix::ifaddrs::getifaddrs().map_err(SweepError::Addresses)?;
-    let addresses = interfaces.filter_map(|interface| {
-        let address = interface.address?;
-        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-        v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
-    });
-    Ok(Some(sweep.clone().with_host_addresses(addresses)))
 }
 
 /// `default/dns 12, default/log 3`

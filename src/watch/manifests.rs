@@ -368,6 +368,7 @@ fn kind_of(event: &Event) -> Kind {
         Event::Listing(kind)
         | Event::Listed(kind)
         | Event::Unavailable(kind)
+        | Event::Unreadable(kind, _)
         | Event::Gone(kind, _) => *kind,
     }
 }

@@ -16,7 +16,10 @@ use nftproxy::model::{Family, Protocol};
 
 use crate::model::name;
 use crate::namespace::{in_namespace, nft};
-use crate::net::{CLIENT, NODE, NODE_SECOND, Net, POD_A, POD_B, REMOTE, in_netns, ip, wait_until};
+use crate::net::{
+    CLIENT, Daemon, NODE, NODE_SECOND, Net, POD_A, POD_B, REMOTE, in_netns, ip, wait_until,
+};
+use crate::objects::{CLUSTER, Svc, slice};
 use crate::serve::{Outcome, udp, udp_on};
 
 const VIP: [&str; 2] = ["10.96.0.10", "fd00:10:96::10"];
@@ -234,7 +237,7 @@ fn at_zero_endpoints_flows_are_refused_and_with_the_first_one_they_reach_it() {
         rules.collect::<Vec<_>>()
     };
     let mut serving = Serving::default();
-    serving.set_node_port_addresses(NodePortAddresses::These(Arc::new([ip(NODE[0])])));
+    serving.set_node_port_addresses(Arc::new([ip(NODE[0])]));
     let sockets = dialled.map(|to| dial(&net, "client", to));
 
     // 114: datagrams before the Service had rules went elsewhere, and their flows with them.
@@ -282,10 +285,9 @@ fn node_port_flows_are_those_to_the_addresses_that_serve_them() {
     let (a, b) = (to(POD_A[0], 53), to(POD_B[0], 53));
     let elsewhere = to("198.51.100.77", 30053);
     let node_port = Frontend::NodePort(Family::V4, Protocol::Udp, 30053);
-    for (scope, deleted, of_second) in [
-        (NodePortAddresses::These(Arc::new([ip(NODE[0])])), 1, "a"),
-        (NodePortAddresses::Host, 2, "b"),
-    ] {
+    let one: NodePortAddresses = Arc::new([ip(NODE[0])]);
+    let both: NodePortAddresses = Arc::new([ip(NODE[0]), ip(NODE_SECOND)]);
+    for (scope, deleted, of_second) in [(one, 1, "a"), (both, 2, "b")] {
         let sweeper = sweeper(&net);
         rules(&net, &[(first, Some(a)), (second, Some(a))]);
         let [one, two] = [first, second].map(|to| dial(&net, "client", to));
@@ -530,4 +532,54 @@ fn other_clients_of_the_same_frontend_are_balanced_as_before() {
         assert_eq!(who(&busy), expected, "round {round}");
         assert!(matches!(udp(&net.name("remote"), vip), Outcome::Answered { .. }));
     }
+}
+
+#[test]
+fn the_daemon_removes_what_its_commits_left_stale() {
+    let Some(net) = Net::new() else { return };
+    let service = Svc {
+        name: "dns",
+        cluster_ips: &["10.96.0.10", "fd00:10:96::10"],
+        ports: &[("dns", "UDP", 53, 30053)],
+        spec: &[],
+        balancer_ips: &[],
+    };
+    let ports = [("dns", "UDP", 53)];
+    let pods = |four: &[&str], six: &[&str]| {
+        slice("dns", "4", &ports, four) + &slice("dns", "6", &ports, six)
+    };
+    let a = pods(&["10.244.1.5!"], &["fd00:10:244:1::5!"]);
+    let b = pods(&["10.244.1.6!"], &["fd00:10:244:1::6!"]);
+    net.write("dns.yaml", &(CLUSTER.to_owned() + &service.yaml()));
+    net.write("pods.yaml", &a);
+    let dir = net.manifests();
+    let arguments = ["run", "--manifests", dir.to_str().unwrap(), "--hostname-override", "node-1"];
+    let start = || Daemon::start(&net.name("node"), &arguments);
+    let mut daemon = start();
+    let dialled = [to(VIP[0], 53), to(VIP[1], 53), to(NODE[0], 30053), to(NODE[1], 30053)];
+    let sockets = dialled.map(|to| dial(&net, "client", to));
+    let all = |wanted: &str| sockets.iter().all(|socket| who(socket) == wanted);
+    assert!(all("a"));
+    // 111: the endpoint is replaced under sockets that stay.
+    net.write("pods.yaml", &b);
+    wait_until("b to answer", || all("b"));
+    daemon.wait_for("removed stale UDP flows flows=4 services=default/dns 4");
+    // 113: scaled to zero, and up again.
+    net.write("pods.yaml", &pods(&[], &[]));
+    let refused = || sockets.iter().all(|socket| udp_on(socket) == Outcome::Refused);
+    wait_until("everybody to be refused", refused);
+    net.write("pods.yaml", &a);
+    wait_until("a to answer", || all("a"));
+    // What changed while no daemon ran is swept at its start.
+    daemon.kill9();
+    net.write("pods.yaml", &b);
+    assert!(all("a"));
+    daemon = start();
+    wait_until("b to answer", || all("b"));
+    daemon.kill9();
+    net.write("pods.yaml", "");
+    net.write("dns.yaml", CLUSTER);
+    let _daemon = start();
+    let answered = |socket| matches!(udp_on(socket), Outcome::Answered { .. });
+    wait_until("nobody to answer", || !sockets.iter().any(answered));
 }

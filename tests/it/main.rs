@@ -15,6 +15,7 @@
 mod adopt;
 mod conntrack;
 mod control_plane;
+mod e2e;
 mod features;
 mod ledger;
 mod model;

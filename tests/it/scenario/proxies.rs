@@ -155,7 +155,7 @@ impl<'a> KubeProxy<'a> {
         let child = Command::new("ip")
             .args(["netns", "exec", &self.net.name("node")])
             .args(["setpriv", "--pdeathsig", "KILL", "--"])
-            .arg(control_plane::binary("kube-proxy"))
+            .arg(control_plane::find("kube-proxy").expect("the real kube-proxy"))
             .arg(format!("--config={}", config.display()))
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
