@@ -216,10 +216,16 @@ pub(crate) fn echo_here(to: SocketAddr) -> Outcome {
         return outcome_of(&error);
     }
     let mut buffer = [0; 128];
-    match (&socket).read(&mut buffer) {
-        Ok(_) => Outcome::Answered { by: "echo".into(), port: 0, seen: to.ip() },
-        Err(error) => outcome_of(&error),
+    loop {
+        // A raw IPv4 socket sees the IP header, too.
+        match (&socket).read(&mut buffer) {
+            Ok(len) if to.is_ipv4() && len >= 28 && buffer[20] == 0 => break,
+            Ok(len) if to.is_ipv6() && len >= 8 && buffer[0] == 129 => break,
+            Ok(_) => {}
+            Err(error) => return outcome_of(&error),
+        }
     }
+    Outcome::Answered { by: "echo".into(), port: 0, seen: to.ip() }
 }
 
 const INIT: u8 = 1;

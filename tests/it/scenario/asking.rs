@@ -172,20 +172,20 @@ pub(crate) fn ask_all(net: &Net, cases: &[(u8, Case)], patience: Duration) -> Ve
         case.families.iter().map(|family| (*number, *case, *family)).collect()
     };
     let open: Vec<_> = cases.iter().flat_map(each).collect();
-    let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let (taken, findings) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
             scope.spawn(|| {
                 loop {
-                    let place = next.fetch_add(1, Ordering::Relaxed);
+                    let place = taken.fetch_add(1, Ordering::Relaxed);
                     let Some((number, case, family)) = open.get(place) else { break };
                     let finding = ask(net, case, *family, until);
-                    found.lock().unwrap().push((place, (*number, finding)));
+                    findings.lock().unwrap().push((place, (*number, finding)));
                 }
             });
         }
     });
-    let mut found = found.into_inner().unwrap();
-    found.sort_by_key(|(place, _)| *place);
-    found.into_iter().map(|(_, finding)| finding).collect()
+    let mut findings = findings.into_inner().unwrap();
+    findings.sort_by_key(|(place, _)| *place);
+    findings.into_iter().map(|(_, finding)| finding).collect()
 }

@@ -144,8 +144,9 @@ impl<'a> KubeProxy<'a> {
         };
         let kubeconfig = self.plane.kubeconfig(user);
         let lines = format!(
-            "clientConnection: {{ kubeconfig: {kubeconfig:?} }}\n\
-             conntrack: {{ maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s }}\n"
+            "clientConnection: {{ kubeconfig: {} }}\n\
+             conntrack: {{ maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s }}\n",
+            kubeconfig.display()
         );
         let config = self.net.dir.path().join("kube-proxy.conf");
         // Other periods than those that are waited for below are as usual.

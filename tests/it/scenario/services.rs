@@ -31,14 +31,21 @@ pub(crate) struct Service {
     pub(crate) internal_local: bool,
     pub(crate) external_local: bool,
     pub(crate) ranges: &'static [&'static str],
-    /// What stands in `ipMode`.
-    pub(crate) ip_mode: &'static str,
-    /// The balancer has no address but a name.
-    pub(crate) hostname_only: bool,
+    pub(crate) balancer: Balancer,
     pub(crate) only_ipv4: bool,
     pub(crate) label: Option<&'static str>,
     /// Seconds for which clients are held to their endpoint.
     pub(crate) affinity: Option<u32>,
+}
+
+/// What a load balancer has in `status`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Balancer {
+    /// Addresses in this `ipMode`.
+    Vip,
+    Proxy,
+    /// No address but a name.
+    Hostname,
 }
 
 const fn service(name: &'static str, endpoints: &'static [&'static str]) -> Service {
@@ -55,8 +62,7 @@ const fn service(name: &'static str, endpoints: &'static [&'static str]) -> Serv
         internal_local: false,
         external_local: false,
         ranges: &[],
-        ip_mode: "VIP",
-        hostname_only: false,
+        balancer: Balancer::Vip,
         only_ipv4: false,
         label: None,
         affinity: None,
@@ -140,9 +146,9 @@ pub(crate) const SERVICES: &[Service] = &[
     Service { port: Some(30902), ..service("node-ip", &["a"]).external_ips(NODE) },
     Service { node_port: Some(30902), ..service("node-port", &["b"]) },
     service("balancer-here", ANY).external(),
-    Service { ip_mode: "Proxy", ..service("mode-proxy", ANY) },
-    Service { ip_mode: "Proxy", ..service("mode-proxy-ranges", ANY).ranges(OTHERS) },
-    Service { hostname_only: true, ..service("hostname", ANY) },
+    Service { balancer: Balancer::Proxy, ..service("mode-proxy", ANY) },
+    Service { balancer: Balancer::Proxy, ..service("mode-proxy-ranges", ANY).ranges(OTHERS) },
+    Service { balancer: Balancer::Hostname, ..service("hostname", ANY) },
     service("ranges", ANY).ranges(CLIENTS),
     service("ranges-local", ANY).ranges(CLIENTS).external(),
     service("ranges-others", ANY).ranges(OTHERS),
@@ -270,11 +276,12 @@ impl Service {
             spec["sessionAffinity"] = json!("ClientIP");
             spec["sessionAffinityConfig"] = json!({ "clientIP": { "timeoutSeconds": seconds } });
         }
-        let ingress = if self.hostname_only {
-            vec![json!({ "hostname": "balancer.example" })]
-        } else {
-            let entry = |ip| json!({ "ip": ip, "ipMode": self.ip_mode });
-            balancer_ip(self.name).map(entry).to_vec()
+        let entries =
+            |mode| balancer_ip(self.name).map(|ip| json!({ "ip": ip, "ipMode": mode })).to_vec();
+        let ingress = match self.balancer {
+            Balancer::Vip => entries("VIP"),
+            Balancer::Proxy => entries("Proxy"),
+            Balancer::Hostname => vec![json!({ "hostname": "balancer.example" })],
         };
         let labels = self.label.map(|label| json!({ label: "" })).unwrap_or_default();
         json!({

@@ -79,9 +79,7 @@ impl Setting {
     pub(crate) fn lines(self) -> String {
         let range = "clusterCIDR: 10.244.0.0/16,fd00:10:244::/56\n";
         let lines = match self {
-            Self::Base | Self::BareNode | Self::NoServiceCidr => range,
-            // What belongs to `nftables` is in the next function.
-            Self::MasqueradeAll => range,
+            Self::Base | Self::MasqueradeAll | Self::BareNode | Self::NoServiceCidr => range,
             Self::NoDetector => "",
             Self::NodeCidr => "detectLocalMode: NodeCIDR\n",
             Self::BridgeInterface => {
