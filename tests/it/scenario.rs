@@ -104,13 +104,20 @@ fn nftproxy_does_what_the_table_says() {
 fn comparison() {
     let net = Net::new().expect("namespaces need root");
     world::build(&net);
-    let ours = run(&net, &mut Nftproxy::new(&net));
+    let mut nftproxy = Nftproxy::new(&net);
+    let ours = run(&net, &mut nftproxy);
+    let our_title = nftproxy.title();
+    drop(nftproxy);
     // With namespaces of its own, so that nothing of the other is left.
     let net = Net::new().unwrap();
     world::build(&net);
-    let theirs = in_netns(&net.name("client"), || run(&net, &mut KubeProxy::new(&net)));
+    let (theirs, their_title) = in_netns(&net.name("client"), || {
+        let mut kube_proxy = KubeProxy::new(&net);
+        (run(&net, &mut kube_proxy), kube_proxy.title())
+    });
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/scenario-comparison.md");
-    std::fs::write(path, report::markdown(&ours, &theirs)).unwrap();
+    let text = report::markdown(&ours, &theirs, [our_title, their_title]);
+    std::fs::write(path, text).unwrap();
     for line in wrong(&theirs) {
         eprintln!("kube-proxy, {line}");
     }

@@ -141,7 +141,8 @@ fn meet(net: &Net, case: &Case, to: SocketAddr, expected: &BTreeSet<Outcome>) ->
     })
 }
 
-fn ask(net: &Net, case: &Case, family: usize, until: Instant) -> Finding {
+fn ask(net: &Net, case: &Case, family: usize, patience: Duration) -> Finding {
+    let until = Instant::now() + patience;
     let to = case.to.address(family);
     let expected: BTreeSet<_> = case.expected.iter().map(|met| outcome(*met, case, to)).collect();
     let is_right = |met: &BTreeSet<Outcome>| {
@@ -167,7 +168,6 @@ fn ask(net: &Net, case: &Case, family: usize, until: Instant) -> Finding {
 
 /// Asks cases in both families, several at a time; in the order they were given.
 pub(crate) fn ask_all(net: &Net, cases: &[(u8, Case)], patience: Duration) -> Vec<(u8, Finding)> {
-    let until = Instant::now() + patience;
     let each = |(number, case): &(u8, Case)| -> Vec<_> {
         case.families.iter().map(|family| (*number, *case, *family)).collect()
     };
@@ -179,7 +179,7 @@ pub(crate) fn ask_all(net: &Net, cases: &[(u8, Case)], patience: Duration) -> Ve
                 loop {
                     let place = taken.fetch_add(1, Ordering::Relaxed);
                     let Some((number, case, family)) = open.get(place) else { break };
-                    let finding = ask(net, case, *family, until);
+                    let finding = ask(net, case, *family, patience);
                     findings.lock().unwrap().push((place, (*number, finding)));
                 }
             });

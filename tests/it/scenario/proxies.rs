@@ -17,7 +17,8 @@ use crate::serve::{Outcome, tcp};
 
 /// A proxy on the node of a [`Net`].
 pub(crate) trait Proxy {
-    fn name(&self) -> &'static str;
+    /// What it is called in a report.
+    fn title(&self) -> String;
 
     /// How long it may take until it has done what it is to do.
     fn patience(&self) -> Duration;
@@ -67,12 +68,12 @@ impl<'a> Nftproxy<'a> {
 }
 
 impl Proxy for Nftproxy<'_> {
-    fn name(&self) -> &'static str {
-        "nftproxy"
+    fn title(&self) -> String {
+        "nftproxy".into()
     }
 
     fn patience(&self) -> Duration {
-        Duration::from_secs(3)
+        Duration::from_secs(5)
     }
 
     fn start(&mut self, setting: Setting, objects: &Objects) {
@@ -122,6 +123,10 @@ const LIMITED_ROLE: &str = "apiVersion: rbac.authorization.k8s.io/v1\nkind: Clus
     roleRef: { apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: limited }\n\
     subjects: [{ kind: ServiceAccount, namespace: kube-system, name: nftproxy }]\n";
 
+fn program() -> std::path::PathBuf {
+    control_plane::find("kube-proxy").expect("the real kube-proxy")
+}
+
 impl<'a> KubeProxy<'a> {
     /// With a control plane of its own. The calling thread is in the client's namespace.
     pub(crate) fn new(net: &'a Net) -> Self {
@@ -156,7 +161,7 @@ impl<'a> KubeProxy<'a> {
         let child = Command::new("ip")
             .args(["netns", "exec", &self.net.name("node")])
             .args(["setpriv", "--pdeathsig", "KILL", "--"])
-            .arg(control_plane::find("kube-proxy").expect("the real kube-proxy"))
+            .arg(program())
             .arg(format!("--config={}", config.display()))
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -192,8 +197,10 @@ impl<'a> KubeProxy<'a> {
 }
 
 impl Proxy for KubeProxy<'_> {
-    fn name(&self) -> &'static str {
-        "kube-proxy"
+    fn title(&self) -> String {
+        let version = Command::new(program()).arg("--version").output().unwrap();
+        let version = String::from_utf8(version.stdout).unwrap();
+        format!("kube-proxy {}", version.split_whitespace().last().unwrap())
     }
 
     fn patience(&self) -> Duration {

@@ -6,7 +6,29 @@ use super::table::{How, ROWS};
 use super::{Finding, Findings};
 
 /// What there is to say where the real kube-proxy does something else, or where nothing can be seen.
-const REMARKS: &[(u8, &str)] = &[];
+const REMARKS: &[(u8, &str)] = &[
+    (
+        16,
+        "the API server always has a ServiceCIDR; kube-proxy runs here as a user that may not see it",
+    ),
+    (64, "E2 is P2 itself here; a reply that goes past N1 is lost, whoever sends it"),
+    (
+        72,
+        "the API server gives one number to two ports only if they are of one Service; of two \
+         Services in manifests is a test in `tests/it/packets.rs`",
+    ),
+    (73, "port 30902, as the API server takes no node port 80"),
+    (
+        101,
+        "kube-proxy: whichever it wrote last, which differs by family, node and sync; nftproxy: \
+         always the older Service, or else the first by name, on every node",
+    ),
+    (
+        115,
+        "kube-proxy goes by the port number and deletes the entry of a flow that it never \
+         translated; nftproxy looks at the address, too: the flow is none of its business",
+    ),
+];
 
 /// Findings that are the same in both families are told once.
 fn cell(findings: &[Finding], text: impl Fn(&Finding) -> &str) -> String {
@@ -35,7 +57,7 @@ fn cell(findings: &[Finding], text: impl Fn(&Finding) -> &str) -> String {
 }
 
 /// The whole file.
-pub(crate) fn markdown(ours: &Findings, theirs: &Findings) -> String {
+pub(crate) fn markdown(ours: &Findings, theirs: &Findings, titles: [String; 2]) -> String {
     let mut text = String::from(
         "# The scenario table at the packet: nftproxy and kube-proxy\n\n\
          Made by this command, which runs both on the same objects and replaces this file\n\
@@ -48,8 +70,9 @@ pub(crate) fn markdown(ours: &Findings, theirs: &Findings) -> String {
          proxy takes: the world behind the default route, and a process of the node that listens on the\n\
          port. *lost*: no answer. All in both families, unless one is named.\n\n",
     );
-    let mut table = String::from(
-        "| # | scenario | expected | nftproxy | kube-proxy 1.37.2 | compared |\n\
+    let [our_title, their_title] = titles;
+    let mut table = format!(
+        "| # | scenario | expected | {our_title} | {their_title} | compared |\n\
          | --- | --- | --- | --- | --- | --- |\n",
     );
     let (mut same, mut different, mut absent) = (0, Vec::new(), 0);

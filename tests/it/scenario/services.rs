@@ -136,6 +136,7 @@ pub(crate) const SERVICES: &[Service] = &[
     service("daemon-none", &[]),
     service("external", ANY).external(),
     service("external-away", &["remote"]).external(),
+    service("external-none", &[]).external(),
     service("external-ending", ENDING).external(),
     // The API server gives one number to two ports only if they are of one Service.
     Service {

@@ -125,6 +125,7 @@ const ANY: &[Met] = &[Own("a"), Own("remote")];
 const ANY_MASQ: &[Met] = &[Masq("a"), Masq("remote")];
 /// As `a` itself sees it: given itself, it is masqueraded.
 const ANY_OF_A: &[Met] = &[Masq("a"), Own("remote")];
+const HERE_MASQ: &[Met] = &[Masq("a"), Masq("b")];
 const A: &[Met] = &[Own("a")];
 const A_MASQ: &[Met] = &[Masq("a")];
 const E2: &[Met] = &[Own("remote")];
@@ -164,9 +165,13 @@ pub(crate) const ROWS: &[Row] = &[
     row(5, "C → VIP", &[case("client", vip("any"), ANY_MASQ)]),
     row(6, "P2 via N1 → VIP, ClusterCIDR", &[case("remote", vip("here"), &[Own("a"), Own("b")])]),
     row(7, "P2 via N1 → VIP, NodeCIDR, Bridge or Prefix", &[
-        case("remote", vip("here"), &[Masq("a"), Masq("b")]).under(NodeCidr),
-        case("remote", vip("here"), &[Masq("a"), Masq("b")]).under(BridgeInterface),
-        case("remote", vip("here"), &[Masq("a"), Masq("b")]).under(InterfacePrefix),
+        case("remote", vip("here"), HERE_MASQ).under(NodeCidr),
+        case("remote", vip("here"), HERE_MASQ).under(BridgeInterface),
+        case("remote", vip("here"), HERE_MASQ).under(InterfacePrefix),
+        case("client", vip("any"), ANY_MASQ).under(BridgeInterface),
+        case("client", vip("any"), ANY_MASQ).under(InterfacePrefix),
+        case("node", vip("any"), ANY_MASQ).under(BridgeInterface),
+        case("node", vip("any"), ANY_MASQ).under(InterfacePrefix),
         case("b", vip("any"), ANY).under(NodeCidr),
         case("b", vip("any"), ANY).under(BridgeInterface),
         case("b", vip("any"), ANY).under(InterfacePrefix),
@@ -214,8 +219,14 @@ pub(crate) const ROWS: &[Row] = &[
     row(42, "P1 → VIP, hints, all terminating and serving", &[case("b", vip("zone-ending"), ANY)]),
     row(43, "C → N1:NP, zone hints, eTP Cluster", &[case("client", np("zone"), A_MASQ)]),
     row(44, "C → N1:NP, E1 hinted elsewhere, eTP Local", &[case("client", np("zone-local"), A)]),
-    row(45, "C → N1:NP", &[case("client", np("any"), ANY_MASQ)]),
-    row(46, "C → N1:NP, host-network endpoint on N1", &[case("client", np("host"), &[Own("host")])]),
+    row(45, "C → N1:NP", &[
+        case("client", np("any"), ANY_MASQ),
+        case("client", np("any"), ANY_MASQ).under(NoDetector),
+    ]),
+    row(46, "C → N1:NP, host-network endpoint on N1", &[
+        case("client", np("host"), &[Own("host")]),
+        case("b", np("host"), &[Own("host")]),
+    ]),
     row(47, "C → N1:NP, host-network endpoint on N2", &[case("client", np("host-elsewhere"), E2_MASQ)]),
     row(48, "P1 → N1:NP", &[case("b", np("any"), ANY_MASQ)]),
     row(49, "N1 → N1:NP", &[case("node", np("any"), ANY_MASQ)]),
@@ -259,8 +270,19 @@ pub(crate) const ROWS: &[Row] = &[
     ]),
     row(66, "C → N1:NP, eTP Local, E1 terminating, E2 ready", &[case("client", np("external-ending"), A)]),
     row(67, "P1 → N1:NP, the same", &[case("b", np("external-ending"), E2)]),
-    row(68, "C → N1:NP, no endpoints", &[case("client", np("none"), REFUSED)]),
-    row(69, "N1 → N1:NP, no endpoints", &[case("node", np("none"), REFUSED)]),
+    row(68, "C → N1:NP, no endpoints", &[
+        case("client", np("none"), REFUSED),
+        case("client", np("daemon-none"), REFUSED),
+        case("client", np("external-none"), REFUSED),
+        case("client", lb("none"), REFUSED),
+        case("client", lb("external-none"), REFUSED),
+        case("client", ext("none"), REFUSED),
+        case("b", lb("external-none"), REFUSED),
+    ]),
+    row(69, "N1 → N1:NP, no endpoints", &[
+        case("node", np("none"), REFUSED),
+        case("node", np("daemon-none"), REFUSED),
+    ]),
     row(70, "C → other address of N1, NP, no endpoints", &[
         case("client", Target::NodePort("daemon-none", SECOND), DAEMON),
     ]),
@@ -275,9 +297,15 @@ pub(crate) const ROWS: &[Row] = &[
     row(76, "N1 → LB", &[case("node", lb("any"), ANY_MASQ)]),
     row(77, "C → LB, eTP Local", &[case("client", lb("external"), A)]),
     row(78, "C → LB, eTP Local, E2 only", &[case("client", lb("external-away"), LOST)]),
-    row(79, "P1 → LB, eTP Local, E2 only", &[case("b", lb("external-away"), E2)]),
+    row(79, "P1 → LB, eTP Local, E2 only", &[
+        case("b", lb("external-away"), E2),
+        case("b", lb("external"), ANY),
+    ]),
     row(80, "P1 = E1 → LB, eTP Local", &[case("a", lb("external"), ANY_OF_A)]),
-    row(81, "N1 → LB, eTP Local, E2 only", &[case("node", lb("external-away"), E2_MASQ)]),
+    row(81, "N1 → LB, eTP Local, E2 only", &[
+        case("node", lb("external-away"), E2_MASQ),
+        case("node", lb("external"), ANY_MASQ),
+    ]),
     row(82, "N1 → LB, a local address and the source, eTP Local", &[
         case("node", lb("balancer-here"), ANY_MASQ),
     ]),
@@ -296,13 +324,20 @@ pub(crate) const ROWS: &[Row] = &[
         case("client", lb("ranges"), ANY_MASQ),
         case("client", lb("ranges-local"), A),
     ]),
-    row(88, "C outside → LB", &[case("client", lb("ranges-others"), LOST)]),
+    row(88, "C outside → LB", &[
+        case("client", lb("ranges-others"), LOST),
+        case("node", lb("ranges"), LOST),
+    ]),
     row(89, "C outside → N1:NP, X or VIP", &[
         case("client", np("ranges-others"), ANY_MASQ),
         case("client", ext("ranges-others"), ANY_MASQ),
         case("client", vip("ranges-others"), ANY_MASQ),
     ]),
-    row(90, "P1 outside → LB", &[case("b", lb("ranges"), LOST)]),
+    row(90, "P1 outside → LB", &[
+        case("b", lb("ranges"), LOST),
+        case("b", lb("ranges-local"), LOST),
+        case("remote", lb("ranges"), LOST),
+    ]),
     row(91, "N1 → LB, ranges contain the node", &[case("node", lb("ranges-node"), ANY_MASQ)]),
     row(92, "N1 → LB, a local address and the source, ranges contain the node", &[
         case("node", lb("ranges-node-here"), ANY_MASQ),
@@ -318,9 +353,15 @@ pub(crate) const ROWS: &[Row] = &[
     row(98, "C → LB, ranges overlap or repeat", &[case("client", lb("ranges-overlap"), ANY_MASQ)]),
     row(99, "C → X", &[
         case("client", ext("any"), ANY_MASQ),
+        case("b", ext("any"), ANY_MASQ),
+        case("node", ext("any"), ANY_MASQ),
         case("client", ext("external"), A),
+        case("b", ext("external"), ANY),
+        case("a", ext("external"), ANY_OF_A),
+        case("node", ext("external"), ANY_MASQ),
         case("client", ext("external-away"), LOST),
         case("b", ext("external-away"), E2),
+        case("node", ext("external-away"), E2_MASQ),
     ]),
     absent(100, "C → X, AllowServiceExternalIPs=false", "a gate of the API server's admission"),
     row(101, "C → X, claimed by S and S2", &[
@@ -351,7 +392,7 @@ pub(crate) const ROWS: &[Row] = &[
     row(117, "P1 → VIP6, ipFamilies [IPv4]", &[
         case("b", vip("only-ipv4"), ANY).of(&[0]),
         case("b", vip("only-ipv4"), LOST).of(&[1]),
-        case("client", np("only-ipv4"), REFUSED).of(&[1]),
+        case("client", np("only-ipv4"), DAEMON).of(&[1]),
         case("client", lb("only-ipv4"), BEYOND).of(&[1]),
         case("client", ext("only-ipv4"), BEYOND).of(&[1]),
     ]),
@@ -362,7 +403,7 @@ pub(crate) const ROWS: &[Row] = &[
     row(119, "P1 → VIP, slice labelled headless", &[case("b", vip("headless-slice"), E2)]),
     row(120, "P1 → VIP, Service labelled service-proxy-name", &[
         case("b", vip("other-proxy"), LOST),
-        case("client", np("other-proxy"), REFUSED),
+        case("client", np("other-proxy"), DAEMON),
         case("client", lb("other-proxy"), BEYOND),
     ]),
     row(121, "P1 → VIP, endpoint in two slices, once terminating", &[case("b", vip("twice"), A)]),

@@ -2,7 +2,7 @@
 //! configurations a proxy runs with, and the objects there are.
 //!
 //! What a proxy leaves alone is as much a row as what it takes. So whoever would get such a packet
-//! answers it here: daemons of the node on two node ports, a second node, and behind the default route
+//! answers it here: daemons of the node on some node ports, a second node, and behind the default route
 //! a world that has every address, a load balancer's or an unused one.
 
 use std::collections::BTreeMap;
@@ -192,7 +192,7 @@ pub(crate) fn build(net: &Net) {
         listen(&net.name("beyond"), "beyond", port);
     }
     listen(&net.name("remote"), "remote", node_port("any"));
-    for daemon in ["daemon", "daemon-none"] {
+    for daemon in ["daemon", "daemon-none", "only-ipv4", "other-proxy"] {
         listen(&net.name("node"), "daemon", node_port(daemon));
     }
 }
