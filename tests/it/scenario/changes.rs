@@ -6,13 +6,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::{SocketAddr, TcpStream};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::Finding;
 use super::asking::words;
 use super::proxies::Proxy;
+use super::services::UDP_NUMBER;
 use super::table::Target;
 use super::world::{BEHIND_ONE, HOST_BEYOND, Objects, SOURCES, Setting, source};
 use crate::namespace::nft;
@@ -63,6 +64,59 @@ fn by(outcome: &Outcome) -> String {
 }
 
 const FAMILIES: [usize; 2] = [0, 1];
+
+/// A flow of UDP datagrams of pod `b`, what happens to its Service, and who answers.
+struct Flow {
+    row: u8,
+    service: &'static str,
+    to: Target,
+    before: &'static str,
+    /// What endpoints the Service has then.
+    endpoints: &'static [&'static str],
+    /// Who answers another flow then.
+    new: &'static str,
+    /// Who answers this one then.
+    after: &'static str,
+}
+
+const fn flow(
+    row: u8,
+    service: &'static str,
+    before: &'static str,
+    endpoints: &'static [&'static str],
+    [new, after]: [&'static str; 2],
+) -> Flow {
+    Flow { row, service, to: Target::Vip(service), before, endpoints, new, after }
+}
+
+impl Flow {
+    const fn to(self, to: Target) -> Self {
+        Self { to, ..self }
+    }
+
+    fn address(&self, family: usize) -> SocketAddr {
+        self.to.address(family)
+    }
+
+    fn case(&self, when: &str) -> String {
+        match self.to {
+            Target::NodePort(..) => format!("NP, {when}"),
+            _ => when.to_owned(),
+        }
+    }
+}
+
+const FLOWS: [Flow; 7] = [
+    flow(111, "udp-leaves", "a", &["remote"], ["remote", "remote"]),
+    flow(111, "udp-leaves", "a", &["remote"], ["remote", "remote"])
+        .to(Target::NodePort("udp-leaves", NODE)),
+    flow(112, "udp-ends", "a", &["a serving terminating", "remote"], ["remote", "a"]),
+    flow(113, "udp-none", "a", &[], ["refused", "refused"]),
+    flow(113, "udp-none", "a", &[], ["refused", "refused"]).to(Target::NodePort("udp-none", NODE)),
+    flow(114, "udp-late", "refused", &["a"], ["a", "a"]),
+    flow(115, "udp-number", "beyond", &["remote"], ["beyond", "beyond"])
+        .to(Target::Address(HOST_BEYOND, UDP_NUMBER)),
+];
 /// That all of them make the same choices twice has a likelihood of 3^-24.
 const SOME: Range<u8> = 0..SOURCES / 2;
 const ENDPOINTS: [&str; 3] = ["a", "b", "remote"];
@@ -116,11 +170,9 @@ impl Changes<'_> {
 
     /// 17, 96, 110 to 115.
     fn flows(&mut self) {
-        const FLOWS: [&str; 4] = ["udp-leaves", "udp-ends", "udp-none", "udp-late"];
-        let number = Target::NodePort("udp-number", NODE).address(0).port();
-        self.count_new_flows(number);
+        self.count_new_flows(UDP_NUMBER);
         let mut established = BTreeMap::new();
-        let mut sockets: BTreeMap<(&str, usize), UdpSocket> = BTreeMap::new();
+        let mut sockets = Vec::new();
         for family in FAMILIES {
             let met = self.meets("b", vip("deleted", family));
             self.found(17, family, "before", "a own", &met);
@@ -128,22 +180,11 @@ impl Changes<'_> {
             established.insert((96, family), Lasting::open(self.net, ranged));
             let leaving = Lasting::open(self.net, vip("tcp-leaves", family));
             established.insert((110, family), leaving);
-            let beyond = SocketAddr::new(ip(HOST_BEYOND[family]), number);
-            for (name, to) in FLOWS
-                .map(|name| (name, vip(name, family)))
-                .into_iter()
-                .chain([("udp-number", beyond)])
-            {
-                let socket = in_netns(&self.net.name("b"), || udp_socket(to));
+            for flow in &FLOWS {
+                let socket = in_netns(&self.net.name("b"), || udp_socket(flow.address(family)));
                 let met = by(&udp_on(&socket));
-                let row = row_of(name);
-                let expected = ["a", "refused", "beyond"][match row {
-                    114 => 1,
-                    115 => 2,
-                    _ => 0,
-                }];
-                self.found(row, family, "before", expected, &met);
-                sockets.insert((name, family), socket);
+                self.found(flow.row, family, &flow.case("before"), flow.before, &met);
+                sockets.push((flow, family, socket));
             }
         }
 
@@ -151,11 +192,9 @@ impl Changes<'_> {
         self.objects.restrict("ranges-change", &["198.18.99.0/24", "fd00:198:99::/64"]);
         for family in FAMILIES {
             self.objects.set("tcp-leaves", family, &["remote"]);
-            self.objects.set("udp-leaves", family, &["remote"]);
-            self.objects.set("udp-ends", family, &["a serving terminating", "remote"]);
-            self.objects.set("udp-none", family, &[]);
-            self.objects.set("udp-late", family, &["a"]);
-            self.objects.set("udp-number", family, &["remote"]);
+            for flow in &FLOWS {
+                self.objects.set(flow.service, family, flow.endpoints);
+            }
         }
         self.proxy.update(&self.objects);
 
@@ -171,16 +210,11 @@ impl Changes<'_> {
             let elsewhere = "remote:8081 masq";
             let met = self.eventually(elsewhere, || self.meets("client", leaving));
             self.found(110, family, "new connection", elsewhere, &met);
-            for (name, expected) in [
-                ("udp-leaves", "remote"),
-                ("udp-ends", "remote"),
-                ("udp-none", "refused"),
-                ("udp-late", "a"),
-            ] {
-                let to = vip(name, family);
+            for flow in FLOWS.iter().filter(|flow| flow.row != 115) {
+                let to = flow.address(family);
                 let new = || by(&in_netns(&self.net.name("b"), || udp_on(&udp_socket(to))));
-                let met = self.eventually(expected, new);
-                self.found(row_of(name), family, "new flow", expected, &met);
+                let met = self.eventually(flow.new, new);
+                self.found(flow.row, family, &flow.case("another flow"), flow.new, &met);
             }
         }
         std::thread::sleep(AFTERWARDS);
@@ -188,15 +222,9 @@ impl Changes<'_> {
             let answer = connection.ask();
             self.found(*row, *family, "established", "a", &answer);
         }
-        for ((name, family), socket) in &sockets {
-            let expected = match *name {
-                "udp-leaves" => "remote",
-                "udp-none" => "refused",
-                "udp-number" => "beyond",
-                _ => "a",
-            };
-            let met = self.eventually(expected, || by(&udp_on(socket)));
-            self.found(row_of(name), *family, "the flow", expected, &met);
+        for (flow, family, socket) in sockets {
+            let met = self.eventually(flow.after, || by(&udp_on(&socket)));
+            self.found(flow.row, family, &flow.case("the flow"), flow.after, &met);
         }
         // Its entry may be deleted: another is made in its place.
         for family in FAMILIES {
@@ -335,17 +363,6 @@ impl Changes<'_> {
         let one = seen.len() == 1 && ENDPOINTS.contains(&list(seen).as_str());
         let seen = if one { "one endpoint".to_owned() } else { list(seen) };
         self.found(number, family, case, "one endpoint", &seen);
-    }
-}
-
-fn row_of(name: &str) -> u8 {
-    match name {
-        "udp-leaves" => 111,
-        "udp-ends" => 112,
-        "udp-none" => 113,
-        "udp-late" => 114,
-        "udp-number" => 115,
-        other => panic!("no row about {other}"),
     }
 }
 

@@ -21,7 +21,12 @@ const REMARKS: &[(u8, &str)] = &[
     (
         101,
         "kube-proxy: whichever it wrote last, which differs by family, node and sync; nftproxy: \
-         always the older Service, or else the first by name, on every node",
+         the older of those that have endpoints, or else the first by name, on every node",
+    ),
+    (
+        113,
+        "kube-proxy deletes the entries of flows to the Service's addresses and leaves those to its \
+         node port, which go on to an endpoint that is gone; nftproxy deletes both",
     ),
     (
         115,

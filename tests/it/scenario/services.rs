@@ -102,6 +102,9 @@ const SHARED: [[&str; 2]; 3] = [
     ["198.51.100.203", "fd00:198::203"],
 ];
 
+/// A node port, and the number of somebody else's port beyond.
+pub(crate) const UDP_NUMBER: u16 = 30904;
+
 pub(crate) const SERVICES: &[Service] = &[
     service("any", ANY),
     service("only-a", &["a"]),
@@ -133,7 +136,6 @@ pub(crate) const SERVICES: &[Service] = &[
     service("host", &["host"]),
     service("host-elsewhere", &["host-elsewhere"]),
     service("daemon", ANY),
-    service("daemon-none", &[]),
     service("external", ANY).external(),
     service("external-away", &["remote"]).external(),
     service("external-none", &[]).external(),
@@ -204,7 +206,7 @@ pub(crate) const SERVICES: &[Service] = &[
     service("udp-ends", &["a"]).udp(),
     service("udp-none", &["a"]).udp(),
     service("udp-late", &[]).udp(),
-    service("udp-number", &["a"]).udp(),
+    Service { node_port: Some(UDP_NUMBER), ..service("udp-number", &["a"]).udp() },
 ];
 
 /// The Service of this name, and its number.

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::services::{self, SERVICES, node_port};
+use super::services::{self, SERVICES, UDP_NUMBER, node_port};
 use crate::namespace::nft;
 use crate::net::{CLIENT, Net, in_netns, ip_batch_in};
 use crate::serve::listen;
@@ -188,11 +188,11 @@ pub(crate) fn build(net: &Net) {
         );
         in_netns(&net.name("client"), || nft(&["-f", "-"], &text));
     }
-    for port in [80, 81, node_port("udp-number")] {
+    for port in [80, 81, UDP_NUMBER] {
         listen(&net.name("beyond"), "beyond", port);
     }
     listen(&net.name("remote"), "remote", node_port("any"));
-    for daemon in ["daemon", "daemon-none", "only-ipv4", "other-proxy"] {
+    for daemon in ["daemon", "none", "external-none", "only-ipv4", "other-proxy"] {
         listen(&net.name("node"), "daemon", node_port(daemon));
     }
 }
