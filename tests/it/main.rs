@@ -29,5 +29,6 @@ mod objects;
 mod packets;
 mod parity;
 mod render;
+mod scenario;
 mod serve;
 mod tidy;
