@@ -40,6 +40,7 @@ pub mod state;
 pub mod nft;
 
 pub mod conntrack;
+mod nlmsg;
 
 pub mod app;
 pub mod cli;

@@ -9,18 +9,16 @@ use std::time::{Duration, Instant};
 use nftnl::nftnl_sys as sys;
 
 use super::ffi::Set;
-use super::socket::{HEADER, NetlinkSocket, attributes};
+use super::socket::NetlinkSocket;
 use super::{affinity, dump};
 use crate::model::Family;
 use crate::nft::kernel::LoadError;
 use crate::nft::names::{AffinityName, TABLE};
 use crate::nft::rule::AFFINITY_SIZE;
+use crate::nlmsg::{GENMSG, HEADER, attributes};
 
 /// `NFTA_SET_COUNT`, which libc does not know.
 const SET_COUNT: u16 = 20;
-
-/// Size of `struct nfgenmsg`, behind which the attributes begin.
-const NFGENMSG: usize = 4;
 
 /// The affinity maps of a family.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -83,8 +81,7 @@ pub fn affinity_fill(budget: Duration) -> Result<[AffinityFill; 2], LoadError> {
 
 /// What the kernel says of the number of elements, if it does.
 fn counted(message: &[u8]) -> Option<u32> {
-    let (_, value) =
-        attributes(message.get(HEADER + NFGENMSG..)?).find(|(k, _)| *k == SET_COUNT)?;
+    let (_, value) = attributes(message.get(HEADER + GENMSG..)?).find(|(k, _)| *k == SET_COUNT)?;
     Some(u32::from_be_bytes(value.try_into().ok()?))
 }
 
