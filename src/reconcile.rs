@@ -286,21 +286,25 @@ impl<K: Kernel> Proxy<K> {
 
     /// Takes note of what contributors have committed.
     fn serve(&mut self, contributors: impl IntoIterator<Item = Contributor>) {
-        self.serving.set_node_port_addresses(self.state.node_port_addresses());
         self.account.settle();
         for contributor in contributors {
-            if let Contributor::Service(name) = contributor {
-                self.account.update(&name, self.state.local(&name));
-                self.serving.update(&name, self.state.udp_frontends(&name));
+            match contributor {
+                Contributor::Node => {
+                    self.serving.set_node_port_addresses(self.state.node_port_addresses());
+                }
+                Contributor::Service(name) => {
+                    self.account.update(&name, self.state.local(&name));
+                    self.serving.update(&name, self.state.udp_frontends(&name));
+                }
             }
         }
     }
 
     /// The same after everything was committed over tables that were found.
     fn serve_all(&mut self, loaded: &Loaded) {
-        let services = self.state.service_names().cloned().map(Contributor::Service);
-        let services: Vec<_> = services.filter(|name| !self.set_aside.contains(name)).collect();
-        self.serve(services);
+        let all = self.state.contributors();
+        let all: Vec<_> = all.filter(|name| !self.set_aside.contains(name)).collect();
+        self.serve(all);
         let Self { state, set_aside, serving, account, .. } = self;
         let exists = |name: &NamespacedName| {
             state.has_service(name) || set_aside.contains(&Contributor::Service(name.clone()))

@@ -332,8 +332,7 @@ impl State {
 
     /// Every contribution, computed now.
     pub fn all_contributions(&mut self) -> Vec<(Contributor, Contribution, Vec<Problem>)> {
-        let services = self.services.keys().cloned().map(Contributor::Service);
-        let all: Vec<_> = std::iter::once(Contributor::Node).chain(services).collect();
+        let all: Vec<_> = self.contributors().collect();
         all.into_iter().map(|contributor| self.contribution(contributor)).collect()
     }
 
@@ -342,9 +341,10 @@ impl State {
         self.stale.clear();
     }
 
-    /// The names of all Services.
-    pub fn service_names(&self) -> impl Iterator<Item = &NamespacedName> {
-        self.services.keys()
+    /// Everybody who asks for something: the node, then the Services by name.
+    pub fn contributors(&self) -> impl Iterator<Item = Contributor> {
+        let services = self.services.keys().cloned().map(Contributor::Service);
+        std::iter::once(Contributor::Node).chain(services)
     }
 
     /// Whether there is such a Service.
@@ -388,7 +388,7 @@ impl State {
     #[must_use]
     pub fn node_port_addresses(&self) -> NodePortAddresses {
         let of = |family| {
-            self.settings.node_port_ips(&self.node, family).unwrap_or_else(|| {
+            self.node_port_ips(family).unwrap_or_else(|| {
                 let all = self.node.interfaces.iter().copied();
                 all.filter(|a| Family::of(*a) == family && !a.is_loopback()).collect()
             })
