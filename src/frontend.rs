@@ -1,10 +1,10 @@
 //! Frontends: what clients dial, and who owns it.
 //!
-//! A frontend follows from the Service object alone, so the registry of owners changes with Services
-//! and never with endpoints. Two Services may name the same frontend (an external IP, say): the older
-//! one keeps it, whatever order they were seen in, and the next takes over when it goes. One that has
-//! nobody to answer steps back for one that has: a Service that could be reached is never shadowed by
-//! one that could not (`SEMANTICS.md` row 102).
+//! A frontend follows from the Service object alone, so the registry of claims changes with Services;
+//! endpoints matter to it only where several Services name one frontend (an external IP, say). The
+//! older one keeps it, whatever order they were seen in, and the next takes over when it goes. One that
+//! has nobody to answer steps back for one that has: a Service that could be reached is never shadowed
+//! by one that could not (`SEMANTICS.md` row 102).
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -99,7 +99,7 @@ fn all(service: &Service) -> BTreeSet<Frontend> {
         .collect()
 }
 
-/// A Service that names a frontend; the least one owns it: the oldest, then the first by name.
+/// A Service that names a frontend. The least one comes first: the oldest, then the first by name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Claimant {
     created: i64,
@@ -109,8 +109,9 @@ struct Claimant {
 /// Who owns which frontend.
 #[derive(Debug, Default)]
 pub struct Frontends {
-    owner: HashMap<Frontend, Claimant>,
-    /// Those that come after the owner; few, or none, in a healthy cluster.
+    /// The first claimant of each.
+    oldest: HashMap<Frontend, Claimant>,
+    /// Those that come after it; few, or none, in a healthy cluster.
     waiting: BTreeSet<(Frontend, Claimant)>,
     /// Claims on frontends of several Services that nobody could answer for.
     idle: BTreeSet<(Frontend, NamespacedName)>,
@@ -155,7 +156,7 @@ impl Frontends {
     #[must_use]
     pub fn owner(&self, frontend: Frontend) -> Option<&NamespacedName> {
         if self.idle.is_empty() {
-            return self.owner.get(&frontend).map(|claimant| &claimant.service);
+            return self.oldest.get(&frontend).map(|claimant| &claimant.service);
         }
         let is_idle = |name: &NamespacedName| self.idle.contains(&(frontend, name.clone()));
         let mut claimants = self.claimants(frontend);
@@ -164,7 +165,7 @@ impl Frontends {
 
     /// The Services that name a frontend, the oldest first.
     pub fn claimants(&self, frontend: Frontend) -> impl Iterator<Item = &NamespacedName> {
-        let oldest = self.owner.get(&frontend).map(|claimant| &claimant.service);
+        let oldest = self.oldest.get(&frontend).map(|claimant| &claimant.service);
         let others = self.waiting_for(frontend).map(|claimant| &claimant.service);
         oldest.into_iter().chain(others)
     }
@@ -204,12 +205,12 @@ impl Frontends {
     }
 
     fn claim(&mut self, frontend: Frontend, claimant: Claimant) -> Option<NamespacedName> {
-        let Some(owner) = self.owner.get_mut(&frontend) else {
-            self.owner.insert(frontend, claimant);
+        let Some(oldest) = self.oldest.get_mut(&frontend) else {
+            self.oldest.insert(frontend, claimant);
             return None;
         };
-        if claimant < *owner {
-            let displaced = std::mem::replace(owner, claimant);
+        if claimant < *oldest {
+            let displaced = std::mem::replace(oldest, claimant);
             let name = displaced.service.clone();
             self.waiting.insert((frontend, displaced));
             Some(name)
@@ -222,18 +223,18 @@ impl Frontends {
     fn release(&mut self, frontend: Frontend, claimant: &Claimant) -> Option<NamespacedName> {
         self.set_idle(frontend, &claimant.service, false);
         let mut successor = None;
-        if self.owner.get(&frontend) == Some(claimant) {
-            self.owner.remove(&frontend);
+        if self.oldest.get(&frontend) == Some(claimant) {
+            self.oldest.remove(&frontend);
             let next = (frontend, self.waiting_for(frontend).next()?.clone());
             self.waiting.remove(&next);
             successor = Some(next.1.service.clone());
-            self.owner.insert(frontend, next.1);
+            self.oldest.insert(frontend, next.1);
         } else {
             self.waiting.remove(&(frontend, claimant.clone()));
         }
         // The last one has no rival to step back for.
         if self.waiting_for(frontend).next().is_none()
-            && let Some(last) = self.owner.get(&frontend)
+            && let Some(last) = self.oldest.get(&frontend)
         {
             self.idle.remove(&(frontend, last.service.clone()));
         }

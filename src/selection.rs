@@ -58,6 +58,11 @@ impl Mention<'_> {
         [e.terminating, !e.ready, !e.serving, !e.local]
     }
 
+    /// Whether new connections may go there at all, if only for want of others.
+    fn can_answer(&self) -> bool {
+        self.endpoint.ready || ending(self.endpoint)
+    }
+
     fn candidate(&self) -> Candidate {
         let Endpoint { local, weight, .. } = *self.endpoint;
         Candidate { backend: self.backend, local, weight }
@@ -91,8 +96,8 @@ pub fn select<'a>(
         let here = chosen(&|endpoint| endpoint.local && endpoint.ready);
         selection.local = first(here, &|endpoint| endpoint.local && ending(endpoint));
     }
-    selection.any = !selection.cluster.is_empty()
-        || uses.local && mentions.iter().any(|m| m.endpoint.ready || ending(m.endpoint));
+    selection.any =
+        !selection.cluster.is_empty() || uses.local && mentions.iter().any(Mention::can_answer);
     selection
 }
 
@@ -103,7 +108,7 @@ pub fn anybody<'a>(
     family: Family,
     slices: impl Iterator<Item = &'a EndpointSlice>,
 ) -> bool {
-    mentions(port, family, slices).iter().any(|m| m.endpoint.ready || ending(m.endpoint))
+    mentions(port, family, slices).iter().any(Mention::can_answer)
 }
 
 fn ending(endpoint: &Endpoint) -> bool {

@@ -32,17 +32,6 @@ pub struct Listen {
     pub hard_fail: bool,
 }
 
-/// Those of kube-proxy.
-impl Default for Listen {
-    fn default() -> Self {
-        Self {
-            healthz: Some(([0, 0, 0, 0], 10256).into()),
-            metrics: Some(([127, 0, 0, 1], 10249).into()),
-            hard_fail: false,
-        }
-    }
-}
-
 /// Serves until it is aborted; returns only if a port cannot be bound and that is a reason to end.
 /// `configz` is the text of `/configz`.
 pub async fn serve(
