@@ -2,12 +2,11 @@
 //! is enormous, and its tables are made or unmade by somebody else. Connections go on all the while.
 
 use std::fs;
-use std::io::Write as _;
 use std::net::SocketAddr;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::namespace::nft;
+use crate::namespace::{nft, own_table};
 use crate::net::{CLIENT, Daemon, Net, in_netns, ip, wait_until};
 use crate::objects::{CLUSTER, Svc, slice};
 use crate::serve::{Outcome, tcp};
@@ -251,14 +250,9 @@ fn a_table_that_someone_else_owns_is_waited_for() {
     let Some(net) = Net::new() else { return };
     net.write("web.yaml", &web("10.244.1.5!", "fd00:10:244:1::5!"));
     // The kernel lets nobody else touch it, for as long as the owner lives.
-    let mut owner = Command::new("ip")
-        .args(["netns", "exec", &net.name("node"), "nft", "-i"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
-    let mut stdin = owner.stdin.take().unwrap();
-    writeln!(stdin, "add table ip nftproxy {{ flags owner; }}").unwrap();
+    let mut nft_there = Command::new("ip");
+    nft_there.args(["netns", "exec", &net.name("node"), "nft"]);
+    let (mut owner, stdin) = own_table(nft_there);
     let tables = || in_netns(&net.name("node"), || nft(&["list", "tables"], ""));
     wait_until("the owned table", || tables().contains("nftproxy"));
     let arguments = arguments(&net);
