@@ -270,8 +270,16 @@ struct RuleText {
 impl RuleText {
     fn of(rule: &Rule) -> Self {
         let comment = rule.get_data(sys::NFTNL_RULE_USERDATA).and_then(|data| comment(&data));
-        Self { instructions: rule.instructions(), comment }
+        let mut instructions = rule.instructions();
+        instructions.retain(|instruction| !swaps_one_byte(instruction));
+        Self { instructions, comment }
     }
+}
+
+/// Whether an instruction swaps the bytes of a number of one byte, which does nothing. nft puts it
+/// behind the protocol in a key of ranges; we do not, as newer kernels (6.12.117) refuse it.
+fn swaps_one_byte(instruction: &str) -> bool {
+    instruction.contains(" = hton(") && instruction.ends_with(", 1)")
 }
 
 fn compare(chain: &Chain, found: &[RuleText], wanted: &WantedChain, family: Family) -> ChainState {
