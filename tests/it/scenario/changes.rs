@@ -17,7 +17,7 @@ use super::services::UDP_NUMBER;
 use super::table::Target;
 use super::world::{BEHIND_ONE, HOST_BEYOND, Objects, SOURCES, Setting, source};
 use crate::namespace::nft;
-use crate::net::{CLIENT, NODE, Net, in_netns, ip};
+use crate::net::{CLIENT, NODE, Net, in_netns, ip, patient};
 use crate::serve::{Outcome, patience, tcp_from, tcp_here, udp_on, udp_socket};
 
 /// The proxy has had its time to do what it should not.
@@ -217,7 +217,7 @@ impl Changes<'_> {
                 self.found(flow.row, family, &flow.case("another flow"), flow.new, &met);
             }
         }
-        std::thread::sleep(AFTERWARDS);
+        std::thread::sleep(patient(AFTERWARDS));
         for ((row, family), connection) in &mut established {
             let answer = connection.ask();
             self.found(*row, *family, "established", "a", &answer);
@@ -325,7 +325,7 @@ impl Changes<'_> {
             self.objects.set("sticky", family, &ENDPOINTS);
         }
         self.proxy.update(&self.objects);
-        std::thread::sleep(AFTERWARDS);
+        std::thread::sleep(patient(AFTERWARDS));
         for family in FAMILIES {
             let web = vip("sticky", family);
             // Clients that have not been here before.
