@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::sync::mpsc::channel;
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
 use crate::app::{self, RunError};
 use crate::config::{self, Config, ConfigError, Flags, Source};
@@ -21,6 +21,7 @@ use crate::nft::text;
 use crate::nft::transaction::{Op, Transaction};
 use crate::reconcile::Proxy;
 use crate::state::State;
+use crate::watch;
 use crate::watch::manifests::{ManifestError, Manifests};
 
 /// A Kubernetes service proxy on nftables.
@@ -45,10 +46,15 @@ const EXAMPLES: &str = "\
 Examples:
   nftproxy run --manifests DIR            try it: Services from YAML files, no cluster needed
   nftproxy run --kubeconfig ~/.kube/config
-  nftproxy render --manifests DIR         the tables as nft text; no root needed
+  nftproxy render --manifests FILE        the tables as nft text; no root needed
   nftproxy diff --manifests DIR           what running would change in the kernel
   nftproxy cleanup                        remove the tables
-  nft list table ip nftproxy              see what is programmed";
+  nft list table ip nftproxy              see what is programmed
+
+Exit codes:
+  0  done; for `diff`: nothing to change
+  1  `diff` found something to change
+  2  it failed, and standard error says why";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -56,7 +62,7 @@ enum Command {
     Run(RunArgs),
     /// Print the tables that manifests ask for, as nft text. Needs no root and no kernel.
     Render(RenderArgs),
-    /// Show what has to change in the kernel to be what is wanted. Exits with 1 if something has to.
+    /// Show what running would change in the kernel, and for which object. Changes nothing.
     Diff(RunArgs),
     /// Remove the tables `ip nftproxy` and `ip6 nftproxy`. Services stop working on this node.
     Cleanup,
@@ -64,8 +70,9 @@ enum Command {
 
 #[derive(Args, Debug)]
 struct RunArgs {
-    /// Take objects from the YAML and JSON files in this directory, and follow their changes.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "master"])]
+    /// Take objects from this YAML or JSON file, or from all of them in this directory, and follow
+    /// their changes.
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["kubeconfig", "master"])]
     manifests: Option<PathBuf>,
     /// Take objects from the API server this file names. Without it: from the cluster this runs in.
     #[arg(long, value_name = "FILE")]
@@ -86,6 +93,14 @@ struct RunArgs {
     /// Masquerade all traffic to ClusterIPs.
     #[arg(long)]
     masquerade_all: bool,
+    /// Serve node ports on 127.0.0.1, too, for processes on this node. Turns on the sysctl
+    /// `net.ipv4.conf.all.route_localnet`, and keeps others from reaching loopback addresses by it.
+    #[arg(long)]
+    localhost_node_ports: bool,
+    /// Own the tables: nobody else can change them while this runs, root included. They stay in force
+    /// afterwards. Needs Linux 6.9.
+    #[arg(long)]
+    table_owner: bool,
 }
 
 #[derive(Args, Debug)]
@@ -141,8 +156,11 @@ pub enum CliError {
     #[error("{} of the tables could not be removed", .0.len())]
     Cleanup(Vec<ApplyError>),
     /// Only manifests can be rendered.
-    #[error("render needs --manifests DIR")]
+    #[error("render needs --manifests PATH: a file or a directory of them")]
     NoManifests,
+    /// Something was rendered, but not everything that was given.
+    #[error("{0} of the manifest files could not be used; what is wrong with them is said above")]
+    Refused(usize),
     /// The runtime cannot be started, or output not be written.
     #[error("cannot {step}: {source}")]
     System {
@@ -163,6 +181,8 @@ impl RunArgs {
             hostname_override: self.hostname_override,
             cluster_cidr: self.cluster_cidr,
             masquerade_all: self.masquerade_all,
+            table_owner: self.table_owner,
+            localhost_node_ports: self.localhost_node_ports,
         };
         let (config, remarks) = config::resolve(&flags)?;
         for remark in remarks {
@@ -197,10 +217,11 @@ const CA_BUNDLE: &str = "kube_client::client::tls=warn";
 
 fn start_log(args: &LogArgs, quiet: bool) {
     use tracing_subscriber::EnvFilter;
+    // The client library has an error line for every try; what it means is said once by `watch`.
     let level = match args.verbosity {
-        0 if quiet => "warn",
-        0 | 1 => "info",
-        2 | 3 => "info,nftproxy=debug",
+        0 if quiet => "warn,kube_client=off",
+        0 | 1 => "info,kube_client=off",
+        2 | 3 => "info,nftproxy=debug,kube_client=off",
         4 | 5 => "debug",
         _ => "trace",
     };
@@ -249,10 +270,9 @@ fn render(args: RenderArgs) -> Result<ExitCode, CliError> {
     let Source::Manifests(dir) = config.source else { return Err(CliError::NoManifests) };
     let state = State::new(config.settings, host::node_facts(&config.node_name));
     let mut proxy = Proxy::new(state, FakeKernel::default());
-    let (events, problems) = Manifests::new(dir, config.node_name).read()?;
-    for problem in &problems {
-        warn!(object = problem.object, field = problem.field, "{}", problem.message);
-    }
+    let mut manifests = Manifests::new(dir, config.node_name);
+    let (events, problems) = manifests.read()?;
+    problems.iter().for_each(watch::log);
     for event in events {
         proxy.observe(event);
     }
@@ -263,7 +283,10 @@ fn render(args: RenderArgs) -> Result<ExitCode, CliError> {
         Some(FamilyArg::Ip6) => text::table(&ruleset, Family::V6),
     };
     print(&text)?;
-    Ok(ExitCode::SUCCESS)
+    match manifests.refused() {
+        0 => Ok(ExitCode::SUCCESS),
+        refused => Err(CliError::Refused(refused)),
+    }
 }
 
 fn diff(config: Config) -> Result<ExitCode, CliError> {
@@ -272,15 +295,13 @@ fn diff(config: Config) -> Result<ExitCode, CliError> {
     let wanted = format!("{}, node {}", config.source, config.node_name);
     runtime()?.block_on(async {
         let (sender, mut events) = channel(64);
-        let mut source = tokio::spawn(app::watch(config.source, config.node_name, sender));
+        let source = tokio::spawn(app::watch(config.source, config.node_name, sender));
         while !proxy.is_complete() {
-            tokio::select! {
-                event = events.recv() => match event {
-                    Some(event) => proxy.observe(event),
-                    None => break,
-                },
-                outcome = &mut source => return outcome.unwrap_or(Err(RunError::Ended)),
-            }
+            let Some(event) = events.recv().await else {
+                // A source that ended has not told everything: no difference follows from it.
+                return source.await.unwrap_or(Ok(())).and(Err(RunError::Ended));
+            };
+            proxy.observe(event);
         }
         source.abort();
         Ok(())
@@ -313,17 +334,14 @@ fn diff(config: Config) -> Result<ExitCode, CliError> {
     Ok(ExitCode::from(1))
 }
 
+/// Removes what can be removed: one table that cannot go keeps nobody from removing the other.
 fn cleanup() -> Result<ExitCode, CliError> {
     let mut kernel = NetlinkKernel::open()?;
-    let loaded = kernel.load(&crate::nft::dataplane::Options::default())?;
     let mut errors = Vec::new();
     for family in Family::BOTH {
-        if !loaded.tables.contains_key(&family) {
-            info!("there is no table {family} {TABLE}");
-            continue;
-        }
         match kernel.apply(&Transaction { ops: vec![Op::DeleteTable(family)] }) {
             Ok(_) => info!("removed table {family} {TABLE}"),
+            Err(error) if is_absent(&error) => info!("there is no table {family} {TABLE}"),
             Err(error) => {
                 error!("cannot remove table {family} {TABLE}: {error}");
                 errors.push(error);
@@ -331,4 +349,8 @@ fn cleanup() -> Result<ExitCode, CliError> {
         }
     }
     if errors.is_empty() { Ok(ExitCode::SUCCESS) } else { Err(CliError::Cleanup(errors)) }
+}
+
+fn is_absent(error: &ApplyError) -> bool {
+    matches!(error, ApplyError::Refused { refusals } if refusals.iter().all(|r| r.errno == libc::ENOENT))
 }

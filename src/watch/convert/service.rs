@@ -211,6 +211,7 @@ fn service_ports(spec: &ServiceSpec, problems: &mut Findings) -> Vec<ServicePort
     let mut ports: Vec<ServicePort> = Vec::with_capacity(listed.len());
     let mut names = HashSet::new();
     let mut numbers = HashSet::new();
+    let mut node_ports = HashSet::new();
     for (i, port) in listed.iter().enumerate() {
         let field = |of: &str| format!("spec.ports[{i}].{of}");
         let name = port.name.as_deref().unwrap_or_default();
@@ -255,7 +256,19 @@ fn service_ports(spec: &ServiceSpec, problems: &mut Findings) -> Vec<ServicePort
                         NotAPort(number, "the port is served without a node port"),
                     );
                 }
-                valid
+                valid.filter(|number| {
+                    let first = node_ports.insert((*number, protocol));
+                    if !first {
+                        problems.add(
+                            field("nodePort"),
+                            format_args!(
+                                "an earlier port has {number}/{protocol}, too; this one is served \
+                                 without a node port"
+                            ),
+                        );
+                    }
+                    first
+                })
             }
         };
         ports.push(ServicePort { name: name.into(), protocol, port: number, node_port });
@@ -330,7 +343,8 @@ fn session_affinity(spec: &ServiceSpec, problems: &mut Findings) -> SessionAffin
 }
 
 fn health_check_node_port(spec: &ServiceSpec, problems: &mut Findings) -> Option<NonZeroU16> {
-    let number = spec.health_check_node_port.unwrap_or(0);
+    // The API server always assigns one; in a manifest, no number asks for no health check.
+    let number = spec.health_check_node_port.filter(|number| *number != 0)?;
     let valid = port_number(number);
     if valid.is_none() {
         problems.add(
