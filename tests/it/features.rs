@@ -11,7 +11,7 @@ use crate::net::{
     Daemon, GATEWAY, NODE, NODE_SECOND, Net, POD_B, REMOTE_GATEWAY, in_netns, wait_until,
 };
 use crate::objects::{CLUSTER, Svc, slice};
-use crate::packets::{CIDRS, HTTP, answered, answers, many, one, run, set, to};
+use crate::packets::{CIDRS, HTTP, answered, many, one, run, to};
 use crate::serve::{Outcome, udp};
 
 /// A Service in both families with every kind of frontend.

@@ -2,7 +2,7 @@
 //! refused, or lost. What the scenario table says is in [`crate::scenario`]; here is what goes beyond
 //! it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use crate::net::{Daemon, GATEWAY, NODE, Net, REMOTE, ip};
@@ -33,17 +33,8 @@ pub(crate) fn many(net: &Net, from: &str, to: SocketAddr) -> BTreeMap<Outcome, u
     seen
 }
 
-/// The outcomes alone.
-pub(crate) fn set(net: &Net, from: &str, to: SocketAddr) -> BTreeSet<Outcome> {
-    many(net, from, to).into_keys().collect()
-}
-
 pub(crate) fn answered(by: &str, port: u16, seen: &str) -> Outcome {
     Outcome::Answered { by: by.into(), port, seen: ip(seen) }
-}
-
-pub(crate) fn answers<const N: usize>(list: [(&str, &str); N]) -> BTreeSet<Outcome> {
-    list.into_iter().map(|(by, seen)| answered(by, 8080, seen)).collect()
 }
 
 pub(crate) fn one(net: &Net, from: &str, to: SocketAddr) -> Outcome {
