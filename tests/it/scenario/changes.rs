@@ -323,11 +323,17 @@ impl Changes<'_> {
             self.one(107, family, "then", &again);
             moved.push(list(&again));
             self.objects.set("sticky", family, &ENDPOINTS);
+            self.objects.set("tcp-leaves", family, &["a"]);
         }
         self.proxy.update(&self.objects);
-        std::thread::sleep(patient(AFTERWARDS));
         for family in FAMILIES {
             let web = vip("sticky", family);
+            // Asking would pin. Changes are told in the order of names: when this one has come, that
+            // one has.
+            let marker = vip("tcp-leaves", family);
+            let there = "a:8081 masq";
+            let met = self.eventually(there, || self.meets("client", marker));
+            self.found(107, family, "ready again, marker", there, &met);
             // Clients that have not been here before.
             let all = self.choices(web, family, SOURCES / 2..SOURCES);
             let seen = if all.contains(&kept[family]) { "there" } else { "not there" };
@@ -345,7 +351,7 @@ impl Changes<'_> {
             before.push(self.choices(vip("sticky-short", family), family, SOME));
         }
         let began = Instant::now();
-        while began.elapsed() < Duration::from_secs(4) {
+        while began.elapsed() < Duration::from_secs(6) {
             for family in FAMILIES {
                 used[family].extend(self.who(Some(CLIENT[family]), vip("sticky-short", family), 1));
             }

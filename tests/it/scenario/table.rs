@@ -153,7 +153,8 @@ const fn absent(number: u8, what: &'static str, why: &'static str) -> Row {
     Row { number, what, how: How::Absent(why) }
 }
 
-const GATE: &str = "the gate KubeProxyNFTablesLocalhostNodePorts is alpha and off in 1.37";
+const GATE: &str = "the gate KubeProxyNFTablesLocalhostNodePorts is alpha and off in 1.37; \
+                    `--localhost-node-ports` of nftproxy is tested in `tests/it/features.rs`";
 const HEALTH: &str = "health servers are an issue of their own";
 
 use Protocol::{Echo, Sctp, Udp};
