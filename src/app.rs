@@ -15,11 +15,21 @@ use crate::nft::netlink::{NetlinkKernel, OpenError};
 use crate::program::{Pacing, Program};
 use crate::reconcile::Proxy;
 use crate::state::State;
+use crate::takeover::{self, Purpose};
 use crate::watch::api::{self, ClientError};
 use crate::watch::manifests::{ManifestError, Manifests};
 
 /// Events on their way; a source that is faster than the state waits.
 const QUEUE: usize = 4096;
+
+/// What is to become of what kube-proxy left on the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KubeProxyRules {
+    /// It goes when our tables are in force.
+    Remove,
+    /// It stays.
+    Keep,
+}
 
 /// The daemon cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +57,7 @@ pub enum RunError {
 }
 
 /// Runs until SIGTERM or SIGINT. The tables stay in force afterwards.
-pub async fn run(config: Config) -> Result<(), RunError> {
+pub async fn run(config: Config, kube_proxy_rules: KubeProxyRules) -> Result<(), RunError> {
     let (sender, events) = channel(QUEUE);
     let (opened, open_outcome) = tokio::sync::oneshot::channel();
     let (ended, mut end) = tokio::sync::oneshot::channel::<()>();
@@ -59,7 +69,9 @@ pub async fn run(config: Config) -> Result<(), RunError> {
             Err(error) => drop(opened.send(Err(error))),
             Ok((kernel, sweeper)) => {
                 drop(opened.send(Ok(())));
-                Program::new(Proxy::new(state, kernel), sweeper, pacing).run(events);
+                Program::new(Proxy::new(state, kernel), sweeper, pacing)
+                    .after_sync(move || take_over(kube_proxy_rules))
+                    .run(events);
             }
         }
         drop(ended);
@@ -84,6 +96,17 @@ fn open() -> Result<(NetlinkKernel, Sweeper), RunError> {
     let kernel = NetlinkKernel::open()?;
     let start = |source| RunError::System { step: "start a thread", source };
     Ok((kernel, Sweeper::start().map_err(start)?))
+}
+
+/// Removes what kube-proxy left, on a thread of its own: with many Services it takes a while.
+fn take_over(rules: KubeProxyRules) {
+    let thread = std::thread::Builder::new().name("takeover".into()).spawn(move || match rules {
+        KubeProxyRules::Remove => drop(takeover::remove(Purpose::TakeOver)),
+        KubeProxyRules::Keep => takeover::report(),
+    });
+    if let Err(error) = thread {
+        warn!(%error, "what kube-proxy left on this node stays: cannot start a thread");
+    }
 }
 
 /// Follows the host's addresses. Everything else works without, so that a failure is said and no more.

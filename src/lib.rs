@@ -44,4 +44,5 @@ pub mod drift;
 pub mod host;
 pub mod program;
 pub mod reconcile;
+pub mod takeover;
 pub mod watch;

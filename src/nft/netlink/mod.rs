@@ -10,6 +10,7 @@ mod batch;
 mod dump;
 mod encode;
 mod ffi;
+mod foreign;
 mod instruction;
 mod monitor;
 mod socket;
@@ -19,6 +20,7 @@ use std::io;
 
 use tracing::{debug, warn};
 
+pub use self::foreign::{ForeignChain, ForeignOp, ForeignTable};
 pub use self::monitor::{Intrusion, Monitor};
 pub use self::socket::OpenError;
 
