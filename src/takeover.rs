@@ -73,9 +73,10 @@ impl fmt::Display for Leftover {
             Self::Table(family) => write!(f, "nftables mode: the table {family} {TABLE}"),
             Self::Chains { backend, family, table, count } => {
                 let program = program(*backend, *family);
-                write!(f, "iptables or ipvs mode: {count} chains in {program} -t {table}")
+                let chains = if *count == 1 { "chain" } else { "chains" };
+                write!(f, "iptables or ipvs mode: {count} {chains} in {program} -t {table}")
             }
-            Self::VirtualServers(count) => write!(f, "ipvs mode: {count} virtual servers"),
+            Self::VirtualServers(count) => write!(f, "ipvs mode: virtual servers, {count} of them"),
             Self::Link => write!(f, "ipvs mode: the link {}", ipvs::LINK),
             Self::Set(name) => write!(f, "ipvs mode: the ipset {name}"),
         }
@@ -372,7 +373,7 @@ fn say<R>(backend: Backend, family: Family, table: &str, plan: &Plan<'_, R>) {
     let program = program(backend, family);
     if !plan.chains.is_empty() {
         let (chains, rules) = (plan.chains.len(), plan.rules.len());
-        info!("removed {chains} chains of {program} -t {table} and {rules} rules that led to them");
+        info!(chains, rules, "removed what there was of kube-proxy's in {program} -t {table}");
     }
     let mut reasons: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for (chain, reason) in &plan.stay {

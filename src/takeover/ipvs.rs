@@ -19,7 +19,8 @@ use nix::sys::time::TimeVal;
 /// The link that kube-proxy makes for the addresses of Services.
 pub(super) const LINK: &str = "kube-ipvs0";
 
-/// The sets of kube-proxy. Those of IPv6 have a `6-` behind the first dash.
+/// The sets of kube-proxy. Those of IPv6 have a `6-` behind the first dash, and are cut to the length
+/// of a name.
 const SETS: [&str; 17] = [
     "KUBE-LOOP-BACK",
     "KUBE-CLUSTER-IP",
@@ -52,6 +53,8 @@ const IPSET_DESTROY: u16 = 3;
 const IPSET_HEADER: u16 = 12;
 const IPSET_PROTOCOL: u16 = 1;
 const IPSET_NAME: u16 = 2;
+/// `IPSET_MAXNAMELEN`, less its NUL.
+const NAME_LIMIT: usize = 31;
 /// The oldest version that kernels still talk.
 const IPSET_VERSION: u8 = 6;
 
@@ -128,9 +131,8 @@ pub(super) fn sets() -> Result<Vec<String>, Refused> {
     if !Path::new("/sys/module/ip_set").exists() {
         return Ok(Vec::new());
     }
-    let both = SETS.iter().flat_map(|name| [(*name).to_owned(), name.replacen('-', "-6-", 1)]);
     let mut found = Vec::new();
-    for name in both {
+    for name in set_names() {
         match ipset(IPSET_HEADER, &name) {
             Ok(()) => found.push(name),
             Err(Refused(libc::ENOENT)) => {}
@@ -138,6 +140,15 @@ pub(super) fn sets() -> Result<Vec<String>, Refused> {
         }
     }
     Ok(found)
+}
+
+fn set_names() -> impl Iterator<Item = String> {
+    let six = |name: &str| {
+        let mut name = name.replacen('-', "-6-", 1);
+        name.truncate(NAME_LIMIT);
+        name
+    };
+    SETS.iter().flat_map(move |name| [(*name).to_owned(), six(name)])
 }
 
 /// Destroys a set, which no rule may use any more.
