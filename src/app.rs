@@ -64,8 +64,9 @@ pub async fn run(config: Config, kube_proxy_rules: KubeProxyRules) -> Result<(),
     let state = State::new(config.settings.clone(), host::node_facts(&config.node_name));
     let pacing =
         Pacing { min_sync_period: config.min_sync_period, sync_period: config.sync_period };
+    let owning = config.table_owner;
     let thread = std::thread::Builder::new().name("program".into()).spawn(move || {
-        match open() {
+        match open(owning) {
             Err(error) => drop(opened.send(Err(error))),
             Ok((kernel, sweeper)) => {
                 drop(opened.send(Ok(())));
@@ -92,8 +93,8 @@ pub async fn run(config: Config, kube_proxy_rules: KubeProxyRules) -> Result<(),
 }
 
 /// What the programming thread works with; both stay in the network namespace they are opened in.
-fn open() -> Result<(NetlinkKernel, Sweeper), RunError> {
-    let kernel = NetlinkKernel::open()?;
+fn open(owning: bool) -> Result<(NetlinkKernel, Sweeper), RunError> {
+    let kernel = if owning { NetlinkKernel::open_owning()? } else { NetlinkKernel::open()? };
     let start = |source| RunError::System { step: "start a thread", source };
     Ok((kernel, Sweeper::start().map_err(start)?))
 }

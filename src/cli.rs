@@ -106,6 +106,10 @@ struct RunArgs {
     /// Masquerade all traffic to ClusterIPs.
     #[arg(long)]
     masquerade_all: bool,
+    /// Own the tables: nobody else can change them while this runs, root included. They stay in force
+    /// afterwards. Needs Linux 6.9.
+    #[arg(long)]
+    table_owner: bool,
     /// Leave alone what kube-proxy left behind. Otherwise it is removed when nftproxy's tables are in
     /// force (not with --manifests: other Services of the node may still need it).
     #[arg(long)]
@@ -193,6 +197,7 @@ impl RunArgs {
             hostname_override: self.hostname_override,
             cluster_cidr: self.cluster_cidr,
             masquerade_all: self.masquerade_all,
+            table_owner: self.table_owner,
         };
         let (config, remarks) = config::resolve(&flags)?;
         for remark in remarks {

@@ -29,4 +29,5 @@ mod packets;
 mod parity;
 mod render;
 mod serve;
+mod takeover;
 mod tidy;

@@ -81,10 +81,7 @@ impl NetlinkKernel {
     }
 
     /// The chains of a table with the rules that lead from one to another.
-    pub fn foreign_chains(
-        &mut self,
-        table: &ForeignTable,
-    ) -> Result<Vec<ForeignChain>, LoadError> {
+    pub fn foreign_chains(&mut self, table: &ForeignTable) -> Result<Vec<ForeignChain>, LoadError> {
         let mut chains: Vec<ForeignChain> = Vec::new();
         let family = table.family;
         self.foreign(libc::NFT_MSG_GETCHAIN, family, &[], "list chains", |content| {
