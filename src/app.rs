@@ -81,6 +81,11 @@ pub async fn run(config: Config, kube_proxy_rules: KubeProxyRules) -> Result<(),
     open_outcome.await.map_err(|_| RunError::Ended)??;
 
     info!(node = config.node_name, source = %config.source, "starting");
+    if config.settings.localhost_node_ports
+        && let Err(error) = host::route_loopback()
+    {
+        warn!(%error, "node ports are not served on 127.0.0.1");
+    }
     follow_host(sender.downgrade())?;
     tokio::select! {
         signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),

@@ -79,6 +79,8 @@ pub struct Flags {
     pub masquerade_all: bool,
     /// `--table-owner`
     pub table_owner: bool,
+    /// `--localhost-node-ports`
+    pub localhost_node_ports: bool,
 }
 
 /// A configuration that cannot be used. One line: what, where, what was expected.
@@ -222,6 +224,7 @@ pub fn resolve(flags: &Flags) -> Result<(Config, Vec<String>), ConfigError> {
             masquerade_all: flags.masquerade_all || nft.masquerade_all,
             detect_local,
             node_port_addresses,
+            localhost_node_ports: flags.localhost_node_ports,
         },
         table_owner: flags.table_owner,
         min_sync_period: duration("nftables.minSyncPeriod", &nft.min_sync_period, Duration::ZERO)?,

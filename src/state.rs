@@ -16,6 +16,7 @@ use crate::model::{
 use crate::nft::dataplane::{FIRST_LOCAL_SLOT, Options};
 use crate::nft::element::{ElementId, Key, Value};
 use crate::nft::names::SetName;
+use crate::selection::anybody;
 use crate::settings::Settings;
 use crate::slots::Slots;
 
@@ -102,15 +103,20 @@ impl State {
         !self.stale.is_empty()
     }
 
-    /// How many Services are known.
+    /// How many objects of a kind are known, of those that can be many.
     #[must_use]
-    pub fn service_count(&self) -> usize {
-        self.services.len()
+    pub fn count(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::Service => self.services.len(),
+            Kind::EndpointSlice => self.slices.len(),
+            Kind::ServiceCidr => self.cidrs.len(),
+            Kind::Node => 1,
+        }
     }
 
     /// Takes in an event. Returns whose contributions it touched.
     pub fn observe(&mut self, event: Event) -> BTreeSet<Contributor> {
-        let touched = match event {
+        let mut touched = match event {
             Event::Listing(kind) => {
                 self.listings.entry(kind).or_default().number += 1;
                 BTreeSet::new()
@@ -141,8 +147,45 @@ impl State {
             }
             Event::Gone(kind, name) => self.gone(kind, &name),
         };
+        let mut others = BTreeSet::new();
+        for contributor in &touched {
+            if let Contributor::Service(name) = contributor {
+                others.extend(self.contest(name));
+            }
+        }
+        touched.extend(others.into_iter().map(Contributor::Service));
         self.stale.extend(touched.iter().cloned());
         touched
+    }
+
+    /// Finds out anew who serves the frontends of a Service that others name, too. Returns those that
+    /// gained or lost one by it, and their rivals.
+    fn contest(&mut self, name: &NamespacedName) -> BTreeSet<NamespacedName> {
+        let mut affected = BTreeSet::new();
+        let Some(service) = self.services.get(name) else { return affected };
+        for frontend in self.frontends.contested(&service.object) {
+            let claimants: Vec<_> = self.frontends.claimants(frontend).cloned().collect();
+            let before = self.frontends.owner(frontend).cloned();
+            for claimant in &claimants {
+                let idle = !self.can_answer(claimant, frontend);
+                self.frontends.set_idle(frontend, claimant, idle);
+            }
+            if self.frontends.owner(frontend) != before.as_ref() {
+                affected.extend(claimants);
+            }
+        }
+        affected
+    }
+
+    /// Whether there is an endpoint anywhere that could answer for a Service at a frontend of its own.
+    fn can_answer(&self, name: &NamespacedName, frontend: Frontend) -> bool {
+        let Some(Known { object: service, .. }) = self.services.get(name) else { return false };
+        let slices = slices_of(name, &self.slices_of, &self.slices);
+        let family = frontend.family();
+        service.ports.iter().any(|port| {
+            frontends(service, port, family).iter().any(|(own, _)| *own == frontend)
+                && anybody(port, family, slices.iter().copied())
+        })
     }
 
     fn listing(&self, kind: Kind) -> u32 {

@@ -121,7 +121,7 @@ impl Building<'_> {
                 }
                 owner => {
                     let owner = owner.map_or_else(|| "nobody".into(), ToString::to_string);
-                    self.report("", format!("{frontend} stays with Service {owner}, which is older; this one takes over when that goes"));
+                    self.report("", format!("{frontend} is served by Service {owner}, which is older, or which alone has endpoints; this one takes over when that goes"));
                 }
             }
         }
@@ -183,6 +183,9 @@ impl Building<'_> {
             return None;
         };
         let port = name?.clone();
+        if lists.cluster.as_slice().is_empty() && lists.local.as_slice().is_empty() {
+            return None;
+        }
         let sorted = |slots: &[&Slots]| {
             let mut backends: Vec<_> = slots.iter().flat_map(|s| s.as_slice()).copied().collect();
             backends.sort_unstable();

@@ -1,7 +1,7 @@
 //! Any order of events with the same final objects ends in the same table as a fresh start, every
 //! transaction on the way is one the kernel accepts, and a restart finds nothing to do.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -14,11 +14,14 @@ use nftproxy::nft::element::{Backend, ElementId, Key, Value};
 use nftproxy::nft::fake::FakeKernel;
 use nftproxy::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
 use nftproxy::nft::names::SetName;
+use nftproxy::nft::netlink::NetlinkKernel;
+use nftproxy::nft::text;
 use nftproxy::nft::transaction::{Op, Transaction};
 use nftproxy::reconcile::Proxy;
 use proptest::prelude::*;
 
 use crate::model::{all_listed, example, name, port, service, slice, state};
+use crate::namespace::in_namespace;
 
 /// What happens to the proxy: an event, or a commit.
 #[derive(Clone, Debug)]
@@ -42,11 +45,15 @@ fn any_ports() -> impl Strategy<Value = Vec<ServicePort>> {
         },
     );
     proptest::collection::vec(one, 0..3).prop_map(|mut ports| {
-        // The API allows each name, and each number and protocol, once.
+        // The API allows each name, each number, and each node port of a protocol once.
         ports.sort_by_key(|p| (p.name.clone(), p.protocol));
         ports.dedup_by_key(|p| (p.name.clone(), p.protocol));
         ports.sort_by_key(|p| (p.port, p.protocol));
         ports.dedup_by_key(|p| (p.port, p.protocol));
+        let mut node_ports = BTreeSet::new();
+        for port in &mut ports {
+            port.node_port = port.node_port.filter(|n| node_ports.insert((*n, port.protocol)));
+        }
         ports
     })
 }
@@ -294,6 +301,39 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 25,
+        max_shrink_iters: 40,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    /// What the fake kernel accepts, the real one does: a sample of the histories above.
+    #[test]
+    fn the_real_kernel_accepts_any_history(steps in proptest::collection::vec(any_step(), 20..80)) {
+        in_namespace(|| {
+            let mut proxy = Proxy::new(state(), NetlinkKernel::open().unwrap());
+            all_listed().for_each(|event| proxy.observe(event));
+            proxy.commit().unwrap();
+            for step in &steps {
+                match step {
+                    Step::Event(event) => proxy.observe(event.clone()),
+                    Step::Commit => {
+                        let done = proxy.commit().unwrap();
+                        assert!(!done.adopted, "the kernel refused a transaction");
+                    }
+                }
+            }
+            assert!(!proxy.commit().unwrap().adopted, "the kernel refused a transaction");
+            proxy.collect_idle().unwrap();
+            let left = proxy.plan().unwrap();
+            let left: Vec<_> = left.iter().map(|(op, _)| text::op(op)).collect();
+            assert!(left.is_empty(), "{left:#?}");
+        });
+    }
+}
+
 fn web(endpoints: &[&str]) -> [Event; 2] {
     [
         Event::Service(service("web", &["10.96.0.10"], &[port("", Protocol::Tcp, 80, 0)])),
@@ -349,6 +389,20 @@ fn the_older_service_keeps_a_contested_frontend_and_the_next_takes_over() {
     // The younger one changing does not matter.
     proxy.observe(claim("young", "10.96.0.2", 20));
     proxy.observe(endpoint("young", "10.244.0.3"));
+    assert_eq!(answer(&mut proxy), backend(1));
+    // While nobody could answer for the older one, the younger one serves.
+    let none = |name: &str| Event::EndpointSlice(slice(name, "4", &[], &[]));
+    proxy.observe(none("old"));
+    assert_eq!(answer(&mut proxy), backend(3));
+    proxy.observe(none("young"));
+    assert_eq!(answer(&mut proxy), None);
+    proxy.observe(endpoint("young", "10.244.0.3"));
+    assert_eq!(answer(&mut proxy), backend(3));
+    proxy.observe(Event::Gone(Kind::Service, name("young")));
+    assert_eq!(answer(&mut proxy), None);
+    proxy.observe(claim("young", "10.96.0.2", 20));
+    assert_eq!(answer(&mut proxy), backend(3));
+    proxy.observe(endpoint("old", "10.244.0.1"));
     assert_eq!(answer(&mut proxy), backend(1));
     proxy.observe(Event::Gone(Kind::Service, name("old")));
     assert_eq!(answer(&mut proxy), backend(3));
