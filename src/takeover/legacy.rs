@@ -183,3 +183,117 @@ pub(super) fn script(table: &str, plan: &Plan<'_, String>) -> String {
     }
     text + "COMMIT\n"
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::super::chains::{Purpose, plan};
+    use super::*;
+
+    /// Of kube-proxy v1.37.2 in iptables mode, on a node of the test network, by `iptables-legacy-save`.
+    const SAVED: &str = include_str!("../../tests/fixtures/kube-proxy-1.37.iptables-save");
+
+    /// The script for a table of a text.
+    fn script_of(text: &str, table: &str, purpose: Purpose) -> String {
+        let tables = parse(text);
+        let found = tables.iter().find(|found| found.name == table).unwrap();
+        script(table, &plan(&found.chains, purpose))
+    }
+
+    fn lines<'a>(script: &'a str, start: &str) -> Vec<&'a str> {
+        script.lines().filter_map(|line| line.strip_prefix(start)).collect()
+    }
+
+    #[test]
+    fn rules_of_the_kernels_chains_go_word_by_word_and_chains_are_flushed_before() {
+        let script = script_of(SAVED, "mangle", Purpose::TakeOver);
+        assert_eq!(script, "*mangle\n:KUBE-PROXY-CANARY - [0:0]\n-X KUBE-PROXY-CANARY\nCOMMIT\n");
+        let nat = script_of(SAVED, "nat", Purpose::TakeOver);
+        let expected = [
+            "PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES",
+            "OUTPUT -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES",
+            "POSTROUTING -m comment --comment \"kubernetes postrouting rules\" -j KUBE-POSTROUTING",
+        ];
+        assert_eq!(lines(&nat, "-D "), expected);
+        // Everything that is declared in this table is kube-proxy's.
+        let declared = SAVED.split("*nat").nth(1).unwrap().lines();
+        let declared: BTreeSet<_> =
+            declared.filter_map(|line| line.strip_prefix(':')?.strip_suffix(" - [0:0]")).collect();
+        assert_eq!(declared.len(), 15);
+        assert_eq!(lines(&nat, "-X ").into_iter().collect::<BTreeSet<_>>(), declared);
+        let flushed =
+            lines(&nat, ":").into_iter().map(|line| line.strip_suffix(" - [0:0]").unwrap());
+        assert_eq!(flushed.collect::<BTreeSet<_>>(), declared);
+    }
+
+    #[test]
+    fn what_is_the_kubelets_stays() {
+        let text = SAVED
+            .replace(
+                ":KUBE-SERVICES - [0:0]\n",
+                ":KUBE-SERVICES - [0:0]\n:KUBE-MARK-DROP - [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\n\
+                 :KUBE-IPTABLES-HINT - [0:0]\n-A KUBE-SERVICES -j KUBE-MARK-DROP\n",
+            )
+            .replace("-A INPUT -j KUBE-FIREWALL", "[7:420] -A INPUT -j KUBE-FIREWALL");
+        for table in ["filter", "nat"] {
+            let script = script_of(&text, table, Purpose::Cleanup);
+            let mine = ["KUBE-FIREWALL", "KUBE-MARK-DROP", "KUBE-KUBELET", "KUBE-IPTABLES-HINT"];
+            for name in mine {
+                assert!(!script.contains(name), "{name} in {script}");
+            }
+            assert!(script.contains("-X KUBE-SERVICES\n"));
+        }
+    }
+
+    #[test]
+    fn a_chain_that_somebody_elses_rule_leads_to_stays_with_what_it_leads_to() {
+        let text = SAVED.replace(
+            "-A PREROUTING",
+            "-A CNI-SETMARK -m comment --comment \"-j KUBE-SERVICES \\\" -j\" -j KUBE-MARK-MASQ\n\
+             -A MINE -g KUBE-SVC-CS3DQ6LQU5GXEY2W\n-A PREROUTING",
+        );
+        let text =
+            text.replace(":KUBE-MARK-MASQ", ":CNI-SETMARK - [0:0]\n:MINE - [0:0]\n:KUBE-MARK-MASQ");
+        let tables = parse(&text);
+        let nat = tables.iter().find(|table| table.name == "nat").unwrap();
+        let plan = plan(&nat.chains, Purpose::Cleanup);
+        let stay: Vec<_> = plan.stay.iter().map(|(chain, why)| format!("{chain}: {why}")).collect();
+        let expected = [
+            "KUBE-MARK-MASQ: a rule in CNI-SETMARK leads to it",
+            "KUBE-SEP-2CJYZDINEJRAITQ4: KUBE-SVC-CS3DQ6LQU5GXEY2W stays and leads to it",
+            "KUBE-SEP-UYH42M7YNHVOELEZ: KUBE-SVC-CS3DQ6LQU5GXEY2W stays and leads to it",
+            "KUBE-SVC-CS3DQ6LQU5GXEY2W: a rule in MINE leads to it",
+        ];
+        assert_eq!(stay, expected);
+        assert_eq!(plan.chains.len(), 15 - 4);
+        assert_eq!(plan.rules.len(), 3);
+    }
+
+    #[test]
+    fn where_nothing_is_forwarded_by_default_the_chain_that_allows_it_outlives_a_take_over() {
+        let text = SAVED.replace(":FORWARD ACCEPT", ":FORWARD DROP");
+        let script = script_of(&text, "filter", Purpose::TakeOver);
+        assert!(!script.contains("KUBE-FORWARD"), "{script}");
+        assert_eq!(lines(&script, "-D ").len(), 8);
+        assert!(script.contains("-X KUBE-SERVICES\n"));
+        for script in [
+            script_of(&text, "filter", Purpose::Cleanup),
+            script_of(SAVED, "filter", Purpose::TakeOver),
+        ] {
+            assert!(script.contains("-X KUBE-FORWARD\n"), "{script}");
+            assert_eq!(lines(&script, "-D ").len(), 9);
+        }
+    }
+
+    #[test]
+    fn any_text_is_read_without_panic() {
+        for text in
+            ["", "*", ":x", "*nat\n:", "*nat\n:a - [0:0]\n-A a -j", "[1:2] -A\n*nat\n-A b \"\\"]
+        {
+            let _ = parse(text);
+        }
+        assert_eq!(target("-m comment --comment \"say \\\"-j X\\\"\" -j Y --nflog"), Some("Y"));
+        assert_eq!(target("-j"), None);
+    }
+}

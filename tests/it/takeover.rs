@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 
 use crate::control_plane::{self, User};
 use crate::e2e::{A, CIDRS, Cluster, Connecting, eventually, lines, said, service, with_cluster};
-use crate::namespace::skip;
+use crate::namespace::{in_namespace, skip};
 use crate::net::{Daemon, NODE, Net, in_netns, ip};
 use crate::objects::{CLUSTER, Svc, slice};
 
@@ -250,6 +250,112 @@ fn there_and_back(cluster: &Cluster<'_>, mode: Mode) {
     assert!(said.contains("what kube-proxy left is removed"), "{said}");
     assert!(leftovers(net, mode).iter().all(kubelets));
     assert!(run(net, &["--cleanup"]).contains("kube-proxy left nothing on this node"));
+}
+
+/// What iptables saved on a node under kube-proxy v1.37.2, and what else may be on one: the kubelet's
+/// chains, one of a CNI plugin that uses the mark, and nothing forwarded by default.
+fn saved() -> String {
+    let text = include_str!("../fixtures/kube-proxy-1.37.iptables-save");
+    // Counters of a kind that would have to be made first.
+    let text: String = text.split_inclusive('\n').filter(|line| !line.contains("nfacct")).collect();
+    text.replace(
+        ":KUBE-MARK-MASQ - [0:0]\n",
+        ":KUBE-MARK-MASQ - [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\n:CNI-SETMARK - [0:0]\n\
+         -A CNI-SETMARK -j KUBE-MARK-MASQ\n",
+    )
+    .replace(":FORWARD ACCEPT", ":FORWARD DROP")
+}
+
+/// Chains and rules as `iptables-save` prints them, without counters.
+fn iptables(kind: &str) -> Vec<String> {
+    let output = Command::new(format!("iptables-{kind}-save")).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let rules = text.lines().filter(|line| line.starts_with([':', '-', '*']));
+    let plain = |line: &str| line.split(" [").next().unwrap().to_owned();
+    rules.map(plain).filter(|line| !line.starts_with('*') && !line.contains(" ACCEPT")).collect()
+}
+
+#[test]
+fn chains_of_the_kubelet_and_those_that_others_use_stay() {
+    in_namespace(|| {
+        for kind in ["nft", "legacy"] {
+            let mut restore = Command::new(format!("iptables-{kind}-restore"))
+                .stdin(Stdio::piped())
+                .spawn()
+                .expect("iptables is installed (package iptables)");
+            restore.stdin.take().unwrap().write_all(saved().as_bytes()).unwrap();
+            assert!(restore.wait().unwrap().success());
+            assert!(iptables(kind).len() > 60);
+            let cleanup = || {
+                let output = Command::new(env!("CARGO_BIN_EXE_nftproxy"))
+                    .args(["cleanup", "--kube-proxy"])
+                    .output()
+                    .unwrap();
+                (output.status.code(), String::from_utf8(output.stderr).unwrap())
+            };
+            let (code, said) = cleanup();
+            assert_eq!(code, Some(0), "{said}");
+            assert!(said.contains("KUBE-MARK-MASQ of"), "{said}");
+            assert!(said.contains("stays: a rule in CNI-SETMARK leads to it"), "{said}");
+            let expected = [
+                ":FORWARD DROP",
+                ":KUBE-FIREWALL -",
+                "-A INPUT -j KUBE-FIREWALL",
+                "-A OUTPUT -j KUBE-FIREWALL",
+                "-A KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"block incoming \
+                 localnet connections\" -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
+                ":CNI-SETMARK -",
+                ":KUBE-KUBELET-CANARY -",
+                ":KUBE-MARK-MASQ -",
+                "-A CNI-SETMARK -j KUBE-MARK-MASQ",
+                "-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000",
+            ];
+            assert_eq!(iptables(kind), expected);
+            // Again, with nothing to do.
+            assert_eq!(cleanup().0, Some(0));
+            assert_eq!(iptables(kind), expected);
+        }
+    });
+}
+
+#[test]
+fn what_ipvs_mode_leaves_goes_and_what_cannot_go_is_named() {
+    in_namespace(|| {
+        let sh = |script: &str| {
+            let output = Command::new("sh").args(["-ec", script]).output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            String::from_utf8(output.stdout).unwrap()
+        };
+        // This kernel has neither ipvs nor dummy links; a link is deleted by its name, of any kind.
+        sh("ip link add kube-ipvs0 type bridge
+            ipset create KUBE-CLUSTER-IP hash:ip,port
+            ipset create KUBE-LOOP-BACK hash:ip,port,ip
+            ipset create KUBE-6-NODE-PORT-LOCAL-SCTP-HAS hash:ip,port family inet6
+            ipset create MINE hash:ip
+            iptables-nft -t nat -N KUBE-SERVICES
+            iptables-nft -t nat -N KUBE-LOAD-BALANCER
+            iptables-nft -t nat -A PREROUTING -j KUBE-SERVICES
+            iptables-nft -t nat -A KUBE-SERVICES -m set --match-set KUBE-CLUSTER-IP dst,dst -j KUBE-LOAD-BALANCER
+            iptables-nft -N MINE
+            iptables-nft -A MINE -m set --match-set KUBE-LOOP-BACK dst,dst,src -j ACCEPT");
+        let program = env!("CARGO_BIN_EXE_nftproxy");
+        let output = Command::new(program).args(["cleanup", "--kube-proxy"]).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        let refused =
+            "cannot destroy an ipset (ipvs mode: the ipset KUBE-LOOP-BACK): a rule still uses it";
+        assert!(said.contains(refused), "{said}");
+        assert_eq!(said.matches("ERROR").count(), 2, "that, and the end: {said}");
+        assert_eq!(sh("ipset list -n | sort"), "KUBE-LOOP-BACK\nMINE\n");
+        assert!(!sh("ip link").contains("kube-ipvs0"));
+        assert!(!sh("iptables-nft-save").contains("KUBE-S"));
+        // Once its cause is gone, it goes.
+        sh("iptables-nft -F MINE");
+        assert!(
+            Command::new(program).args(["cleanup", "--kube-proxy"]).status().unwrap().success()
+        );
+        assert_eq!(sh("ipset list -n"), "MINE\n");
+    });
 }
 
 fn spawn(net: &Net, arguments: &[String]) -> Daemon {
