@@ -15,7 +15,8 @@
 //!   → nft::text (templates/, snapshots)  |  nft::netlink (one batch) → kernel
 //! ```
 //!
-//! Beside that way, `conntrack` removes UDP flows that a commit left without their endpoint.
+//! Beside that way, `conntrack` removes UDP flows that a commit left without their endpoint, and
+//! `takeover` what kube-proxy left on the node.
 //!
 //! Read the modules in that order. Rings, checked by `tests/it/tidy.rs`: `model` knows nothing but
 //! plain values; everything from `state` to `nft::transaction` is pure (no I/O, clock, randomness or

@@ -240,24 +240,26 @@ pub fn remove(purpose: Purpose) -> usize {
         info!("kube-proxy left: {leftover}");
     }
     let mut errors = found.unknown;
-    if let Err(error) = NetlinkKernel::open().map_err(TakeoverError::from).map(|mut kernel| {
-        remove_tables(&mut kernel, &found.leftovers, &mut errors);
-        for family in Family::BOTH {
-            if has_chains(&found.leftovers, Backend::Nft, family)
-                && let Err(error) = remove_nft_chains(&mut kernel, family, purpose)
-            {
-                errors.push(error);
+    let mut staying = 0;
+    let mut take = |outcome: Result<usize, TakeoverError>| match outcome {
+        Ok(chains) => staying += chains,
+        Err(error) => errors.push(error),
+    };
+    match NetlinkKernel::open() {
+        Err(error) => take(Err(error.into())),
+        Ok(mut kernel) => {
+            for leftover in &found.leftovers {
+                if let Leftover::Table(family) = leftover {
+                    take(remove_table(&mut kernel, *family).map(|()| 0));
+                }
+            }
+            for family in families(&found.leftovers, Backend::Nft) {
+                take(remove_nft_chains(&mut kernel, family, purpose));
             }
         }
-    }) {
-        errors.push(error);
     }
-    for family in Family::BOTH {
-        if has_chains(&found.leftovers, Backend::Legacy, family)
-            && let Err(error) = remove_legacy_chains(family, purpose)
-        {
-            errors.push(error);
-        }
+    for family in families(&found.leftovers, Backend::Legacy) {
+        take(remove_legacy_chains(family, purpose));
     }
     remove_ipvs(&found.leftovers, &mut errors);
     for error in &errors {
@@ -267,9 +269,11 @@ pub fn remove(purpose: Purpose) -> usize {
             Purpose::Cleanup => error!("{error}"),
         }
     }
-    match (found.leftovers.len(), errors.len()) {
-        (0, 0) => info!("kube-proxy left nothing on this node"),
+    match (found.leftovers.len(), errors.len() + staying) {
+        (0, 0) if purpose == Purpose::Cleanup => info!("kube-proxy left nothing on this node"),
+        (0, 0) => {}
         (_, 0) => info!("what kube-proxy left is removed"),
+        _ if errors.is_empty() => info!("what kube-proxy left is removed, but for what stays"),
         _ => {}
     }
     errors.len()
@@ -286,36 +290,33 @@ pub fn report() {
     }
 }
 
-fn has_chains(leftovers: &[Leftover], wanted: Backend, of: Family) -> bool {
-    leftovers.iter().any(|leftover| {
-        matches!(leftover, Leftover::Chains { backend, family, .. }
-            if *backend == wanted && *family == of)
+/// Those families in which kube-proxy left chains of a kind.
+fn families(leftovers: &[Leftover], wanted: Backend) -> impl Iterator<Item = Family> {
+    Family::BOTH.into_iter().filter(move |of| {
+        leftovers.iter().any(|leftover| {
+            matches!(leftover, Leftover::Chains { backend, family, .. }
+                if *backend == wanted && family == of)
+        })
     })
 }
 
-fn remove_tables(
-    kernel: &mut NetlinkKernel,
-    leftovers: &[Leftover],
-    errors: &mut Vec<TakeoverError>,
-) {
-    for leftover in leftovers {
-        let Leftover::Table(family) = leftover else { continue };
-        let table = ForeignTable { family: *family, name: TABLE.into() };
-        match kernel.remove_foreign(&[ForeignOp::DeleteTable(table)]) {
-            Err(source) if !source.is(libc::ENOENT) => {
-                errors.push(TakeoverError::Table { family: *family, source });
-            }
-            _ => info!("removed the table {family} {TABLE}"),
+fn remove_table(kernel: &mut NetlinkKernel, family: Family) -> Result<(), TakeoverError> {
+    let table = ForeignTable { family, name: TABLE.into() };
+    match kernel.remove_foreign(&[ForeignOp::DeleteTable(table)]) {
+        Err(source) if !source.is(libc::ENOENT) => Err(TakeoverError::Table { family, source }),
+        _ => {
+            info!("removed the table {family} {TABLE}");
+            Ok(())
         }
     }
 }
 
-/// Removes the chains of one family, all in one transaction.
+/// Removes the chains of one family, all in one transaction. How many stay.
 fn remove_nft_chains(
     kernel: &mut NetlinkKernel,
     family: Family,
     purpose: Purpose,
-) -> Result<(), TakeoverError> {
+) -> Result<usize, TakeoverError> {
     let mut attempt = 1;
     loop {
         let mut tables = Vec::new();
@@ -333,7 +334,7 @@ fn remove_nft_chains(
                 for (table, plan) in &plans {
                     say(Backend::Nft, family, &table.name, plan);
                 }
-                return Ok(());
+                return Ok(plans.iter().map(|(_, plan)| plan.stay.len()).sum());
             }
             // Somebody else changed a rule or added one meanwhile.
             Err(ApplyError::Refused { .. }) if attempt < ATTEMPTS => attempt += 1,
@@ -357,7 +358,9 @@ fn operations(plans: &[(&ForeignTable, Plan<'_, u64>)]) -> Vec<ForeignOp> {
     ops
 }
 
-fn remove_legacy_chains(family: Family, purpose: Purpose) -> Result<(), TakeoverError> {
+/// The same with the programs for the old tables, table by table.
+fn remove_legacy_chains(family: Family, purpose: Purpose) -> Result<usize, TakeoverError> {
+    let mut staying = 0;
     for table in legacy_tables(family)? {
         let plan = plan(&table.chains, purpose);
         if !plan.chains.is_empty() || !plan.rules.is_empty() {
@@ -365,8 +368,9 @@ fn remove_legacy_chains(family: Family, purpose: Purpose) -> Result<(), Takeover
             legacy::remove(family, &table.name, &plan).map_err(fail)?;
         }
         say(Backend::Legacy, family, &table.name, &plan);
+        staying += plan.stay.len();
     }
-    Ok(())
+    Ok(staying)
 }
 
 fn say<R>(backend: Backend, family: Family, table: &str, plan: &Plan<'_, R>) {

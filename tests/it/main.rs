@@ -29,6 +29,7 @@ mod objects;
 mod packets;
 mod parity;
 mod render;
+mod restart;
 mod scenario;
 mod serve;
 mod takeover;

@@ -53,6 +53,7 @@ impl KubeProxy {
         let file = File::create(&log).unwrap();
         let child = Command::new("ip")
             .args(["netns", "exec", &cluster.net.name("node")])
+            .args(["setpriv", "--pdeathsig", "TERM", "--"])
             .arg(control_plane::find("kube-proxy").unwrap())
             .arg(format!("--config={}", config.display()))
             .arg("--v=2")
@@ -263,7 +264,7 @@ fn saved() -> String {
         ":KUBE-MARK-MASQ - [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\n:CNI-SETMARK - [0:0]\n\
          -A CNI-SETMARK -j KUBE-MARK-MASQ\n",
     )
-    .replace(":FORWARD ACCEPT", ":FORWARD DROP")
+    .replacen(":FORWARD ACCEPT", ":FORWARD DROP", 1)
 }
 
 /// Chains and rules as `iptables-save` prints them, without counters.
@@ -296,6 +297,7 @@ fn chains_of_the_kubelet_and_those_that_others_use_stay() {
             let (code, said) = cleanup();
             assert_eq!(code, Some(0), "{said}");
             assert!(said.contains("KUBE-MARK-MASQ of"), "{said}");
+            assert!(said.contains("is removed, but for what stays"), "{said}");
             assert!(said.contains("stays: a rule in CNI-SETMARK leads to it"), "{said}");
             let expected = [
                 ":FORWARD DROP",

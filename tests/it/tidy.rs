@@ -74,6 +74,7 @@ const RINGS: [Ring; 3] = [
             "src/settings.rs",
             "src/conntrack/serving.rs",
             "src/conntrack/sweep.rs",
+            "src/takeover/chains.rs",
             "src/nft/names.rs",
             "src/nft/element.rs",
             "src/nft/rule.rs",
