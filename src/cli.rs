@@ -12,6 +12,7 @@ use tracing::{error, info};
 use crate::app::{self, KubeProxyRules, RunError};
 use crate::config::{self, Config, ConfigError, Flags, Source};
 use crate::host;
+use crate::metrics::Metrics;
 use crate::model::Family;
 use crate::nft::fake::FakeKernel;
 use crate::nft::kernel::{ApplyError, Kernel as _, LoadError};
@@ -82,6 +83,7 @@ struct CleanupArgs {
 }
 
 #[derive(Args, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 struct RunArgs {
     /// Take objects from this YAML or JSON file, or from all of them in this directory, and follow
     /// their changes.
@@ -324,7 +326,12 @@ fn diff(config: Config) -> Result<ExitCode, CliError> {
     let wanted = format!("{}, node {}", config.source, config.node_name);
     runtime()?.block_on(async {
         let (sender, mut events) = channel(64);
-        let source = tokio::spawn(app::watch(config.source, config.node_name, sender));
+        let source = tokio::spawn(app::watch(
+            config.source,
+            config.node_name,
+            sender,
+            Metrics::default().rest_client,
+        ));
         while !proxy.is_complete() {
             let Some(event) = events.recv().await else {
                 // A source that ended has not told everything: no difference follows from it.

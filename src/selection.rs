@@ -197,7 +197,14 @@ mod tests {
     fn slice(endpoints: Vec<Endpoint>) -> EndpointSlice {
         let name = NamespacedName::new("default", "web");
         let ports = vec![SlicePort { name: "".into(), protocol: Protocol::Tcp, port: 8080 }];
-        EndpointSlice { name: name.clone(), service: name, family: Family::V4, ports, endpoints }
+        EndpointSlice {
+            name: name.clone(),
+            service: name,
+            family: Family::V4,
+            ports,
+            endpoints,
+            last_change_trigger: None,
+        }
     }
 
     fn node() -> NodeFacts {

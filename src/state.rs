@@ -4,8 +4,10 @@
 //! about to be committed, so that ten changes of one Service between two commits cost one.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::ops::Range;
 
+use crate::account::{self, Local};
 use crate::conntrack::{Endpoints, NodePortAddresses, udp_frontends};
 use crate::contribution::{self, Contribution, Contributor, Lists, PortSlots};
 use crate::frontend::{Frontend, Frontends, frontends};
@@ -29,6 +31,8 @@ pub struct State {
     host: HostFacts,
     /// Whether the Node object names addresses.
     registered: bool,
+    /// Whether there is a Node object.
+    seen: bool,
     services: BTreeMap<NamespacedName, Known<Service>>,
     slices: BTreeMap<NamespacedName, Known<EndpointSlice>>,
     /// Slices by the Service they belong to; a slice can arrive before its Service.
@@ -66,6 +70,7 @@ impl State {
                 interfaces: node.interfaces.clone(),
             },
             registered: false,
+            seen: false,
             node,
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
@@ -135,6 +140,7 @@ impl State {
             }
             Event::Node(node) => {
                 self.registered = !node.addresses.is_empty();
+                self.seen = true;
                 self.node(node)
             }
             Event::Host(host) => {
@@ -311,7 +317,10 @@ impl State {
                 let removed = self.cidrs.remove(name);
                 removed.into_iter().map(|_| Contributor::Node).collect()
             }
-            Kind::Node => BTreeSet::new(),
+            Kind::Node => {
+                self.seen = false;
+                BTreeSet::new()
+            }
         }
     }
 
@@ -350,6 +359,29 @@ impl State {
         let Some(service) = self.services.get(name) else { return Vec::new() };
         let slices = slices_of(name, &self.slices_of, &self.slices);
         udp_frontends(&service.object, &slices, &self.frontends)
+    }
+
+    /// What about a Service concerns this node alone; nothing if there is no such Service.
+    #[must_use]
+    pub fn local(&self, name: &NamespacedName) -> Local {
+        let Some(service) = self.services.get(name) else { return Local::default() };
+        let service = &service.object;
+        if service.health_check_node_port.is_none() && !service.is_local() {
+            return Local::default();
+        }
+        account::local(service, &slices_of(name, &self.slices_of, &self.slices), &self.node)
+    }
+
+    /// The Node object, if there is one.
+    #[must_use]
+    pub fn node_object(&self) -> Option<&NodeFacts> {
+        self.seen.then_some(&self.node)
+    }
+
+    /// The addresses of a family that node ports are served on; None stands for all of them.
+    #[must_use]
+    pub fn node_port_ips(&self, family: Family) -> Option<Vec<IpAddr>> {
+        self.settings.node_port_ips(&self.node, family)
     }
 
     /// The addresses of this host that node ports are served on.

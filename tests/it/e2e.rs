@@ -34,7 +34,7 @@ const PATIENCE: Duration = Duration::from_secs(90);
 pub(crate) struct Cluster<'a> {
     pub(crate) net: &'a Net,
     pub(crate) plane: ControlPlane,
-    runtime: Runtime,
+    pub(crate) runtime: Runtime,
 }
 
 /// Runs `body` in the namespace of the outside client, with a control plane there. None, said loudly,

@@ -124,6 +124,7 @@ fn any_slice() -> impl Strategy<Value = EndpointSlice> {
                     port("", Protocol::Udp),
                 ],
                 endpoints,
+                last_change_trigger: None,
             }
         },
     )

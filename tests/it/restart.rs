@@ -40,8 +40,7 @@ struct Random(u64);
 impl Random {
     fn new() -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-        let seed =
-            std::env::var("SOAK_SEED").map_or(now.as_millis() as u64, |s| s.parse().unwrap());
+        let seed = std::env::var("SOAK_SEED").map_or(now.as_secs(), |s| s.parse().unwrap());
         eprintln!("SOAK_SEED={seed}");
         Self(seed | 1)
     }

@@ -273,7 +273,11 @@ fn iptables(kind: &str) -> Vec<String> {
     let text = String::from_utf8(output.stdout).unwrap();
     let rules = text.lines().filter(|line| line.starts_with([':', '-', '*']));
     let plain = |line: &str| line.split(" [").next().unwrap().to_owned();
-    rules.map(plain).filter(|line| !line.starts_with('*') && !line.contains(" ACCEPT")).collect()
+    let wanted = |line: &String| !line.starts_with('*') && !line.contains(" ACCEPT");
+    let mut lines: Vec<_> = rules.map(plain).filter(wanted).collect();
+    // The tables come in no fixed order.
+    lines.sort_unstable();
+    lines
 }
 
 #[test]
@@ -299,7 +303,7 @@ fn chains_of_the_kubelet_and_those_that_others_use_stay() {
             assert!(said.contains("KUBE-MARK-MASQ of"), "{said}");
             assert!(said.contains("is removed, but for what stays"), "{said}");
             assert!(said.contains("stays: a rule in CNI-SETMARK leads to it"), "{said}");
-            let expected = [
+            let mut expected = [
                 ":FORWARD DROP",
                 ":KUBE-FIREWALL -",
                 "-A INPUT -j KUBE-FIREWALL",
@@ -312,6 +316,7 @@ fn chains_of_the_kubelet_and_those_that_others_use_stay() {
                 "-A CNI-SETMARK -j KUBE-MARK-MASQ",
                 "-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000",
             ];
+            expected.sort_unstable();
             assert_eq!(iptables(kind), expected);
             // Again, with nothing to do.
             assert_eq!(cleanup().0, Some(0));
