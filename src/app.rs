@@ -20,12 +20,22 @@ use crate::reconcile::Proxy;
 use crate::server::{self, BindError, Listen, ListenFailure};
 use crate::state::State;
 use crate::status::{HealthCheckChange, Reporter, Status};
+use crate::takeover::{self, Purpose};
 use crate::watch::api::{self, ClientError};
 use crate::watch::manifests::{ManifestError, Manifests};
 use crate::watch::notices::{self, Notice};
 
 /// Events on their way; a source that is faster than the state waits.
 const QUEUE: usize = 4096;
+
+/// What is to become of what kube-proxy left on the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KubeProxyRules {
+    /// It goes when our tables are in force.
+    Remove,
+    /// It stays.
+    Keep,
+}
 
 /// The daemon cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +66,7 @@ pub enum RunError {
 }
 
 /// Runs until SIGTERM or SIGINT. The tables stay in force afterwards.
-pub async fn run(config: Config) -> Result<(), RunError> {
+pub async fn run(config: Config, kube_proxy_rules: KubeProxyRules) -> Result<(), RunError> {
     let (sender, events) = channel(QUEUE);
     let (opened, open_outcome) = tokio::sync::oneshot::channel();
     let (ended, mut end) = tokio::sync::oneshot::channel::<()>();
@@ -74,7 +84,9 @@ pub async fn run(config: Config) -> Result<(), RunError> {
             Err(error) => drop(opened.send(Err(error))),
             Ok((kernel, sweeper)) => {
                 drop(opened.send(Ok(())));
-                Program::new(Proxy::new(state, kernel), sweeper, pacing, reporter).run(events);
+                Program::new(Proxy::new(state, kernel), sweeper, pacing, reporter)
+                    .after_sync(move || take_over(kube_proxy_rules))
+                    .run(events);
             }
         }
         drop(ended);
@@ -137,6 +149,17 @@ fn open(owning: bool, status: Arc<Status>) -> Result<(NetlinkKernel, Sweeper), R
     let start = |source| RunError::System { step: "start a thread", source };
     let sweeper = Sweeper::start_reporting(move |pass| status.swept(pass)).map_err(start)?;
     Ok((kernel, sweeper))
+}
+
+/// Removes what kube-proxy left, on a thread of its own: with many Services it takes a while.
+fn take_over(rules: KubeProxyRules) {
+    let thread = std::thread::Builder::new().name("takeover".into()).spawn(move || match rules {
+        KubeProxyRules::Remove => drop(takeover::remove(Purpose::TakeOver)),
+        KubeProxyRules::Keep => takeover::report(),
+    });
+    if let Err(error) = thread {
+        warn!(%error, "what kube-proxy left on this node stays: cannot start a thread");
+    }
 }
 
 /// Follows the host's addresses. Everything else works without, so that a failure is said and no more.

@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::sync::mpsc::channel;
 use tracing::{error, info};
 
-use crate::app::{self, RunError};
+use crate::app::{self, KubeProxyRules, RunError};
 use crate::config::{self, Config, ConfigError, Flags, Source};
 use crate::host;
 use crate::metrics::Metrics;
@@ -22,6 +22,7 @@ use crate::nft::text;
 use crate::nft::transaction::{Op, Transaction};
 use crate::reconcile::Proxy;
 use crate::state::State;
+use crate::takeover::{self, Purpose};
 use crate::watch;
 use crate::watch::manifests::{ManifestError, Manifests};
 
@@ -39,6 +40,9 @@ pub struct Cli {
     command: Option<Command>,
     #[command(flatten)]
     run: RunArgs,
+    /// Like kube-proxy's: remove nftproxy's tables and what kube-proxy left behind, and exit.
+    #[arg(long)]
+    cleanup: bool,
     #[command(flatten)]
     log: LogArgs,
 }
@@ -50,6 +54,7 @@ Examples:
   nftproxy render --manifests FILE        the tables as nft text; no root needed
   nftproxy diff --manifests DIR           what running would change in the kernel
   nftproxy cleanup                        remove the tables
+  nftproxy cleanup --kube-proxy           remove what kube-proxy left behind
   nft list table ip nftproxy              see what is programmed
 
 Exit codes:
@@ -65,11 +70,20 @@ enum Command {
     Render(RenderArgs),
     /// Show what running would change in the kernel, and for which object. Changes nothing.
     Diff(RunArgs),
-    /// Remove the tables `ip nftproxy` and `ip6 nftproxy`. Services stop working on this node.
-    Cleanup,
+    /// Remove the tables `ip nftproxy` and `ip6 nftproxy`. Services stop working on this node, unless
+    /// kube-proxy runs again.
+    Cleanup(CleanupArgs),
 }
 
 #[derive(Args, Debug)]
+struct CleanupArgs {
+    /// Remove what kube-proxy left behind in any of its modes, and leave nftproxy's tables alone.
+    #[arg(long)]
+    kube_proxy: bool,
+}
+
+#[derive(Args, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 struct RunArgs {
     /// Take objects from this YAML or JSON file, or from all of them in this directory, and follow
     /// their changes.
@@ -102,6 +116,10 @@ struct RunArgs {
     /// afterwards. Needs Linux 6.9.
     #[arg(long)]
     table_owner: bool,
+    /// Leave alone what kube-proxy left behind. Otherwise it is removed when nftproxy's tables are in
+    /// force (not with --manifests: other Services of the node may still need it).
+    #[arg(long)]
+    keep_kube_proxy_rules: bool,
 }
 
 #[derive(Args, Debug)]
@@ -156,6 +174,9 @@ pub enum CliError {
     /// Some of the tables could not be removed; each was named.
     #[error("{} of the tables could not be removed", .0.len())]
     Cleanup(Vec<ApplyError>),
+    /// Not everything of kube-proxy's could be removed; what was said.
+    #[error("{0} steps failed; what they were to remove may still be there")]
+    KubeProxy(usize),
     /// Only manifests can be rendered.
     #[error("render needs --manifests PATH: a file or a directory of them")]
     NoManifests,
@@ -196,19 +217,28 @@ impl RunArgs {
 impl Cli {
     /// Does what was asked.
     pub fn execute(self) -> Result<ExitCode, CliError> {
+        if self.cleanup {
+            start_log(&self.log, false);
+            let ours = cleanup();
+            let theirs = cleanup_kube_proxy();
+            return ours.and(theirs);
+        }
         let command = self.command.unwrap_or(Command::Run(self.run));
         // A command whose result is on standard output only speaks up if something is wrong.
         let quiet = matches!(command, Command::Render(_) | Command::Diff(_));
         start_log(&self.log, quiet);
         match command {
             Command::Run(args) => {
+                let keep = args.keep_kube_proxy_rules || args.manifests.is_some();
+                let rules = if keep { KubeProxyRules::Keep } else { KubeProxyRules::Remove };
                 let config = args.resolve()?;
-                runtime()?.block_on(app::run(config))?;
+                runtime()?.block_on(app::run(config, rules))?;
                 Ok(ExitCode::SUCCESS)
             }
             Command::Render(args) => render(args),
             Command::Diff(args) => diff(args.resolve()?),
-            Command::Cleanup => cleanup(),
+            Command::Cleanup(args) if args.kube_proxy => cleanup_kube_proxy(),
+            Command::Cleanup(_) => cleanup(),
         }
     }
 }
@@ -355,6 +385,14 @@ fn cleanup() -> Result<ExitCode, CliError> {
         }
     }
     if errors.is_empty() { Ok(ExitCode::SUCCESS) } else { Err(CliError::Cleanup(errors)) }
+}
+
+/// Removes what kube-proxy left, likewise.
+fn cleanup_kube_proxy() -> Result<ExitCode, CliError> {
+    match takeover::remove(Purpose::Cleanup) {
+        0 => Ok(ExitCode::SUCCESS),
+        failed => Err(CliError::KubeProxy(failed)),
+    }
 }
 
 fn is_absent(error: &ApplyError) -> bool {

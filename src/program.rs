@@ -50,6 +50,7 @@ pub struct Program {
     /// From the first commit on: that one would only fill it.
     intrusions: Option<Receiver<Intrusion>>,
     repairs: Repairs,
+    after_sync: Option<Box<dyn FnOnce() + Send>>,
     reporter: Reporter,
 }
 
@@ -73,7 +74,14 @@ impl Program {
     ) -> Self {
         let clock = Clock::new(pacing);
         let repairs = Repairs::new(clock.started);
-        Self { proxy, sweeper, clock, intrusions: None, repairs, reporter }
+        Self { proxy, sweeper, clock, intrusions: None, repairs, after_sync: None, reporter }
+    }
+
+    /// Has something done once, when the tables are in force.
+    #[must_use]
+    pub fn after_sync(mut self, then: impl FnOnce() + Send + 'static) -> Self {
+        self.after_sync = Some(Box::new(then));
+        self
     }
 
     /// Takes in events and commits, until the sender is gone.
@@ -156,6 +164,11 @@ impl Program {
         }
         if self.clock.synced && self.intrusions.is_none() {
             self.watch_others();
+        }
+        if self.clock.synced
+            && let Some(then) = self.after_sync.take()
+        {
+            then();
         }
     }
 

@@ -17,9 +17,10 @@ use crate::frontend::Frontend;
 use crate::ledger::{Ledger, Staged};
 use crate::model::{Event, NamespacedName, Problem};
 use crate::nft::dataplane::Options;
-use crate::nft::diff::{diff, foreign};
+use crate::nft::diff::{Foreign, diff, foreign};
 use crate::nft::element::{ElementId, Key};
 use crate::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
+use crate::nft::names::{LAYOUT, LAYOUTS};
 use crate::nft::ruleset::Ruleset;
 use crate::nft::text;
 use crate::nft::transaction::{Op, Transaction};
@@ -429,6 +430,12 @@ fn report_found(loaded: &Loaded) {
         let (chains, sets, elements) = (table.chains.len(), table.sets.len(), table.elements.len());
         match foreign(table) {
             None => info!(%family, chains, sets, elements, "adopting the table found"),
+            Some(Foreign::Layout(Some(layout))) if layout.starts_with(LAYOUTS) => info!(
+                %family,
+                chains,
+                sets,
+                "replacing the table of another version ({layout:?} by {LAYOUT:?}) as a whole"
+            ),
             Some(why) => warn!(
                 %family,
                 chains,

@@ -44,7 +44,7 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(3);
 const PHASE_WITHIN: Duration = Duration::from_secs(60);
 
 /// The endpoints of the Service: namespace, address by family, port.
-const ENDPOINTS: [(&str, [&str; 2], u16); 5] = [
+pub(crate) const ENDPOINTS: [(&str, [&str; 2], u16); 5] = [
     ("a", POD_A, 9001),
     ("b", POD_B, 9001),
     ("remote", REMOTE, 9001),
@@ -53,7 +53,7 @@ const ENDPOINTS: [(&str, [&str; 2], u16); 5] = [
 ];
 
 /// Connections that each endpoint was given.
-type Accepted = Arc<[AtomicU64; ENDPOINTS.len()]>;
+pub(crate) type Accepted = Arc<[AtomicU64; ENDPOINTS.len()]>;
 
 /// A time of flips.
 struct Phase {
@@ -83,12 +83,12 @@ struct Outcome {
     timeouts: u64,
 }
 
-fn vip(family: Family) -> &'static str {
+pub(crate) fn vip(family: Family) -> &'static str {
     if family == Family::V4 { "10.96.0.10" } else { "fd00:10:96::10" }
 }
 
 /// Starts a server for each endpoint that accepts and forgets.
-fn serve(net: &Net) -> Accepted {
+pub(crate) fn serve(net: &Net) -> Accepted {
     let accepted = Accepted::default();
     for (i, (pod, _, port)) in ENDPOINTS.into_iter().enumerate() {
         let listener: TcpListener = in_netns(&net.name(pod), || {
@@ -189,7 +189,7 @@ impl Flipper {
 }
 
 /// Connects and resets, once: no state stays behind on either side.
-fn connect(from: SocketAddr, to: SocketAddr) -> std::io::Result<()> {
+pub(crate) fn connect(from: SocketAddr, to: SocketAddr) -> std::io::Result<()> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
     socket.set_linger(Some(Duration::ZERO))?;
     socket.set_tcp_user_timeout(Some(CONNECT_WITHIN))?;

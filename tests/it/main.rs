@@ -32,6 +32,8 @@ mod objects;
 mod packets;
 mod parity;
 mod render;
+mod restart;
 mod scenario;
 mod serve;
+mod takeover;
 mod tidy;

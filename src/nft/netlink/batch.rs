@@ -23,6 +23,9 @@ struct Message {
 
 const ELEMENT_LIST: u16 = 3;
 
+/// `NFNL_SUBSYS_NFTABLES`
+const NFTABLES: u16 = 10;
+
 /// The begin message's number; the others follow it.
 const FIRST_SEQUENCE: u32 = 1;
 
@@ -91,6 +94,14 @@ impl Batch {
         self.index.push(Message { start, operation, elements: false });
     }
 
+    /// Adds a message of nf_tables made of plain attributes.
+    pub(super) fn append(&mut self, operation: usize, kind: u16, family: u16, body: &[u8]) {
+        let start = self.bytes.len();
+        let sequence = FIRST_SEQUENCE + u32::try_from(self.index.len()).expect("bounded by memory");
+        self.bytes.extend(message(kind, REQUEST, sequence, family, body));
+        self.index.push(Message { start, operation: Some(operation), elements: false });
+    }
+
     /// The same for a message of several elements, each of which is an operation; this is the first.
     pub(super) fn write_elements(&mut self, first: usize, build: impl FnOnce(*mut c_char, u32)) {
         self.write(Some(first), build);
@@ -120,7 +131,21 @@ impl Batch {
     }
 }
 
+const REQUEST: u16 = 1;
 const ACK: u16 = 4;
+
+/// A message of nf_tables: header, `struct nfgenmsg`, attributes.
+pub(super) fn message(kind: u16, flags: u16, sequence: u32, family: u16, body: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(HEADER + GENMSG + body.len()).expect("messages are short");
+    let mut bytes = len.to_ne_bytes().to_vec();
+    bytes.extend((NFTABLES << 8 | kind).to_ne_bytes());
+    bytes.extend(flags.to_ne_bytes());
+    bytes.extend(sequence.to_ne_bytes());
+    bytes.extend([0; 4]); // address: the kernel
+    bytes.extend([u8::try_from(family).expect("families are small numbers"), 0, 0, 0]);
+    bytes.extend_from_slice(body);
+    bytes
+}
 
 /// Which element of an element message lies at this offset.
 fn element_at(message: &[u8], offset: usize) -> Option<usize> {

@@ -11,6 +11,7 @@ mod dump;
 mod encode;
 mod ffi;
 mod fill;
+mod foreign;
 mod instruction;
 mod monitor;
 mod socket;
@@ -21,6 +22,7 @@ use std::io;
 use tracing::{debug, warn};
 
 pub use self::fill::{AffinityFill, affinity_fill};
+pub use self::foreign::{ForeignChain, ForeignOp, ForeignTable};
 pub use self::monitor::{Intrusion, Monitor};
 pub use self::socket::OpenError;
 
