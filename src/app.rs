@@ -8,19 +8,22 @@
 //! - the first change at once, and the next no sooner than a few times what the last commit took, so
 //!   that programming never takes more than a fixed share of one core, whatever the size;
 //! - after a failure with growing pauses, up to `syncPeriod`.
+//!
+//! A changed configuration comes by a channel of its own, of which only the last value counts.
 
 use std::time::Duration;
 
 use tokio::sync::mpsc::{Receiver, Sender, WeakSender, channel, error::TryRecvError};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
-use crate::config::{Config, Source};
+use crate::config::{self, Flags, Live, Loaded, Source};
 use crate::conntrack::Sweeper;
-use crate::host;
+use crate::host::{self, PrivilegeError};
 use crate::model::Event;
 use crate::nft::kernel::Kernel;
-use crate::nft::netlink::{NetlinkKernel, OpenError};
+use crate::nft::netlink::{FEATURES, NetlinkKernel, OpenError};
 use crate::reconcile::{CommitError, Committed, Proxy};
 use crate::state::State;
 use crate::watch::api::{self, ClientError};
@@ -38,15 +41,27 @@ const COLLECT_AFTER: Duration = Duration::from_secs(2);
 /// How often start-up says what it waits for.
 const WAITING: Duration = Duration::from_secs(10);
 
+/// How long the first commit waits for the ranges of the Node's pods, as in kube-proxy.
+const POD_CIDR_PATIENCE: Duration = Duration::from_mins(5);
+
 /// First pause after a failed commit; doubled up to `syncPeriod`.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 
 /// The daemon cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
+    /// The process may not do what it is for.
+    #[error(transparent)]
+    Privilege(#[from] PrivilegeError),
     /// The kernel cannot be reached.
     #[error(transparent)]
     Kernel(#[from] OpenError),
+    /// The kernel cannot hold the tables; what it lacks was said.
+    #[error("this kernel cannot hold the tables: {0} features are missing")]
+    Features(usize),
+    /// The host refuses what it was to be prepared with.
+    #[error("{0}")]
+    Host(String),
     /// The API server's address or credentials cannot be read.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -67,28 +82,33 @@ pub enum RunError {
 }
 
 /// Runs until SIGTERM or SIGINT. The tables stay in force afterwards.
-pub async fn run(config: Config) -> Result<(), RunError> {
+pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
+    host::check_privileges()?;
+    let config = loaded.config.clone();
     let (sender, events) = channel(QUEUE);
+    let (live_sender, live) = watch::channel(config.live.clone());
     let (opened, open_outcome) = tokio::sync::oneshot::channel();
     let (ended, mut end) = tokio::sync::oneshot::channel::<()>();
-    let state = State::new(config.settings.clone(), host::node_facts(&config.node_name));
-    let pacing =
-        Pacing { min_sync_period: config.min_sync_period, sync_period: config.sync_period };
+    let state = State::new(config.live.settings.clone(), host::node_facts(&config.node_name));
     let thread = std::thread::Builder::new().name("program".into()).spawn(move || {
         match open() {
             Err(error) => drop(opened.send(Err(error))),
             Ok((kernel, sweeper)) => {
                 drop(opened.send(Ok(())));
-                program(Proxy::new(state, kernel), &sweeper, events, pacing);
+                program(Proxy::new(state, kernel), &sweeper, events, live);
             }
         }
         drop(ended);
     });
     let thread = thread.map_err(|source| RunError::System { step: "start a thread", source })?;
     open_outcome.await.map_err(|_| RunError::Ended)??;
+    if let Err(refused) = prepare_host(&config.live) {
+        warn!("{refused}; the host keeps what it has (once with all privileges: --init-only)");
+    }
 
     info!(node = config.node_name, source = %config.source, "starting");
     follow_host(sender.downgrade())?;
+    follow_config(flags, loaded, live_sender)?;
     tokio::select! {
         signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
         // Sources end with an error only, and only before they are under way.
@@ -99,11 +119,73 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     thread.join().map_err(|_| RunError::Ended)
 }
 
+/// What needs all privileges, and nothing else: `--init-only`.
+pub fn prepare(live: &Live) -> Result<(), RunError> {
+    host::check_privileges()?;
+    open_kernel()?;
+    prepare_host(live).map_err(RunError::Host)?;
+    info!("the host is prepared; no Service was programmed");
+    Ok(())
+}
+
+/// Sets what the host is to have. What it refuses is in the error; everything else is done. Behind the
+/// probe, with which the kernel has loaded connection tracking.
+fn prepare_host(live: &Live) -> Result<(), String> {
+    let sysctl = host::Sysctl::default();
+    if let Err(error) = sysctl.set_oom_score_adj(live.oom_score_adj) {
+        debug!(%error, "the kernel may end this process like any other when memory runs out");
+    }
+    let refused = live.conntrack.apply(&sysctl);
+    if refused.is_empty() { Ok(()) } else { Err(host::describe(&refused)) }
+}
+
 /// What the programming thread works with; both stay in the network namespace they are opened in.
 fn open() -> Result<(NetlinkKernel, Sweeper), RunError> {
-    let kernel = NetlinkKernel::open()?;
+    let kernel = open_kernel()?;
     let start = |source| RunError::System { step: "start a thread", source };
     Ok((kernel, Sweeper::start().map_err(start)?))
+}
+
+/// Opens the kernel and asks it for its features.
+fn open_kernel() -> Result<NetlinkKernel, RunError> {
+    let mut kernel = NetlinkKernel::open()?;
+    match kernel.probe(FEATURES) {
+        Err(error) => warn!("{error}; going on without"),
+        Ok(missing) => {
+            let (needed, partial): (Vec<_>, Vec<_>) =
+                missing.iter().partition(|missing| missing.only.is_none());
+            partial.iter().for_each(|missing| warn!("{missing}"));
+            needed.iter().for_each(|missing| error!("{missing}"));
+            if !needed.is_empty() {
+                return Err(RunError::Features(needed.len()));
+            }
+        }
+    }
+    Ok(kernel)
+}
+
+/// Follows the configuration's file.
+fn follow_config(
+    flags: Flags,
+    loaded: Loaded,
+    live: watch::Sender<Live>,
+) -> Result<(), RunError> {
+    if flags.config.is_none() {
+        return Ok(());
+    }
+    let mut conntrack = loaded.config.live.conntrack.clone();
+    let thread = std::thread::Builder::new().name("config".into()).spawn(move || {
+        config::follow::follow(&flags, loaded, |new| {
+            if new.conntrack != conntrack {
+                conntrack = new.conntrack.clone();
+                if let Err(refused) = prepare_host(new) {
+                    warn!("{refused}; the host keeps what it has");
+                }
+            }
+            live.send(new.clone()).is_ok()
+        });
+    });
+    thread.map(drop).map_err(|source| RunError::System { step: "start a thread", source })
 }
 
 /// Follows the host's addresses. Everything else works without, so that a failure is said and no more.
@@ -145,11 +227,17 @@ pub async fn watch(
 
 /// When to commit.
 #[derive(Clone, Copy, Debug)]
-pub struct Pacing {
+struct Pacing {
     /// Least time between the end of a commit and the next.
-    pub min_sync_period: Duration,
+    min_sync_period: Duration,
     /// Longest time between a failed commit and the next.
-    pub sync_period: Duration,
+    sync_period: Duration,
+}
+
+impl From<&Live> for Pacing {
+    fn from(live: &Live) -> Self {
+        Self { min_sync_period: live.min_sync_period, sync_period: live.sync_period }
+    }
 }
 
 /// Takes in events and commits, until the sender is gone.
@@ -157,7 +245,7 @@ fn program<K: Kernel>(
     mut proxy: Proxy<K>,
     sweeper: &Sweeper,
     mut events: Receiver<Event>,
-    pacing: Pacing,
+    mut live: watch::Receiver<Live>,
 ) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
     let runtime = match runtime {
@@ -168,19 +256,21 @@ fn program<K: Kernel>(
         }
     };
     runtime.block_on(async {
-        let mut clock = Clock::new(pacing);
+        let mut clock = Clock::new(Pacing::from(&*live.borrow_and_update()));
         let mut open = true;
         while open {
-            match clock.deadline(&proxy) {
-                None => match events.recv().await {
+            let deadline = clock.deadline(&proxy);
+            tokio::select! {
+                event = events.recv() => match event {
                     Some(event) => proxy.observe(event),
                     None => open = false,
                 },
-                Some(deadline) => match tokio::time::timeout_at(deadline, events.recv()).await {
-                    Ok(Some(event)) => proxy.observe(event),
-                    Ok(None) => open = false,
-                    Err(_) => {}
-                },
+                Ok(()) = live.changed() => {
+                    let live = live.borrow_and_update();
+                    clock.pacing = Pacing::from(&*live);
+                    proxy.configure(live.settings.clone());
+                }
+                () = until(deadline) => {}
             }
             open &= take_queued(&mut proxy, &mut events);
             clock.act(&mut proxy);
@@ -189,6 +279,14 @@ fn program<K: Kernel>(
             }
         }
     });
+}
+
+/// Waits for a moment, or for ever if there is none.
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Takes in what is queued already; false if the sender is gone.
@@ -229,9 +327,24 @@ impl Clock {
         }
     }
 
+    /// What the first commit waits for.
+    fn waits_for<K: Kernel>(&self, proxy: &Proxy<K>) -> Option<String> {
+        let missing = proxy.state().missing();
+        if !missing.is_empty() {
+            Some(format!("the first complete list of {missing:?}"))
+        } else if !self.synced
+            && proxy.state().lacks_pod_cidrs()
+            && Instant::now() < self.started + POD_CIDR_PATIENCE
+        {
+            Some("the Node's spec.podCIDRs, by which detectLocalMode: NodeCIDR tells its pods".into())
+        } else {
+            None
+        }
+    }
+
     /// When something has to be done, if no event comes first.
     fn deadline<K: Kernel>(&self, proxy: &Proxy<K>) -> Option<Instant> {
-        if !proxy.is_complete() {
+        if self.waits_for(proxy).is_some() {
             return Some(self.said_waiting + WAITING);
         }
         if proxy.is_stale() {
@@ -243,14 +356,20 @@ impl Clock {
     /// Does what is due.
     fn act<K: Kernel>(&mut self, proxy: &mut Proxy<K>) {
         let now = Instant::now();
-        if !proxy.is_complete() {
+        if let Some(what) = self.waits_for(proxy) {
             if now >= self.said_waiting + WAITING {
                 self.said_waiting = now;
-                let missing = proxy.state().missing();
-                info!(?missing, "waiting for the first complete list; nothing is programmed yet");
+                info!("waiting for {what}; nothing is programmed yet");
             }
         } else if proxy.is_stale() {
             if now >= self.next {
+                if !self.synced && proxy.state().lacks_pod_cidrs() {
+                    error!(
+                        "the Node has no spec.podCIDRs after {POD_CIDR_PATIENCE:?}: Services are \
+                         served, but until it has some, what comes from outside of the cluster to a \
+                         ClusterIP is not masqueraded"
+                    );
+                }
                 let outcome = proxy.commit();
                 self.committed(now, outcome, proxy.state().service_count());
             }

@@ -1,17 +1,20 @@
 //! The command line: what can be asked, and the commands that answer at once.
 
+mod flags;
+
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use tokio::sync::mpsc::channel;
 use tracing::{error, info, warn};
 
+use self::flags::FieldArgs;
 use crate::app::{self, RunError};
-use crate::config::{self, Config, ConfigError, Flags, Source};
-use crate::host;
+use crate::config::{self, Config, ConfigError, Flags, Loaded, Log, Remark, Source};
+use crate::host::{self, PrivilegeError};
 use crate::model::Family;
 use crate::nft::fake::FakeKernel;
 use crate::nft::kernel::{ApplyError, Kernel as _, LoadError};
@@ -37,8 +40,6 @@ pub struct Cli {
     command: Option<Command>,
     #[command(flatten)]
     run: RunArgs,
-    #[command(flatten)]
-    log: LogArgs,
 }
 
 const EXAMPLES: &str = "\
@@ -47,6 +48,7 @@ Examples:
   nftproxy run --kubeconfig ~/.kube/config
   nftproxy render --manifests DIR         the tables as nft text; no root needed
   nftproxy diff --manifests DIR           what running would change in the kernel
+  nftproxy config --config FILE           what the configuration comes down to
   nftproxy cleanup                        remove the tables
   nft list table ip nftproxy              see what is programmed";
 
@@ -58,34 +60,46 @@ enum Command {
     Render(RenderArgs),
     /// Show what has to change in the kernel to be what is wanted. Exits with 1 if something has to.
     Diff(RunArgs),
+    /// Print the effective configuration: every setting, its value, and who said so.
+    Config(ConfigArgs),
     /// Remove the tables `ip nftproxy` and `ip6 nftproxy`. Services stop working on this node.
-    Cleanup,
+    Cleanup(LogArgs),
 }
 
 #[derive(Args, Debug)]
 struct RunArgs {
-    /// Take objects from the YAML and JSON files in this directory, and follow their changes.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "master"])]
-    manifests: Option<PathBuf>,
-    /// Take objects from the API server this file names. Without it: from the cluster this runs in.
-    #[arg(long, value_name = "FILE")]
-    kubeconfig: Option<PathBuf>,
-    /// Address of the API server, instead of the one the kubeconfig names.
-    #[arg(long, value_name = "URL")]
-    master: Option<String>,
-    /// A KubeProxyConfiguration file (v1alpha1). A flag given here wins over the file.
+    /// A KubeProxyConfiguration file (v1alpha1). As in kube-proxy it wins over flags, but for
+    /// --hostname-override, --master, --manifests and those of the log.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Name of this node's Node object. Without it: the host's name.
-    #[arg(long, value_name = "NODE", env = "NFTPROXY_HOSTNAME_OVERRIDE")]
-    hostname_override: Option<String>,
-    /// Addresses of the cluster's pods, comma-separated: other sources are masqueraded on their way to
-    /// a ClusterIP.
-    #[arg(long, value_name = "CIDRS")]
-    cluster_cidr: Option<String>,
-    /// Masquerade all traffic to ClusterIPs.
-    #[arg(long)]
-    masquerade_all: bool,
+    /// Set up what needs all privileges (limits of connection tracking), program nothing, and end.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", action = ArgAction::Set, value_name = "BOOL")]
+    init_only: bool,
+    /// As the command `cleanup`.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", action = ArgAction::Set, value_name = "BOOL")]
+    cleanup: bool,
+    /// Write the effective configuration to this file, and end.
+    #[arg(long, value_name = "FILE")]
+    write_config_to: Option<PathBuf>,
+    #[command(flatten)]
+    fields: FieldArgs,
+}
+
+#[derive(Args, Debug)]
+struct ConfigArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// How to print it.
+    #[arg(long, value_enum, default_value_t = OutputArg::Text)]
+    output: OutputArg,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OutputArg {
+    Text,
+    Json,
 }
 
 #[derive(Args, Debug)]
@@ -105,15 +119,15 @@ enum FamilyArg {
 
 #[derive(Args, Debug)]
 struct LogArgs {
-    /// Verbosity: 0 or 1 for events, 2 to 3 for every commit, 4 and more for everything.
-    #[arg(short = 'v', long = "v", value_name = "LEVEL", default_value_t = 0, global = true)]
+    /// Verbosity, as for `run`.
+    #[arg(short = 'v', long = "v", value_name = "NUMBER", default_value_t = 0)]
     verbosity: u8,
     /// Format of the log on standard error.
-    #[arg(long, value_enum, default_value_t = LogFormat::Text, global = true)]
-    log_format: LogFormat,
+    #[arg(long = "logging-format", alias = "log-format", value_enum, default_value_t = LogFormat::Text)]
+    format: LogFormat,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum LogFormat {
     Text,
     Json,
@@ -125,6 +139,9 @@ pub enum CliError {
     /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// What needs all privileges is not there.
+    #[error(transparent)]
+    Privilege(#[from] PrivilegeError),
     /// The daemon failed.
     #[error(transparent)]
     Run(#[from] RunError),
@@ -154,47 +171,76 @@ pub enum CliError {
 }
 
 impl RunArgs {
-    fn resolve(self) -> Result<Config, CliError> {
-        let flags = Flags {
-            config: self.config,
-            manifests: self.manifests,
-            kubeconfig: self.kubeconfig,
-            master: self.master,
-            hostname_override: self.hostname_override,
-            cluster_cidr: self.cluster_cidr,
-            masquerade_all: self.masquerade_all,
-        };
-        let (config, remarks) = config::resolve(&flags)?;
-        for remark in remarks {
-            info!("{remark}");
+    fn flags(&self) -> Flags {
+        Flags { config: self.config.clone(), given: self.fields.0.clone() }
+    }
+
+    /// Reads the configuration and starts the log it asks for.
+    fn load(&self, quiet: bool) -> Result<Loaded, CliError> {
+        match config::load(&self.flags()) {
+            Ok(loaded) => {
+                start_log(loaded.config.log, quiet);
+                loaded.remarks.iter().for_each(Remark::log);
+                Ok(loaded)
+            }
+            Err(error) => {
+                start_log(Log::default(), quiet);
+                Err(error.into())
+            }
         }
-        Ok(config)
     }
 }
 
 impl Cli {
+    /// The command line of this process. Ends it if that is wrong, or asks for help.
+    #[must_use]
+    pub fn of_process() -> Self {
+        Self::parse_from(flags::normalized(std::env::args_os()))
+    }
+
     /// Does what was asked.
     pub fn execute(self) -> Result<ExitCode, CliError> {
-        let command = self.command.unwrap_or(Command::Run(self.run));
         // A command whose result is on standard output only speaks up if something is wrong.
-        let quiet = matches!(command, Command::Render(_) | Command::Diff(_));
-        start_log(&self.log, quiet);
-        match command {
-            Command::Run(args) => {
-                let config = args.resolve()?;
-                runtime()?.block_on(app::run(config))?;
+        match self.command.unwrap_or(Command::Run(self.run)) {
+            Command::Run(args) => run(&args),
+            Command::Render(args) => render(args.run.load(true)?.config, args.family),
+            Command::Diff(args) => diff(args.load(true)?.config),
+            Command::Config(args) => {
+                let loaded = args.run.load(true)?;
+                let format = match args.output {
+                    OutputArg::Text => config::Format::Text,
+                    OutputArg::Json => config::Format::Json,
+                };
+                print(&config::show(&loaded, format))?;
                 Ok(ExitCode::SUCCESS)
             }
-            Command::Render(args) => render(args),
-            Command::Diff(args) => diff(args.resolve()?),
-            Command::Cleanup => cleanup(),
+            Command::Cleanup(log) => {
+                start_log(Log { verbosity: log.verbosity, json: log.format == LogFormat::Json }, false);
+                cleanup()
+            }
         }
     }
 }
 
-fn start_log(args: &LogArgs, quiet: bool) {
+fn run(args: &RunArgs) -> Result<ExitCode, CliError> {
+    let loaded = args.load(false)?;
+    if let Some(path) = &args.write_config_to {
+        let write = |source| CliError::System { step: "write the configuration", source };
+        std::fs::write(path, config::document(&loaded)).map_err(write)?;
+        info!(file = %path.display(), "wrote the configuration");
+    } else if args.cleanup {
+        return cleanup();
+    } else if args.init_only {
+        app::prepare(&loaded.config.live)?;
+    } else {
+        runtime()?.block_on(app::run(args.flags(), loaded))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn start_log(log: Log, quiet: bool) {
     use tracing_subscriber::EnvFilter;
-    let level = match args.verbosity {
+    let level = match log.verbosity {
         0 if quiet => "warn",
         0 | 1 => "info",
         2 | 3 => "info,nftproxy=debug",
@@ -207,9 +253,10 @@ fn start_log(args: &LogArgs, quiet: bool) {
         .with_writer(std::io::stderr)
         .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
-    match args.log_format {
-        LogFormat::Text => subscriber.init(),
-        LogFormat::Json => subscriber.json().init(),
+    if log.json {
+        subscriber.json().init();
+    } else {
+        subscriber.init();
     }
 }
 
@@ -235,10 +282,9 @@ fn print(text: &str) -> Result<(), CliError> {
     }
 }
 
-fn render(args: RenderArgs) -> Result<ExitCode, CliError> {
-    let config = args.run.resolve()?;
+fn render(config: Config, family: Option<FamilyArg>) -> Result<ExitCode, CliError> {
     let Source::Manifests(dir) = config.source else { return Err(CliError::NoManifests) };
-    let state = State::new(config.settings, host::node_facts(&config.node_name));
+    let state = State::new(config.live.settings, host::node_facts(&config.node_name));
     let mut proxy = Proxy::new(state, FakeKernel::default());
     let (events, problems) = Manifests::new(dir, config.node_name).read()?;
     for problem in &problems {
@@ -248,7 +294,7 @@ fn render(args: RenderArgs) -> Result<ExitCode, CliError> {
         proxy.observe(event);
     }
     let ruleset = proxy.wanted();
-    let text = match args.family {
+    let text = match family {
         None => text::ruleset(&ruleset),
         Some(FamilyArg::Ip) => text::table(&ruleset, Family::V4),
         Some(FamilyArg::Ip6) => text::table(&ruleset, Family::V6),
@@ -258,7 +304,8 @@ fn render(args: RenderArgs) -> Result<ExitCode, CliError> {
 }
 
 fn diff(config: Config) -> Result<ExitCode, CliError> {
-    let state = State::new(config.settings, host::node_facts(&config.node_name));
+    host::check_privileges()?;
+    let state = State::new(config.live.settings, host::node_facts(&config.node_name));
     let mut proxy = Proxy::new(state, NetlinkKernel::open()?);
     let wanted = format!("{}, node {}", config.source, config.node_name);
     runtime()?.block_on(async {
@@ -305,6 +352,7 @@ fn diff(config: Config) -> Result<ExitCode, CliError> {
 }
 
 fn cleanup() -> Result<ExitCode, CliError> {
+    host::check_privileges()?;
     let mut kernel = NetlinkKernel::open()?;
     let loaded = kernel.load(&crate::nft::dataplane::Options::default())?;
     let mut errors = Vec::new();

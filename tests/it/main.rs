@@ -13,6 +13,7 @@
 #![allow(dead_code, reason = "the flip and restart tests use the rest of the node's interface")]
 
 mod adopt;
+mod config;
 mod conntrack;
 // mod control_plane;
 mod features;

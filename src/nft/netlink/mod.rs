@@ -11,6 +11,7 @@ mod dump;
 mod encode;
 mod ffi;
 mod instruction;
+mod probe;
 mod socket;
 mod userdata;
 
@@ -18,6 +19,7 @@ use std::io;
 
 use tracing::{debug, warn};
 
+pub use self::probe::{FEATURES, Feature, Missing, ProbeError};
 pub use self::socket::OpenError;
 
 use self::batch::Batch;
