@@ -38,8 +38,8 @@ const PAUSE: u32 = 5;
 /// Shared chains nobody uses are removed when nothing was committed for so long.
 const COLLECT_AFTER: Duration = Duration::from_secs(2);
 
-/// How often start-up says what it waits for.
-const WAITING: Duration = Duration::from_secs(10);
+/// How long start-up waits before it says what for, and how often it says so again.
+const WAITING: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(10)];
 
 /// How long the first commit waits for the ranges of the Node's pods, as in kube-proxy.
 const POD_CIDR_PATIENCE: Duration = Duration::from_mins(5);
@@ -165,11 +165,7 @@ fn open_kernel() -> Result<NetlinkKernel, RunError> {
 }
 
 /// Follows the configuration's file.
-fn follow_config(
-    flags: Flags,
-    loaded: Loaded,
-    live: watch::Sender<Live>,
-) -> Result<(), RunError> {
+fn follow_config(flags: Flags, loaded: Loaded, live: watch::Sender<Live>) -> Result<(), RunError> {
     if flags.config.is_none() {
         return Ok(());
     }
@@ -310,7 +306,8 @@ struct Clock {
     retry: Duration,
     last_commit: Instant,
     synced: bool,
-    said_waiting: Instant,
+    /// When to say what start-up waits for.
+    say_waiting: Instant,
 }
 
 impl Clock {
@@ -323,7 +320,7 @@ impl Clock {
             retry: FIRST_RETRY,
             last_commit: now,
             synced: false,
-            said_waiting: now,
+            say_waiting: now + WAITING[0],
         }
     }
 
@@ -336,7 +333,10 @@ impl Clock {
             && proxy.state().lacks_pod_cidrs()
             && Instant::now() < self.started + POD_CIDR_PATIENCE
         {
-            Some("the Node's spec.podCIDRs, by which detectLocalMode: NodeCIDR tells its pods".into())
+            Some(
+                "the Node's spec.podCIDRs, by which detectLocalMode: NodeCIDR tells its pods"
+                    .into(),
+            )
         } else {
             None
         }
@@ -345,7 +345,7 @@ impl Clock {
     /// When something has to be done, if no event comes first.
     fn deadline<K: Kernel>(&self, proxy: &Proxy<K>) -> Option<Instant> {
         if self.waits_for(proxy).is_some() {
-            return Some(self.said_waiting + WAITING);
+            return Some(self.say_waiting);
         }
         if proxy.is_stale() {
             return Some(self.next);
@@ -357,8 +357,8 @@ impl Clock {
     fn act<K: Kernel>(&mut self, proxy: &mut Proxy<K>) {
         let now = Instant::now();
         if let Some(what) = self.waits_for(proxy) {
-            if now >= self.said_waiting + WAITING {
-                self.said_waiting = now;
+            if now >= self.say_waiting {
+                self.say_waiting = now + WAITING[1];
                 info!("waiting for {what}; nothing is programmed yet");
             }
         } else if proxy.is_stale() {

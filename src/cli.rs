@@ -215,7 +215,10 @@ impl Cli {
                 Ok(ExitCode::SUCCESS)
             }
             Command::Cleanup(log) => {
-                start_log(Log { verbosity: log.verbosity, json: log.format == LogFormat::Json }, false);
+                start_log(
+                    Log { verbosity: log.verbosity, json: log.format == LogFormat::Json },
+                    false,
+                );
                 cleanup()
             }
         }

@@ -195,7 +195,10 @@ pub const FIELDS: &[Field] = &[
     Field::new("ipvs.tcpFinTimeout", Type::Duration, "0s").flag("ipvs-tcpfin-timeout").none(IPVS),
     Field::new("ipvs.tcpTimeout", Type::Duration, "0s").flag("ipvs-tcp-timeout").none(IPVS),
     Field::new("ipvs.udpTimeout", Type::Duration, "0s").flag("ipvs-udp-timeout").none(IPVS),
-    Field::new("logging.flushFrequency", Type::Duration, "5s").flag("log-flush-frequency").none(LOG),
+    Field::new("logging.flushFrequency", Type::Duration, "5s")
+        .flag("log-flush-frequency")
+        .zero_is_default()
+        .none(LOG),
     Field::new("logging.format", Type::OneOf(&["", "text", "json"]), "text")
         .flag("logging-format")
         .zero_is_default()
@@ -291,8 +294,14 @@ const IDENTITY: &str = "the machine's identity is not used";
 /// Flags that only stand on the command line. `--config`, `--cleanup`, `--init-only`,
 /// `--write-config-to` and `--version` are the command line's own.
 pub const LONE_FLAGS: &[LoneFlag] = &[
-    port("healthz-port", "Port of the health server; 0 turns it off. Better: --healthz-bind-address"),
-    port("metrics-port", "Port of the metrics server; 0 turns it off. Better: --metrics-bind-address"),
+    port(
+        "healthz-port",
+        "Port of the health server; 0 turns it off. Better: --healthz-bind-address",
+    ),
+    port(
+        "metrics-port",
+        "Port of the metrics server; 0 turns it off. Better: --metrics-bind-address",
+    ),
     lone("boot-id-file", Type::Text, IDENTITY),
     lone("machine-id-file", Type::Text, IDENTITY),
     lone("add-dir-header", Type::Bool, LOG),

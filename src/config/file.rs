@@ -64,8 +64,13 @@ pub(super) fn parse(
 /// The YAML or JSON in a file. Of two fields of one name the last counts, as in kube-proxy; the second
 /// value says so.
 fn document(text: &str) -> Result<(Json, Option<String>), String> {
-    let first_line =
-        |error: serde_saphyr::Error| error.to_string().lines().next().unwrap_or_default().to_owned();
+    let first_line = |error: serde_saphyr::Error| {
+        let text = error.to_string();
+        let line = text.lines().next().unwrap_or_default();
+        // What the library advises its caller to do is not for the user.
+        let line = line.split(", set DuplicateKeyPolicy").next().unwrap_or_default();
+        line.strip_prefix("error: ").unwrap_or(line).to_owned()
+    };
     let strict = match serde_saphyr::from_str(text) {
         Ok(json) => return Ok((json, None)),
         Err(error) => first_line(error),

@@ -7,8 +7,8 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use super::value::{Type, Value, split};
-use super::values::{Origin, Values, given};
-use super::{Config, ConfigError, Flags, Live, Log, Remark, Source};
+use super::values::{Origin, Values, default, given};
+use super::{Config, ConfigError, Field, Flags, Live, Log, Remark, Source};
 use crate::host::{self, Conntrack};
 use crate::model::Family;
 use crate::nft::rule::InterfaceName;
@@ -94,8 +94,15 @@ fn check_mode(values: &mut Values, remarks: &mut Vec<Remark>) {
         };
         if is_open && counts && !other.value.is_zero() {
             values.settle(ours, other.value, other.origin);
+        } else if !counts && other.asks_for_more_than(&default(field(theirs))) {
+            let message = format!("{} has no effect: the mode is nftables", other.value);
+            remarks.push(Remark::note(other.origin.to_string(), message));
         }
     }
+}
+
+fn field(path: &str) -> &'static Field {
+    Field::at(path).expect("a path of the table")
 }
 
 /// Switches that would change something here.

@@ -81,7 +81,8 @@ impl Type {
                 Value::List(items.ok_or_else(|| self.expected())?)
             }
             (Self::Switches, Json::Object(map)) => {
-                let switch = |(name, value): (&String, &Json)| Some((name.clone(), value.as_bool()?));
+                let switch =
+                    |(name, value): (&String, &Json)| Some((name.clone(), value.as_bool()?));
                 let switches: Option<BTreeMap<_, _>> = map.iter().map(switch).collect();
                 Value::Switches(switches.ok_or_else(|| self.expected())?)
             }

@@ -48,9 +48,20 @@ pub struct Setting {
     pub origin: Origin,
 }
 
+impl Setting {
+    /// Whether somebody wrote something else than what there is anyway.
+    pub(super) fn asks_for_more_than(&self, default: &Value) -> bool {
+        let is_nothing = self.value.is_zero() && default.is_zero();
+        self.origin != Origin::Default && self.value != *default && !is_nothing
+    }
+}
+
 /// All settings by path.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Values(BTreeMap<&'static str, Setting>);
+pub struct Values {
+    settings: BTreeMap<&'static str, Setting>,
+    file: Option<PathBuf>,
+}
 
 impl Values {
     /// Puts flags and file together.
@@ -79,9 +90,7 @@ impl Values {
                 }
             };
             if let Effect::None(reason) = field.effect
-                && setting.origin != Origin::Default
-                && !setting.value.is_zero()
-                && setting.value != default(field)
+                && setting.asks_for_more_than(&default(field))
             {
                 let message = format!("{} has no effect: {reason}", setting.value);
                 remarks.push(Remark::note(setting.origin.to_string(), message));
@@ -96,18 +105,18 @@ impl Values {
                 remarks.push(Remark::note(origin, format!("it has no effect: {reason}")));
             }
         }
-        Ok(Self(values))
+        Ok(Self { settings: values, file: file.map(|file| file.path.clone()) })
     }
 
     /// The setting of a path of the table.
     #[must_use]
     pub fn get(&self, path: &str) -> &Setting {
-        self.0.get(path).unwrap_or_else(|| panic!("{path} is not a field of the table"))
+        self.settings.get(path).unwrap_or_else(|| panic!("{path} is not a field of the table"))
     }
 
     /// Replaces a setting by what it comes down to.
     pub(super) fn settle(&mut self, path: &'static str, value: Value, origin: Origin) {
-        self.0.insert(path, Setting { value, origin });
+        self.settings.insert(path, Setting { value, origin });
     }
 
     /// Whether anybody set it.
@@ -161,9 +170,10 @@ impl Values {
     /// The error that a setting has another value than expected.
     pub(super) fn refuse<T>(&self, path: &str, expected: &str) -> Result<T, ConfigError> {
         let Setting { value, origin } = self.get(path);
-        let origin = match origin {
-            Origin::Default | Origin::Host => path.to_owned(),
-            said => said.to_string(),
+        let origin = match (origin, &self.file) {
+            (Origin::Default | Origin::Host, None) => path.to_owned(),
+            (Origin::Default | Origin::Host, Some(file)) => format!("{}: {path}", file.display()),
+            (said, _) => said.to_string(),
         };
         let value = match value {
             Value::Text(text) => text.clone(),

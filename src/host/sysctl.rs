@@ -85,16 +85,13 @@ impl Sysctl {
         }
         let file = self.root.join(path.trim_start_matches('/'));
         // Not created where it is missing, and written with one call.
-        let written = fs::OpenOptions::new()
-            .write(true)
-            .truncate(true)
-            .open(file)
-            .and_then(|mut file| io::Write::write_all(&mut file, wanted.to_string().as_bytes()));
+        let written =
+            fs::OpenOptions::new().write(true).truncate(true).open(file).and_then(|mut file| {
+                io::Write::write_all(&mut file, wanted.to_string().as_bytes())
+            });
         match written {
             Ok(()) => Ok(Some((found, wanted))),
-            Err(source) => {
-                Err(SysctlError::Write { path: path.to_owned(), found, wanted, source })
-            }
+            Err(source) => Err(SysctlError::Write { path: path.to_owned(), found, wanted, source }),
         }
     }
 

@@ -56,8 +56,11 @@ fn files_of_installers_load_unchanged() {
             flags.config = Some(path.to_owned());
             let loaded = config::load(&flags).unwrap();
             let said = config::show(&loaded, Format::Text);
-            let mut text: String =
-                said.lines().filter(|l| !l.contains("# default")).map(|l| format!("{l}\n")).collect();
+            let mut text: String = said
+                .lines()
+                .filter(|l| !l.contains("# default"))
+                .map(|l| format!("{l}\n"))
+                .collect();
             text.extend(remarks(&loaded).iter().map(|remark| format!("{remark}\n")));
             let file = path.file_name().unwrap().to_str().unwrap();
             insta::assert_snapshot!("config", text.replace(path.to_str().unwrap(), file));
@@ -140,7 +143,8 @@ fn each_field_in_a_file_is_seen_or_reported() {
         let line = said.iter().find(|line| line.contains(&format!(": {}", field.path)));
         match field.effect {
             Effect::None(reason) => {
-                let line = line.unwrap_or_else(|| panic!("{} is not reported: {said:?}", field.path));
+                let line =
+                    line.unwrap_or_else(|| panic!("{} is not reported: {said:?}", field.path));
                 assert!(line.contains(reason), "{line}");
                 assert_eq!(loaded.config, silent.config, "{} has an effect", field.path);
             }
@@ -300,23 +304,53 @@ fn addresses_of_the_servers_have_the_defaults_of_kube_proxy() {
 #[test]
 fn an_error_is_one_line_with_file_field_and_expectation() {
     let cases = [
-        ("nftables: {masqueradeBit: 40}", "nftables.masqueradeBit: \"40\": expected a whole number, 0 to"),
-        ("nftables: {masqueradeAll: maybe}", "nftables.masqueradeAll: \"\\\"maybe\\\"\": expected true or"),
+        (
+            "nftables: {masqueradeBit: 40}",
+            "nftables.masqueradeBit: \"40\": expected a whole number, 0 to",
+        ),
+        (
+            "nftables: {masqueradeAll: maybe}",
+            "nftables.masqueradeAll: \"\\\"maybe\\\"\": expected true or",
+        ),
         ("clusterCIDR: 10.244.0.0", "clusterCIDR: \"10.244.0.0\": expected a range like"),
-        ("clusterCIDR: 10.0.0.0/16,10.1.0.0/16", "clusterCIDR: \"10.0.0.0/16,10.1.0.0/16\": expected"),
-        ("detectLocalMode: Magic", "detectLocalMode: \"\\\"Magic\\\"\": expected ClusterCIDR, NodeCIDR, "),
-        ("detectLocalMode: BridgeInterface", "detectLocal.bridgeInterface: \"\": expected an interface"),
+        (
+            "clusterCIDR: 10.0.0.0/16,10.1.0.0/16",
+            "clusterCIDR: \"10.0.0.0/16,10.1.0.0/16\": expected",
+        ),
+        (
+            "detectLocalMode: Magic",
+            "detectLocalMode: \"\\\"Magic\\\"\": expected ClusterCIDR, NodeCIDR, ",
+        ),
+        (
+            "detectLocalMode: BridgeInterface",
+            "detectLocal.bridgeInterface: \"\": expected an interface",
+        ),
         ("mode: userspace", "mode: \"\\\"userspace\\\"\": expected iptables, ipvs or nftables"),
-        ("nftables: {minSyncPeriod: soon}", "nftables.minSyncPeriod: \"\\\"soon\\\"\": expected a duration"),
-        ("nftables: {minSyncPeriod: 1m}", "nftables.minSyncPeriod: \"1m0s\": expected no more than"),
+        (
+            "nftables: {minSyncPeriod: soon}",
+            "nftables.minSyncPeriod: \"\\\"soon\\\"\": expected a duration",
+        ),
+        (
+            "nftables: {minSyncPeriod: 1m}",
+            "nftables.minSyncPeriod: \"1m0s\": expected no more than",
+        ),
         ("nodePortAddresses: [here]", "nodePortAddresses: \"here\": expected ranges like"),
         ("nodePortAddresses: [localhost]", "nodePortAddresses: \"localhost\": node ports are not"),
         ("healthzBindAddress: nowhere:1", "healthzBindAddress: \"nowhere:1\": expected an address"),
-        ("metricsBindAddress: 127.0.0.1:0", "metricsBindAddress: \"127.0.0.1:0\": expected an address"),
+        (
+            "metricsBindAddress: 127.0.0.1:0",
+            "metricsBindAddress: \"127.0.0.1:0\": expected an address",
+        ),
         ("bindAddress: eth0", "bindAddress: \"eth0\": expected an IP address"),
         ("oomScoreAdj: 1001", "oomScoreAdj: \"1001\": expected a whole number, -1000 to 1000"),
-        ("conntrack: {maxPerCore: -1}", "conntrack.maxPerCore: \"-1\": expected a whole number, 0 to"),
-        ("conntrack: {udpTimeout: -1s}", "conntrack.udpTimeout: \"\\\"-1s\\\"\": expected a duration"),
+        (
+            "conntrack: {maxPerCore: -1}",
+            "conntrack.maxPerCore: \"-1\": expected a whole number, 0 to",
+        ),
+        (
+            "conntrack: {udpTimeout: -1s}",
+            "conntrack.udpTimeout: \"\\\"-1s\\\"\": expected a duration",
+        ),
         ("conntrack: 7", "conntrack: \"7\": expected fields"),
         (
             "featureGates: {AllowServiceExternalIPs: false}",
@@ -360,7 +394,9 @@ fn the_section_of_the_old_mode_counts_where_that_of_nftables_says_nothing() {
     let live = of(&format!("{section}nftables: {{masqueradeBit: 5}}\n"));
     assert_eq!(live.settings.masquerade_mark, 32);
     let loaded = load(section, &[]).unwrap();
-    let Origin::File(_, path) = loaded.values.get("nftables.masqueradeBit").origin else { panic!() };
+    let Origin::File(_, path) = loaded.values.get("nftables.masqueradeBit").origin else {
+        panic!()
+    };
     assert_eq!(path, "iptables.masqueradeBit");
 }
 

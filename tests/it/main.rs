@@ -17,6 +17,7 @@ mod config;
 mod conntrack;
 // mod control_plane;
 mod features;
+mod host;
 mod ledger;
 mod model;
 mod namespace;

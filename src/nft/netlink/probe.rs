@@ -217,8 +217,7 @@ impl NetlinkKernel {
             }
         }
         ops.push(Op::DeleteChain(Family::V4, "impossible".into()));
-        let mut batch =
-            encode::batch(&Transaction { ops }, Batch::begin(Vec::new())).finish();
+        let mut batch = encode::batch(&Transaction { ops }, Batch::begin(Vec::new())).finish();
         rename_table(&mut batch.bytes);
         match send(&mut self.socket, &batch) {
             Err(ApplyError::Refused { refusals }) => missing(&asked, &refusals),
@@ -253,10 +252,7 @@ fn rename_table(bytes: &mut [u8]) {
 }
 
 /// What the kernel refused but the last operation, which it has to.
-fn missing(
-    asked: &[(&Feature, Family)],
-    refusals: &[Refusal],
-) -> Result<Vec<Missing>, ProbeError> {
+fn missing(asked: &[(&Feature, Family)], refusals: &[Refusal]) -> Result<Vec<Missing>, ProbeError> {
     let of_op = |refusal: &Refusal| refusal.op.and_then(|op| asked.get(op)).copied();
     if refusals.iter().any(|refusal| refusal.op.is_none()) {
         // Not about an operation: nothing of it was looked at.
@@ -317,9 +313,11 @@ mod tests {
             missing(&asked, &refusals).unwrap().iter().map(ToString::to_string).collect();
         assert_eq!(
             lines,
-            ["the kernel lacks hashes of addresses (jhash: CONFIG_NFT_HASH) (ip and ip6): without it \
+            [
+                "the kernel lacks hashes of addresses (jhash: CONFIG_NFT_HASH) (ip and ip6): without it \
               Services with the scheduler source-hash are left out (No such file or directory (os \
-              error 2))"]
+              error 2))"
+            ]
         );
         assert!(missing(&asked, &[refusal(end, libc::ENOENT)]).unwrap().is_empty());
     }
