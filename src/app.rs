@@ -42,7 +42,7 @@ const COLLECT_AFTER: Duration = Duration::from_secs(2);
 const WAITING: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(10)];
 
 /// How long the first commit waits for the ranges of the Node's pods, as in kube-proxy.
-const POD_CIDR_PATIENCE: Duration = Duration::from_mins(5);
+const POD_CIDR_PATIENCE: Duration = Duration::from_secs(300);
 
 /// First pause after a failed commit; doubled up to `syncPeriod`.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
@@ -154,8 +154,12 @@ fn open_kernel() -> Result<NetlinkKernel, RunError> {
         Ok(missing) => {
             let (needed, partial): (Vec<_>, Vec<_>) =
                 missing.iter().partition(|missing| missing.only.is_none());
-            partial.iter().for_each(|missing| warn!("{missing}"));
-            needed.iter().for_each(|missing| error!("{missing}"));
+            for missing in partial {
+                warn!("{missing}");
+            }
+            for missing in &needed {
+                error!("{missing}");
+            }
             if !needed.is_empty() {
                 return Err(RunError::Features(needed.len()));
             }

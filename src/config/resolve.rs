@@ -244,8 +244,7 @@ fn detect_local(values: &Values, remarks: &mut Vec<Remark>) -> Result<DetectLoca
 
 fn cluster_ranges(values: &Values) -> Result<Vec<IpNet>, ConfigError> {
     let expected = "expected a range like 10.244.0.0/16, or one of each family with a comma";
-    let items: Result<Vec<IpNet>, _> =
-        split(values.text("clusterCIDR")).map(|item| item.parse::<IpNet>()).collect();
+    let items: Result<Vec<IpNet>, _> = split(values.text("clusterCIDR")).map(str::parse).collect();
     let Ok(ranges) = items else { return values.refuse("clusterCIDR", expected) };
     let of = |family| ranges.iter().filter(|range| Family::of(range.addr()) == family).count();
     if Family::BOTH.into_iter().any(|family| of(family) > 1) {
@@ -277,13 +276,13 @@ fn node_port_addresses(values: &Values) -> Result<NodePortAddresses, ConfigError
             "localhost" => {
                 return values.refuse(path, "node ports are not served on the loopback");
             }
-            range => match range.parse() {
-                Ok(range) => ranges.push(range),
-                Err(_) => {
+            item => {
+                let Ok(range) = item.parse() else {
                     let expected = "expected ranges like 192.0.2.0/24, primary, or all";
                     return values.refuse(path, expected);
-                }
-            },
+                };
+                ranges.push(range);
+            }
         }
     }
     Ok(match (primary, ranges.is_empty()) {

@@ -96,9 +96,9 @@ fn cpus(sysctl: &Sysctl) -> u32 {
 }
 
 /// `0-7,9` are nine.
-fn count_cpus(list: &str) -> Option<u32> {
+fn count_cpus(ranges: &str) -> Option<u32> {
     let mut count = 0_u32;
-    for part in list.trim().split(',') {
+    for part in ranges.trim().split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
         count = count.checked_add(last.checked_sub(first)?.checked_add(1)?)?;
@@ -161,8 +161,8 @@ mod tests {
         Conntrack {
             max_per_core: 32768,
             min: 131_072,
-            tcp_established_timeout: Duration::from_hours(24),
-            tcp_close_wait_timeout: Duration::from_hours(1),
+            tcp_established_timeout: Duration::from_secs(86400),
+            tcp_close_wait_timeout: Duration::from_secs(3600),
             ..Conntrack::default()
         }
     }
