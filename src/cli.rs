@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use tokio::sync::mpsc::channel;
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
 use self::flags::FieldArgs;
 use crate::app::{self, RunError};
@@ -24,6 +24,7 @@ use crate::nft::text;
 use crate::nft::transaction::{Op, Transaction};
 use crate::reconcile::Proxy;
 use crate::state::State;
+use crate::watch;
 use crate::watch::manifests::{ManifestError, Manifests};
 
 /// A Kubernetes service proxy on nftables.
@@ -46,11 +47,16 @@ const EXAMPLES: &str = "\
 Examples:
   nftproxy run --manifests DIR            try it: Services from YAML files, no cluster needed
   nftproxy run --kubeconfig ~/.kube/config
-  nftproxy render --manifests DIR         the tables as nft text; no root needed
+  nftproxy render --manifests FILE        the tables as nft text; no root needed
   nftproxy diff --manifests DIR           what running would change in the kernel
   nftproxy config --config FILE           what the configuration comes down to
   nftproxy cleanup                        remove the tables
-  nft list table ip nftproxy              see what is programmed";
+  nft list table ip nftproxy              see what is programmed
+
+Exit codes:
+  0  done; for `diff`: nothing to change
+  1  `diff` found something to change
+  2  it failed, and standard error says why";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -58,7 +64,7 @@ enum Command {
     Run(RunArgs),
     /// Print the tables that manifests ask for, as nft text. Needs no root and no kernel.
     Render(RenderArgs),
-    /// Show what has to change in the kernel to be what is wanted. Exits with 1 if something has to.
+    /// Show what running would change in the kernel, and for which object. Changes nothing.
     Diff(RunArgs),
     /// Print the effective configuration: every setting, its value, and who said so.
     Config(ConfigArgs),
@@ -158,8 +164,11 @@ pub enum CliError {
     #[error("{} of the tables could not be removed", .0.len())]
     Cleanup(Vec<ApplyError>),
     /// Only manifests can be rendered.
-    #[error("render needs --manifests DIR")]
+    #[error("render needs --manifests PATH: a file or a directory of them")]
     NoManifests,
+    /// Something was rendered, but not everything that was given.
+    #[error("{0} of the manifest files could not be used; what is wrong with them is said above")]
+    Refused(usize),
     /// The runtime cannot be started, or output not be written.
     #[error("cannot {step}: {source}")]
     System {
@@ -241,14 +250,24 @@ fn run(args: &RunArgs) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Where the client says that it cannot read its file of certificates again.
+const CA_BUNDLE: &str = "kube_client::client::tls=warn";
+
 fn start_log(log: Log, quiet: bool) {
     use tracing_subscriber::EnvFilter;
+    // The client library has an error line for every try; what it means is said once by `watch`.
     let level = match log.verbosity {
-        0 if quiet => "warn",
-        0 | 1 => "info",
-        2 | 3 => "info,nftproxy=debug",
+        0 if quiet => "warn,kube_client=off",
+        0 | 1 => "info,kube_client=off",
+        2 | 3 => "info,nftproxy=debug,kube_client=off",
         4 | 5 => "debug",
         _ => "trace",
+    };
+    // What goes wrong with the API server is said by `watch::api`, once and in full; the client says it
+    // at every attempt, several times, and without what to do.
+    let level = match log.verbosity {
+        0..=3 => format!("{level},kube_runtime=off,kube_client::client=off,{CA_BUNDLE}"),
+        _ => level.to_owned(),
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let subscriber = tracing_subscriber::fmt()
@@ -289,10 +308,9 @@ fn render(config: Config, family: Option<FamilyArg>) -> Result<ExitCode, CliErro
     let Source::Manifests(dir) = config.source else { return Err(CliError::NoManifests) };
     let state = State::new(config.live.settings, host::node_facts(&config.node_name));
     let mut proxy = Proxy::new(state, FakeKernel::default());
-    let (events, problems) = Manifests::new(dir, config.node_name).read()?;
-    for problem in &problems {
-        warn!(object = problem.object, field = problem.field, "{}", problem.message);
-    }
+    let mut manifests = Manifests::new(dir, config.node_name);
+    let (events, problems) = manifests.read()?;
+    problems.iter().for_each(watch::log);
     for event in events {
         proxy.observe(event);
     }
@@ -303,7 +321,10 @@ fn render(config: Config, family: Option<FamilyArg>) -> Result<ExitCode, CliErro
         Some(FamilyArg::Ip6) => text::table(&ruleset, Family::V6),
     };
     print(&text)?;
-    Ok(ExitCode::SUCCESS)
+    match manifests.refused() {
+        0 => Ok(ExitCode::SUCCESS),
+        refused => Err(CliError::Refused(refused)),
+    }
 }
 
 fn diff(config: Config) -> Result<ExitCode, CliError> {
@@ -313,15 +334,13 @@ fn diff(config: Config) -> Result<ExitCode, CliError> {
     let wanted = format!("{}, node {}", config.source, config.node_name);
     runtime()?.block_on(async {
         let (sender, mut events) = channel(64);
-        let mut source = tokio::spawn(app::watch(config.source, config.node_name, sender));
+        let source = tokio::spawn(app::watch(config.source, config.node_name, sender));
         while !proxy.is_complete() {
-            tokio::select! {
-                event = events.recv() => match event {
-                    Some(event) => proxy.observe(event),
-                    None => break,
-                },
-                outcome = &mut source => return outcome.unwrap_or(Err(RunError::Ended)),
-            }
+            let Some(event) = events.recv().await else {
+                // A source that ended has not told everything: no difference follows from it.
+                return source.await.unwrap_or(Ok(())).and(Err(RunError::Ended));
+            };
+            proxy.observe(event);
         }
         source.abort();
         Ok(())
@@ -354,18 +373,15 @@ fn diff(config: Config) -> Result<ExitCode, CliError> {
     Ok(ExitCode::from(1))
 }
 
+/// Removes what can be removed: one table that cannot go keeps nobody from removing the other.
 fn cleanup() -> Result<ExitCode, CliError> {
     host::check_privileges()?;
     let mut kernel = NetlinkKernel::open()?;
-    let loaded = kernel.load(&crate::nft::dataplane::Options::default())?;
     let mut errors = Vec::new();
     for family in Family::BOTH {
-        if !loaded.tables.contains_key(&family) {
-            info!("there is no table {family} {TABLE}");
-            continue;
-        }
         match kernel.apply(&Transaction { ops: vec![Op::DeleteTable(family)] }) {
             Ok(_) => info!("removed table {family} {TABLE}"),
+            Err(error) if is_absent(&error) => info!("there is no table {family} {TABLE}"),
             Err(error) => {
                 error!("cannot remove table {family} {TABLE}: {error}");
                 errors.push(error);
@@ -373,4 +389,8 @@ fn cleanup() -> Result<ExitCode, CliError> {
         }
     }
     if errors.is_empty() { Ok(ExitCode::SUCCESS) } else { Err(CliError::Cleanup(errors)) }
+}
+
+fn is_absent(error: &ApplyError) -> bool {
+    matches!(error, ApplyError::Refused { refusals } if refusals.iter().all(|r| r.errno == libc::ENOENT))
 }

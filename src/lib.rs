@@ -40,6 +40,8 @@ pub mod conntrack;
 pub mod app;
 pub mod cli;
 pub mod config;
+pub mod drift;
 pub mod host;
+pub mod program;
 pub mod reconcile;
 pub mod watch;

@@ -1,6 +1,6 @@
 //! Process entry: the command line in, an exit code out.
 //!
-//! 0: done; 1: `diff` found a difference, or a command failed; 2: the command line is wrong.
+//! 0: done; 1: `diff` found a difference, and nothing else; 2: it failed, or the command line is wrong.
 
 use std::process::ExitCode;
 
@@ -12,7 +12,8 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(failure) => {
             error!("{failure}");
-            ExitCode::FAILURE
+            // As with `diff` and `cmp`: 1 is an answer, 2 is trouble.
+            ExitCode::from(2)
         }
     }
 }

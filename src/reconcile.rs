@@ -136,20 +136,25 @@ impl<K: Kernel> Proxy<K> {
             let stale = accepted(stale, &mut self.reported, &self.set_aside);
             let contributors: Vec<_> = stale.iter().map(|(name, _)| name.clone()).collect();
             let staged = ledger.stage(stale);
-            let transaction = staged.transaction(&self.options);
-            match apply(&mut self.kernel, &transaction) {
-                Ok(applied) => {
+            let mut transaction = staged.transaction(&self.options);
+            match apply(&mut self.kernel, &mut transaction) {
+                Ok(done) => {
                     let ledger = self.ledger.as_mut().expect("borrowed above");
                     ledger.accept(staged);
                     self.state.settle();
                     self.serve(contributors);
-                    return Ok(committed(&transaction, applied, false));
+                    return Ok(done);
                 }
                 Err(refused) => {
                     warn!(reason = %refused, "commit failed, reading back what the kernel holds");
                 }
             }
         }
+        self.adopt()
+    }
+
+    /// Brings the kernel to the same after somebody else changed our tables.
+    pub fn repair(&mut self) -> Result<Committed, CommitError> {
         self.adopt()
     }
 
@@ -163,10 +168,10 @@ impl<K: Kernel> Proxy<K> {
     pub fn collect_idle(&mut self) -> Result<Committed, CommitError> {
         let Some(ledger) = self.ledger.as_mut() else { return Ok(Committed::default()) };
         let staged = ledger.collect();
-        let transaction = staged.transaction(&self.options);
-        let applied = apply(&mut self.kernel, &transaction)?;
+        let mut transaction = staged.transaction(&self.options);
+        let done = apply(&mut self.kernel, &mut transaction)?;
         ledger.accept(staged);
-        Ok(committed(&transaction, applied, false))
+        Ok(done)
     }
 
     /// Everything that is wanted now, as one value.
@@ -200,7 +205,7 @@ impl<K: Kernel> Proxy<K> {
     /// Reads back what the kernel holds and sends the difference to what is wanted.
     fn adopt(&mut self) -> Result<Committed, CommitError> {
         let first = self.ledger.is_none();
-        let loaded = self.kernel.load(&self.options)?;
+        let mut loaded = self.kernel.load(&self.options)?;
         if first {
             report_found(&loaded);
             self.adopt_slots(&loaded);
@@ -208,15 +213,15 @@ impl<K: Kernel> Proxy<K> {
         let mut set_aside = 0;
         loop {
             let mut staged = self.stage_all();
-            let transaction = diff(&loaded, &staged.take_ruleset(self.options.clone()));
-            match apply(&mut self.kernel, &transaction) {
-                Ok(applied) => {
+            let mut transaction = diff(&loaded, &staged.take_ruleset(self.options.clone()));
+            match apply(&mut self.kernel, &mut transaction) {
+                Ok(done) => {
                     let mut ledger = Ledger::default();
                     ledger.accept(staged);
                     self.ledger = Some(ledger);
                     self.state.settle();
                     self.serve_all(&loaded);
-                    return Ok(Committed { set_aside, ..committed(&transaction, applied, true) });
+                    return Ok(Committed { set_aside, adopted: true, ..done });
                 }
                 Err(CommitError::Apply { source: ApplyError::Refused { refusals }, .. })
                     if set_aside < MAX_SET_ASIDE =>
@@ -229,6 +234,8 @@ impl<K: Kernel> Proxy<K> {
                     }
                     set_aside += guilty.len();
                     self.set_aside.extend(guilty);
+                    // New chains may be there already.
+                    loaded = self.kernel.load(&self.options)?;
                 }
                 Err(error) => return Err(error),
             }
@@ -276,7 +283,8 @@ impl<K: Kernel> Proxy<K> {
         Ledger::default().stage(all)
     }
 
-    /// Whose operations were refused, each said once.
+    /// Whose operations were refused, each said once. Nobody's, if the table itself was refused:
+    /// everything in it is refused along with it.
     fn guilty(
         &self,
         staged: &Staged,
@@ -284,10 +292,13 @@ impl<K: Kernel> Proxy<K> {
         refusals: &[Refusal],
     ) -> BTreeSet<Contributor> {
         let mut guilty = BTreeSet::new();
+        let operation = |refusal: &Refusal| transaction.ops.get(refusal.op?);
+        let table = |op: &Op| matches!(op, Op::DeleteTable(_) | Op::AddTable(_) | Op::AddSet(..));
+        if refusals.iter().filter_map(operation).any(table) {
+            return guilty;
+        }
         for refusal in refusals {
-            let Some(op) = refusal.op.and_then(|index| transaction.ops.get(index)) else {
-                continue;
-            };
+            let Some(op) = operation(refusal) else { continue };
             let Some(contributor) = staged.contributor(op) else { continue };
             if !self.set_aside.contains(contributor) && guilty.insert(contributor.clone()) {
                 error!(
@@ -311,18 +322,36 @@ fn frontend_of(id: &ElementId) -> Option<Frontend> {
     }
 }
 
-fn apply<K: Kernel>(kernel: &mut K, transaction: &Transaction) -> Result<Applied, CommitError> {
-    if transaction.is_empty() {
-        return Ok(Applied::default());
+/// Sends a transaction. New chains, and sets they need, go first, as one of their own: a packet keeps
+/// the generation of rules it began with, in which a chain made later is empty, but its lookups see
+/// the elements of the new one. If it meets one that leads to a chain of the same transaction, it
+/// falls through. Nothing refers to the chains yet, so that the change itself is still one
+/// transaction.
+fn apply<K: Kernel>(
+    kernel: &mut K,
+    transaction: &mut Transaction,
+) -> Result<Committed, CommitError> {
+    let operations = transaction.ops.len();
+    let mut send = |transaction: &Transaction| {
+        if transaction.is_empty() {
+            return Ok(Applied::default());
+        }
+        kernel.apply(transaction).map_err(|source| CommitError::Apply { operations, source })
+    };
+    let unused = |op: &&Op| {
+        matches!(op, Op::AddSet(..) | Op::AddAffinity(..) | Op::AddChain(..) | Op::AddRules(..))
+    };
+    let ahead = transaction.ops.iter().take_while(unused).count();
+    let ahead = Transaction { ops: transaction.ops.drain(..ahead).collect() };
+    let first = send(&ahead);
+    if first.is_err() {
+        transaction.ops.splice(..0, ahead.ops);
     }
-    let operations = transaction.ops.len();
-    kernel.apply(transaction).map_err(|source| CommitError::Apply { operations, source })
-}
-
-fn committed(transaction: &Transaction, applied: Applied, adopted: bool) -> Committed {
-    let operations = transaction.ops.len();
+    let (first, then) = (first?, send(transaction)?);
+    let applied =
+        Applied { messages: first.messages + then.messages, bytes: first.bytes + then.bytes };
     debug!(operations, bytes = applied.bytes, "committed");
-    Committed { operations, applied, adopted, set_aside: 0 }
+    Ok(Committed { operations, applied, adopted: false, set_aside: 0 })
 }
 
 /// Reports the problems of contributions that are new, and leaves out those set aside.

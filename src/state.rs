@@ -155,6 +155,10 @@ impl State {
                 self.host = host;
                 self.node(self.node.clone())
             }
+            Event::Unreadable(kind, name) => {
+                self.keep(kind, &name);
+                BTreeSet::new()
+            }
             Event::Gone(kind, name) => self.gone(kind, &name),
         };
         self.stale.extend(touched.iter().cloned());
@@ -163,6 +167,20 @@ impl State {
 
     fn listing(&self, kind: Kind) -> u32 {
         self.listings.get(&kind).map_or(0, |listing| listing.number)
+    }
+
+    /// The present listing names an object without saying what it looks like.
+    fn keep(&mut self, kind: Kind, name: &NamespacedName) {
+        let listing = self.listing(kind);
+        let known = match kind {
+            Kind::Service => self.services.get_mut(name).map(|known| &mut known.listing),
+            Kind::EndpointSlice => self.slices.get_mut(name).map(|known| &mut known.listing),
+            Kind::ServiceCidr => self.cidrs.get_mut(name).map(|known| &mut known.listing),
+            Kind::Node => None,
+        };
+        if let Some(known) = known {
+            *known = listing;
+        }
     }
 
     /// Forgets what the listing that just ended did not name.

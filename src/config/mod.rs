@@ -36,6 +36,8 @@ pub struct Config {
     pub node_name: String,
     /// Where objects come from.
     pub source: Source,
+    /// Own the tables, so that nobody else can change them.
+    pub table_owner: bool,
     /// Address of the health server.
     pub healthz_bind_address: Option<SocketAddr>,
     /// Address of the metrics server.

@@ -47,6 +47,7 @@ pub(super) fn resolve(
     Ok(Config {
         node_name,
         source,
+        table_owner: values.bool("nftproxy.tableOwner"),
         healthz_bind_address,
         metrics_bind_address,
         bind_address_hard_fail: values.bool("bindAddressHardFail"),

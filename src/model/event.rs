@@ -54,6 +54,8 @@ pub enum Event {
     Node(NodeFacts),
     /// The host's addresses are these.
     Host(HostFacts),
+    /// The object of this kind and name exists, but makes no sense. What is known of it stays.
+    Unreadable(Kind, NamespacedName),
     /// The object of this kind and name is gone, or is no longer one for this proxy.
     Gone(Kind, NamespacedName),
 }

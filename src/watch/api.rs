@@ -8,10 +8,10 @@
 //! it cannot, one list is taken from the server's cache. Streaming is what thousands of nodes can do
 //! at once without hurting it.
 
+mod connect;
 mod incoming;
 mod outage;
 
-use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,18 +21,18 @@ use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
-use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::runtime::utils::Backoff as _;
 use kube::runtime::watcher::{self, DefaultBackoff, watcher};
-use kube::{Api, Client, Config, Resource as _};
-use thiserror::Error;
+use kube::{Api, Client, Resource as _};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use self::connect::observed;
+pub use self::connect::{ClientError, client};
 use self::incoming::Incoming;
 use self::outage::{Connection, Report, Trouble};
-use super::convert::{HEADLESS_LABEL, PROXY_NAME_LABEL, name_of, one_line, shown};
-use super::{ProblemLog, Watched};
+use super::convert::{HEADLESS_LABEL, PROXY_NAME_LABEL, name_of, one_line};
+use super::{Causes, ProblemLog, Watched};
 use crate::model::{Event, Kind, Problem};
 
 /// How long the server may be silent while it streams a list. One that does not know streaming takes
@@ -44,90 +44,7 @@ const STREAMING_PATIENCE: Duration = Duration::from_secs(30);
 const RESUMPTIONS: u32 = 10;
 
 /// How long a kind that the server does not know is left alone.
-const NOT_SERVED_PAUSE: Duration = Duration::from_secs(300);
-
-/// Why there is no client for the API server.
-#[derive(Debug, Error)]
-pub enum ClientError {
-    /// Neither a kubeconfig nor a master was given, and this is no pod with a service account.
-    #[error("cannot use the pod's service account (no kubeconfig and no master given): {0}")]
-    InCluster(#[source] InClusterError),
-    /// The kubeconfig could not be read.
-    #[error("cannot read the kubeconfig {}: {source}", path.display())]
-    ReadKubeconfig {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: Box<KubeconfigError>,
-    },
-    /// The kubeconfig names something that is not there.
-    #[error("cannot use the kubeconfig {}: {source}", path.display())]
-    UseKubeconfig {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: Box<KubeconfigError>,
-    },
-    /// The master is no URL of a server.
-    #[error("the master {master} is not a URL like https://10.0.0.1:6443: {reason}")]
-    Master {
-        /// As given.
-        master: String,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// Certificates, keys or tokens could not be loaded.
-    #[error("cannot set up the client of the API server: {0}")]
-    Build(#[source] Box<kube::Error>),
-}
-
-/// A client of the API server: by the kubeconfig, at the master, or with the pod's service account
-/// when neither is given. The master overrides the server of the kubeconfig.
-pub async fn client(
-    kubeconfig: Option<&Path>,
-    master: Option<&str>,
-) -> Result<Client, ClientError> {
-    let mut config = match (kubeconfig, master) {
-        (None, None) => Config::incluster().map_err(ClientError::InCluster)?,
-        (None, Some(master)) => Config::new(server(master)?),
-        (Some(path), master) => {
-            let read = Kubeconfig::read_from(path).map_err(|source| {
-                ClientError::ReadKubeconfig { path: path.to_owned(), source: Box::new(source) }
-            })?;
-            let options = KubeConfigOptions::default();
-            let mut config =
-                Config::from_custom_kubeconfig(read, &options).await.map_err(|source| {
-                    ClientError::UseKubeconfig { path: path.to_owned(), source: Box::new(source) }
-                })?;
-            if let Some(master) = master {
-                config.cluster_url = server(master)?;
-            }
-            config
-        }
-    };
-    config.connect_timeout = Some(Duration::from_secs(10));
-    config.write_timeout = Some(Duration::from_secs(30));
-    // A quiet watch gets a bookmark every minute, so that two minutes of silence mean that the
-    // other end is gone. Without this it takes the watcher five to find out.
-    config.read_timeout = Some(Duration::from_secs(120));
-    config.reset_reader_on_write = true;
-    // The client's own retries go on for minutes without a word; the watch loop has its own.
-    config.default_retry = false;
-    Client::try_from(config).map_err(|error| ClientError::Build(Box::new(error)))
-}
-
-/// The URL of a server, complete enough to connect to.
-fn server<U>(master: &str) -> Result<U, ClientError>
-where
-    U: std::str::FromStr,
-    U::Err: std::fmt::Display,
-{
-    let refused = |reason: String| ClientError::Master { master: shown(master), reason };
-    if !master.starts_with("https://") && !master.starts_with("http://") {
-        return Err(refused("it has no scheme".to_owned()));
-    }
-    master.parse().map_err(|error: U::Err| refused(error.to_string()))
-}
+const LONG_PAUSE: Duration = Duration::from_secs(300);
 
 /// What all kinds share.
 #[derive(Debug)]
@@ -135,6 +52,12 @@ struct Shared {
     connection: Arc<Connection>,
     /// Whether the server is believed to stream lists.
     streams: AtomicBool,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self { connection: Arc::default(), streams: AtomicBool::new(true) }
+    }
 }
 
 impl Shared {
@@ -149,10 +72,7 @@ impl Shared {
 /// Watches all kinds and sends what happens, until the receiver is gone. Dropping the future stops
 /// the watches.
 pub async fn run(client: Client, node_name: String, events: mpsc::Sender<Event>) {
-    let shared = Arc::new(Shared {
-        connection: Arc::new(Connection::default()),
-        streams: AtomicBool::new(true),
-    });
+    let shared = Arc::new(Shared::default());
     let node_name: Arc<str> = node_name.into();
     let mut watches = JoinSet::new();
     watches.spawn(Watch::<Service>::new(&client, &node_name, &shared, &events).run());
@@ -191,6 +111,8 @@ struct Watch<K> {
     backoff: DefaultBackoff,
     /// Errors since something last worked.
     failures: u32,
+    /// Times in a row that the server said that the kind is not for us.
+    denials: u32,
     /// The consumer was told that the kind cannot be had.
     unavailable: bool,
 }
@@ -230,6 +152,7 @@ impl<K: Watched> Watch<K> {
             problems: ProblemLog::default(),
             backoff: DefaultBackoff::default(),
             failures: 0,
+            denials: 0,
             unavailable: false,
         }
     }
@@ -296,7 +219,12 @@ impl<K: Watched> Watch<K> {
         phase: &mut Phase,
     ) -> Result<(), Closed> {
         match event {
-            watcher::Event::Init => *phase = Phase::Begun,
+            watcher::Event::Init => {
+                if matches!(phase, Phase::Begun | Phase::Listing) {
+                    self.report.failed(&Trouble::CutShort);
+                }
+                *phase = Phase::Begun;
+            }
             watcher::Event::InitApply(object) => {
                 self.begin_listing(phase).await?;
                 self.deliver(object).await?;
@@ -334,7 +262,8 @@ impl<K: Watched> Watch<K> {
     }
 
     fn works(&mut self) {
-        self.report.answered(true);
+        self.report.works();
+        self.denials = 0;
         if self.failures > 0 {
             self.failures = 0;
             self.backoff.reset();
@@ -364,7 +293,10 @@ impl<K: Watched> Watch<K> {
                     ),
                 };
                 self.problems.report(&key, &[problem]);
-                return Ok(());
+                return match name {
+                    Ok(name) => self.send(Event::Unreadable(K::KIND, name)).await,
+                    Err(_) => Ok(()),
+                };
             }
         };
         let (event, problems) = object.event(&self.node_name);
@@ -384,33 +316,50 @@ impl<K: Watched> Watch<K> {
         phase: Phase,
         streaming: bool,
     ) -> Result<Next, Closed> {
+        let connection = self.shared.connection.clone();
+        let back = connection.back();
         let trouble = Trouble::of(error);
         if streaming && phase != Phase::Watching && trouble.refuses_streaming() {
             self.shared.stop_streaming(&one_line(&error.to_string()));
             return Ok(Next::Anew);
         }
-        self.report.failed(&trouble);
-        let optional = matches!(K::KIND, Kind::ServiceCidr | Kind::Node);
         let denied = matches!(trouble, Trouble::Forbidden(_) | Trouble::NotServed);
-        if optional && denied && !self.unavailable {
+        self.denials = if denied { self.denials + 1 } else { 0 };
+        // A server that starts says so of what it grants and serves a moment later.
+        let hasty = self.denials == 1;
+        if hasty {
+            self.backoff.reset();
+        }
+        match &trouble {
+            // Connections do break; a watch goes on where it was, or the next request says why not.
+            Trouble::BrokenOff(error) if phase == Phase::Watching => {
+                tracing::debug!(kind = %K::KIND, error = %Causes(*error), "the watch broke off");
+            }
+            _ if hasty => tracing::debug!(kind = %K::KIND, %error, "denied once"),
+            trouble => self.report.failed(trouble),
+        }
+        let optional = matches!(K::KIND, Kind::ServiceCidr | Kind::Node);
+        if optional && denied && !hasty && !self.unavailable {
             self.unavailable = true;
             self.send(Event::Unavailable(K::KIND)).await?;
         }
 
         self.failures += 1;
-        let mut pause = self.backoff.next().unwrap_or(NOT_SERVED_PAUSE);
-        if matches!(trouble, Trouble::NotServed) {
-            pause = NOT_SERVED_PAUSE;
+        let mut pause = self.backoff.next().unwrap_or(LONG_PAUSE);
+        // All servers have the other kinds.
+        if K::KIND == Kind::ServiceCidr && matches!(trouble, Trouble::NotServed) && !hasty {
+            pause = LONG_PAUSE;
         }
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
+            () = back, if matches!(trouble, Trouble::Unreachable(_)) => self.backoff.reset(),
             () = self.events.closed() => return Err(Closed),
         }
         // A broken list must not be completed: what was lost from it would count as gone. A change
         // that could not be read is lost, too. And 410 in answer to a request, rather than in the
         // stream, is not understood by the watcher.
         let broken_list = matches!(phase, Phase::Begun | Phase::Listing);
-        let lost = matches!(trouble, Trouble::Expired | Trouble::Undecodable(_));
+        let lost = matches!(trouble, Trouble::Expired | Trouble::Undecodable(_) | Trouble::NoEvent);
         if broken_list || lost || self.failures.is_multiple_of(RESUMPTIONS) {
             return Ok(Next::Anew);
         }
@@ -418,9 +367,5 @@ impl<K: Watched> Watch<K> {
     }
 }
 
-/// A client that tells the report of every answer. The watcher itself is silent when a watch is
-/// established again.
-fn observed(client: Client, report: Arc<Report>) -> Client {
-    drop(report);
-    client
-}
+#[cfg(test)]
+mod tests;

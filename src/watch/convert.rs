@@ -232,3 +232,6 @@ pub fn service_cidr(object: &ServiceCIDR) -> (Option<ServiceCidr>, Vec<Problem>)
     let cidrs = networks(listed, "spec.cidrs", "it is ignored", &mut problems);
     (Some(ServiceCidr { name, cidrs }), problems.into_problems())
 }
+
+#[cfg(test)]
+mod tests;

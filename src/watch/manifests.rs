@@ -1,4 +1,4 @@
-//! A directory of manifests as a source of events: `run --manifests` and `render --manifests`.
+//! Manifests as a source of events: a directory of them, or a single file.
 //!
 //! It serves nodes without an API server, tests, and "what would this do". The files are the API:
 //! what they say is in force, and a file that cannot be read changes nothing until it can. Only
@@ -27,13 +27,13 @@ use crate::model::{Event, Kind, NamespacedName, Problem};
 /// How often a directory that disappeared is looked for.
 const LOOK_FOR_DIRECTORY: Duration = Duration::from_secs(1);
 
-/// Why a directory of manifests cannot be used at all.
+/// Why manifests cannot be used at all.
 #[derive(Debug, Error)]
 pub enum ManifestError {
-    /// The directory could not be listed.
-    #[error("cannot read the manifest directory {}: {source}", path.display())]
-    Directory {
-        /// The directory.
+    /// The directory could not be listed, or the file not be found.
+    #[error("cannot read the manifests in {}: {source}", path.display())]
+    Unreadable {
+        /// The directory or file.
         path: PathBuf,
         /// Why.
         source: io::Error,
@@ -88,10 +88,15 @@ struct Changes {
     mended: Vec<String>,
 }
 
-/// The manifests of one directory.
+/// The manifests of one directory, or one of its files.
 #[derive(Debug)]
 pub struct Manifests {
+    /// As it was given: a directory, or a file.
+    path: PathBuf,
+    /// The directory that is looked at.
     dir: PathBuf,
+    /// The one file of it that counts, if `path` is a file.
+    only: Option<OsString>,
     node_name: String,
     files: BTreeMap<OsString, ManifestFile>,
     /// Which files hold an object; the first one's counts.
@@ -103,11 +108,14 @@ pub struct Manifests {
 }
 
 impl Manifests {
-    /// The manifests in `dir`, for the node of this name. Nothing is read yet.
+    /// The manifests in the directory or file `path`, for the node of this name. Nothing is read
+    /// yet.
     #[must_use]
-    pub fn new(dir: PathBuf, node_name: String) -> Self {
+    pub fn new(path: PathBuf, node_name: String) -> Self {
         Self {
-            dir,
+            dir: path.clone(),
+            path,
+            only: None,
             node_name,
             files: BTreeMap::new(),
             claims: BTreeMap::new(),
@@ -118,10 +126,9 @@ impl Manifests {
 
     /// Reads everything: a listing of all four kinds, and what is wrong with the files.
     pub fn read(&mut self) -> Result<(Vec<Event>, Vec<Problem>), ManifestError> {
-        *self = Self::new(std::mem::take(&mut self.dir), std::mem::take(&mut self.node_name));
-        let changes = self
-            .rescan(&Touched::default())
-            .map_err(|source| ManifestError::Directory { path: self.dir.clone(), source })?;
+        *self = Self::new(std::mem::take(&mut self.path), std::mem::take(&mut self.node_name));
+        self.find();
+        let changes = self.rescan(&Touched::default()).map_err(|source| self.unreadable(source))?;
 
         let mut events = Vec::with_capacity(changes.events.len() + 8);
         let mut objects = changes.events.into_iter().peekable();
@@ -134,7 +141,7 @@ impl Manifests {
             events.push(Event::Listed(kind));
         }
         tracing::info!(
-            dir = %self.dir.display(),
+            path = %self.path.display(),
             files = self.files.len(),
             objects = events.len() - 2 * Kind::ALL.len(),
             ignored = self.files.values().map(|file| file.ignored).sum::<usize>(),
@@ -143,8 +150,28 @@ impl Manifests {
         Ok((events, changes.problems))
     }
 
+    fn unreadable(&self, source: io::Error) -> ManifestError {
+        ManifestError::Unreadable { path: self.path.clone(), source }
+    }
+
+    /// Tells a file from a directory. A file is looked at in its directory, where it can be replaced
+    /// without being away for a moment.
+    fn find(&mut self) {
+        if let Some(name) = self.path.file_name().filter(|_| self.path.is_file()) {
+            let parent = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            self.dir = parent.unwrap_or(Path::new(".")).to_owned();
+            self.only = Some(name.to_owned());
+        }
+    }
+
     /// Reads everything, then sends what changes until the receiver is gone. Problems are logged.
     pub async fn run(mut self, events: mpsc::Sender<Event>) -> Result<(), ManifestError> {
+        let found = blocking(&mut self, |this| {
+            this.find();
+            this.list().map(drop)
+        });
+        // What cannot be read cannot be watched either, which need not be said.
+        found.await.map_err(|source| self.unreadable(source))?;
         // Before the first read, so that no change falls between the two.
         let mut follower = Follower::new(&self.dir);
         let (listing, problems) = blocking(&mut self, Self::read).await?;
@@ -176,20 +203,20 @@ impl Manifests {
                 }
                 Err(error) => {
                     tracing::warn!(
-                        dir = %self.dir.display(),
+                        path = %self.path.display(),
                         %error,
-                        "the manifest directory cannot be read; what is in force stays"
+                        "the manifests cannot be read; what is in force stays"
                     );
                     loop {
                         tokio::select! {
                             () = tokio::time::sleep(LOOK_FOR_DIRECTORY) => {}
                             () = events.closed() => return Ok(()),
                         }
-                        if fs::read_dir(&self.dir).is_ok() {
+                        if self.list().is_ok() {
                             break;
                         }
                     }
-                    tracing::info!(dir = %self.dir.display(), "the manifest directory is back");
+                    tracing::info!(path = %self.path.display(), "the manifests are back");
                     follower = Follower::new(&self.dir);
                     touched = Some(Touched::default());
                 }
@@ -197,11 +224,17 @@ impl Manifests {
         }
     }
 
+    /// How many files do not count in their present state; each was reported.
+    #[must_use]
+    pub fn refused(&self) -> usize {
+        self.files.values().filter(|file| file.broken).count()
+    }
+
     /// Looks at the directory and reads what changed. An error means that nothing is known about
     /// the files, and nothing was changed.
     fn rescan(&mut self, touched: &Touched) -> io::Result<Changes> {
         let identity = identity(&self.dir)?;
-        let listed = list(&self.dir)?;
+        let listed = self.list()?;
 
         let mut fresh: BTreeMap<OsString, Option<ManifestFile>> = BTreeMap::new();
         for (name, stamp) in &listed {
@@ -223,6 +256,36 @@ impl Manifests {
         }
         self.identity = Some(identity);
         Ok(self.replace(fresh))
+    }
+
+    /// The files that count. One without a stamp cannot be looked at, and reading it will say why.
+    fn list(&self) -> io::Result<BTreeMap<OsString, Option<Stamp>>> {
+        if let Some(name) = &self.only {
+            // Without its only file, the source is away, as a directory can be.
+            let metadata = fs::metadata(self.dir.join(name))?;
+            return Ok([(name.clone(), Some(Stamp::of(&metadata)))].into());
+        }
+        let mut files = BTreeMap::new();
+        for entry in fs::read_dir(&self.dir)? {
+            let name = entry?.file_name();
+            let hidden = name.as_encoded_bytes().starts_with(b".");
+            let extension = Path::new(&name).extension().and_then(OsStr::to_str);
+            if hidden || !matches!(extension, Some("yaml" | "yml" | "json")) {
+                continue;
+            }
+            match fs::metadata(self.dir.join(&name)) {
+                Ok(metadata) if metadata.is_dir() => {}
+                Ok(metadata) => {
+                    files.insert(name, Some(Stamp::of(&metadata)));
+                }
+                // Removed since it was listed, or a symlink to nothing: a ConfigMap that lost a key.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(_) => {
+                    files.insert(name, None);
+                }
+            }
+        }
+        Ok(files)
     }
 
     /// Reads a file. One that does not count keeps the objects it had.
@@ -368,6 +431,7 @@ fn kind_of(event: &Event) -> Kind {
         Event::Listing(kind)
         | Event::Listed(kind)
         | Event::Unavailable(kind)
+        | Event::Unreadable(kind, _)
         | Event::Gone(kind, _) => *kind,
     }
 }
@@ -411,32 +475,6 @@ fn identity(dir: &Path) -> io::Result<(u64, u64)> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// The manifest files of a directory. One without a stamp cannot be looked at, and reading it will
-/// say why.
-fn list(dir: &Path) -> io::Result<BTreeMap<OsString, Option<Stamp>>> {
-    let mut files = BTreeMap::new();
-    for entry in fs::read_dir(dir)? {
-        let name = entry?.file_name();
-        let hidden = name.as_encoded_bytes().starts_with(b".");
-        let extension = Path::new(&name).extension().and_then(OsStr::to_str);
-        if hidden || !matches!(extension, Some("yaml" | "yml" | "json")) {
-            continue;
-        }
-        match fs::metadata(dir.join(&name)) {
-            Ok(metadata) if metadata.is_dir() => {}
-            Ok(metadata) => {
-                files.insert(name, Some(Stamp::of(&metadata)));
-            }
-            // Removed since it was listed, or a symlink to nothing: a ConfigMap that lost a key.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(_) => {
-                files.insert(name, None);
-            }
-        }
-    }
-    Ok(files)
-}
-
 /// Reads a file whole, if it is a regular one of a sane size. A pipe would block for ever.
 fn read_file(path: &Path) -> Result<Vec<u8>, String> {
     let unreadable = |error: io::Error| format!("cannot be read: {error}");
@@ -456,3 +494,6 @@ fn read_file(path: &Path) -> Result<Vec<u8>, String> {
     }
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests;

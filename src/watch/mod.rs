@@ -115,7 +115,7 @@ impl ProblemLog {
 }
 
 /// One line for one problem.
-fn log(problem: &Problem) {
+pub(crate) fn log(problem: &Problem) {
     if problem.field.is_empty() {
         tracing::warn!(object = problem.object, "{}", problem.message);
     } else {

@@ -17,7 +17,10 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Service;
-use kube::api::{Api, DeleteParams, DynamicObject, GetParams, Patch, PatchParams, PostParams};
+use kube::api::{
+    Api, DeleteParams, DynamicObject, GetParams, ListParams, Patch, PatchParams, PostParams,
+    TypeMeta,
+};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::{ApiResource, Request};
 use kube::discovery::{ApiCapabilities, Scope};
@@ -187,16 +190,43 @@ impl ControlPlane {
     /// Deletes an object; the namespace of one that has none is not looked at.
     pub(crate) async fn delete(&self, kind: &str, namespace: &str, name: &str) {
         let client = self.client().await;
-        let kinds = kinds(&client).await;
-        let resource = kinds
-            .groups_alphabetical() // the core group, which has no name, is the first
-            .iter()
-            .find_map(|group| group.recommended_kind(kind))
-            .unwrap_or_else(|| panic!("the server has no {kind}"));
+        let resource = kind_named(&client, kind).await;
         api(&client, &resource, Some(namespace))
             .delete(name, &DeleteParams::default())
             .await
             .unwrap_or_else(|error| panic!("cannot delete {kind} {namespace}/{name}: {error}"));
+    }
+
+    /// An object as the server has it.
+    pub(crate) async fn get(&self, kind: &str, namespace: &str, name: &str) -> DynamicObject {
+        let client = self.client().await;
+        let resource = kind_named(&client, kind).await;
+        api(&client, &resource, Some(namespace))
+            .get(name)
+            .await
+            .unwrap_or_else(|error| panic!("cannot get {kind} {namespace}/{name}: {error}"))
+    }
+
+    /// All objects of a kind, each a manifest.
+    pub(crate) async fn list(&self, kind: &str) -> Vec<DynamicObject> {
+        let client = self.client().await;
+        let (resource, _) = kind_named(&client, kind).await;
+        let all = Api::<DynamicObject>::all_with(client, &resource)
+            .list(&ListParams::default())
+            .await
+            .unwrap_or_else(|error| panic!("cannot list {kind}: {error}"));
+        // Items of a list do not say what they are.
+        let types = TypeMeta { api_version: resource.api_version, kind: resource.kind };
+        let named = |object| DynamicObject { types: Some(types.clone()), ..object };
+        all.items.into_iter().map(named).collect()
+    }
+
+    /// Which version the server at another address of this control plane says it has.
+    pub(crate) async fn version_at(&self, server: &str) -> Result<String, Box<dyn Error>> {
+        let mut kubeconfig = self.kubeconfig_of(User::Admin);
+        kubeconfig["clusters"][0]["cluster"]["server"] = json!(server);
+        let client = client_by(kubeconfig).await?;
+        Ok(client.apiserver_version().await?.git_version)
     }
 
     fn kubeconfig_of(&self, user: User) -> Value {
@@ -214,9 +244,7 @@ impl ControlPlane {
     }
 
     async fn client_of(&self, user: User) -> Result<Client, Box<dyn Error>> {
-        let kubeconfig: Kubeconfig = serde_json::from_value(self.kubeconfig_of(user))?;
-        let options = KubeConfigOptions::default();
-        Ok(Client::try_from(Config::from_custom_kubeconfig(kubeconfig, &options).await?)?)
+        client_by(self.kubeconfig_of(user)).await
     }
 
     async fn ready(&mut self) -> Result<(), String> {
@@ -260,10 +288,11 @@ struct Process {
 
 impl Process {
     fn start(program: &str, folder: &Path, arguments: &[&str]) -> Self {
+        let path = find(program).unwrap_or_else(|reason| panic!("no {program}: {reason}"));
         let log = folder.join(format!("{program}.log"));
         let file = File::options().create(true).append(true).open(&log).expect(WRITABLE);
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--"]).arg(binary(program)).args(arguments);
+        command.args(["--pdeathsig", "KILL", "--"]).arg(path).args(arguments);
         let same_file = file.try_clone().expect("there are file descriptors left");
         command.stdin(Stdio::null()).stdout(file).stderr(same_file);
         // The kernel sends that signal when the *thread* that started the child ends, and a test's
@@ -302,6 +331,20 @@ async fn kinds(client: &Client) -> Discovery {
     Discovery::new(client.clone()).run_aggregated().await.expect("the server lists its kinds")
 }
 
+async fn kind_named(client: &Client, kind: &str) -> (ApiResource, ApiCapabilities) {
+    let kinds = kinds(client).await;
+    // The core group, which has no name, is the first.
+    let mut found = kinds.groups_alphabetical().into_iter();
+    let found = found.find_map(|group| group.recommended_kind(kind));
+    found.unwrap_or_else(|| panic!("the server has no {kind}"))
+}
+
+async fn client_by(kubeconfig: Value) -> Result<Client, Box<dyn Error>> {
+    let kubeconfig: Kubeconfig = serde_json::from_value(kubeconfig)?;
+    let options = KubeConfigOptions::default();
+    Ok(Client::try_from(Config::from_custom_kubeconfig(kubeconfig, &options).await?)?)
+}
+
 fn api(
     client: &Client,
     (resource, capabilities): &(ApiResource, ApiCapabilities),
@@ -314,14 +357,14 @@ fn api(
     }
 }
 
-/// Finds one of the programs that `tests/control-plane/build` makes.
-pub(crate) fn binary(program: &str) -> PathBuf {
+/// Finds one of the programs that `tests/control-plane/build` makes, or says how to make it.
+pub(crate) fn find(program: &str) -> Result<PathBuf, String> {
     let provided = std::env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
     let built = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("control-plane").join("bin");
     let places: Vec<_> =
         provided.into_iter().chain([built]).map(|folder| folder.join(program)).collect();
-    places.iter().find(|path| path.exists()).cloned().unwrap_or_else(|| {
-        panic!("run `tests/control-plane/build {program}`: there is none of {places:?}")
+    places.iter().find(|path| path.exists()).cloned().ok_or_else(|| {
+        format!("there is none of {places:?}; run `tests/control-plane/build {program}`")
     })
 }
 

@@ -9,9 +9,12 @@ use nftproxy::model::{
     Endpoint, EndpointSlice, Event, Family, HostFacts, Kind, NamespacedName, Protocol, Scheduler,
     Service, ServiceCidr, ServicePort, SessionAffinity, SlicePort, TrafficPolicy,
 };
+use nftproxy::nft::dataplane::Options;
 use nftproxy::nft::element::{Backend, ElementId, Key, Value};
 use nftproxy::nft::fake::FakeKernel;
+use nftproxy::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
 use nftproxy::nft::names::SetName;
+use nftproxy::nft::transaction::{Op, Transaction};
 use nftproxy::reconcile::Proxy;
 use proptest::prelude::*;
 
@@ -399,4 +402,73 @@ fn an_element_that_vanished_is_put_back_when_a_commit_meets_it() {
         proxy.kernel_mut().elements().filter(|(id, _)| matches!(id.key, Key::Slot(..))).count(),
         1
     );
+}
+
+#[test]
+fn a_chain_is_there_before_anything_leads_to_it() {
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    all_listed().for_each(|event| proxy.observe(event));
+    web(&["10.0.0.1"]).into_iter().for_each(|event| proxy.observe(event));
+    committed(&mut proxy);
+    let before = proxy.kernel_mut().applied.len();
+    web(&["10.0.0.1", "10.0.0.2"]).into_iter().for_each(|event| proxy.observe(event));
+    committed(&mut proxy);
+    // A packet on its way sees new elements, but of a chain made with them only the empty beginning.
+    let applied = &proxy.kernel_mut().applied[before..];
+    let chains = |op: &Op| matches!(op, Op::AddChain(..) | Op::AddRules(..));
+    let [first, then] = applied else { panic!("{applied:?}") };
+    assert!(first.ops.iter().all(chains), "{first:?}");
+    assert!(!then.ops.iter().any(chains), "{then:?}");
+    // The next Service of that size finds it.
+    let other = service("other", &["10.96.0.11"], &[port("", Protocol::Tcp, 80, 0)]);
+    proxy.observe(Event::Service(other));
+    let endpoints = ["10.0.0.3", "10.0.0.4"];
+    let slice = slice("other", "4", &[("", Protocol::Tcp, 80)], &endpoints);
+    proxy.observe(Event::EndpointSlice(slice));
+    committed(&mut proxy);
+    assert_eq!(proxy.kernel_mut().applied.len(), before + 3);
+}
+
+/// A kernel that refuses one backend.
+struct Refusing(FakeKernel, IpAddr);
+
+impl Kernel for Refusing {
+    fn load(&mut self, options: &Options) -> Result<Loaded, LoadError> {
+        self.0.load(options)
+    }
+
+    fn apply(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+        let refused = |op: &Op| matches!(op, Op::AddElement(_, Value::Backend(backend)) if backend.address == self.1);
+        let Some(op) = transaction.ops.iter().position(refused) else {
+            return self.0.apply(transaction);
+        };
+        let refusal = Refusal { op: Some(op), errno: libc::ENOMEM, message: None };
+        Err(ApplyError::Refused { refusals: vec![refusal] })
+    }
+}
+
+#[test]
+fn a_refused_change_leaves_no_trace_of_the_chains_made_for_it() {
+    let mut proxy = Proxy::new(state(), Refusing(FakeKernel::default(), [10, 0, 0, 2].into()));
+    all_listed().for_each(|event| proxy.observe(event));
+    web(&["10.0.0.1"]).into_iter().for_each(|event| proxy.observe(event));
+    proxy.commit().unwrap();
+    let before = proxy.kernel_mut().0.dump();
+    // The chain for two is made; the change that needs it is refused, and again after reading back.
+    web(&["10.0.0.1", "10.0.0.2"]).into_iter().for_each(|event| proxy.observe(event));
+    assert_eq!(proxy.commit().unwrap().set_aside, 1);
+    assert_eq!(proxy.kernel_mut().0.dump(), before);
+    // The same at a start, which takes over what is there; the refused Service has nothing then.
+    let kernel = proxy.kernel_mut().0.clone();
+    let mut started = Proxy::new(state(), Refusing(kernel, [10, 0, 0, 2].into()));
+    all_listed().for_each(|event| started.observe(event));
+    web(&["10.0.0.1", "10.0.0.2"]).into_iter().for_each(|event| started.observe(event));
+    assert_eq!(started.commit().unwrap().set_aside, 1);
+    assert!(!started.kernel_mut().0.dump().contains("chain lb-"));
+    // It changes, and is committed as if nothing had been.
+    web(&["10.0.0.1", "10.0.0.3"]).into_iter().for_each(|event| proxy.observe(event));
+    let done = proxy.commit().unwrap();
+    assert_eq!((done.adopted, done.set_aside), (false, 0));
+    proxy.collect_idle().unwrap();
+    assert!(proxy.plan().unwrap().is_empty());
 }

@@ -10,14 +10,18 @@
     clippy::items_after_statements,
     reason = "tests fail by panicking, read the clock, and are written for reading"
 )]
-#![allow(dead_code, reason = "the flip and restart tests use the rest of the node's interface")]
 
 mod adopt;
+mod commands;
 mod config;
 mod conntrack;
-// mod control_plane;
+mod control_plane;
+mod drift;
+mod e2e;
 mod features;
+mod flips;
 mod host;
+mod hostile;
 mod ledger;
 mod model;
 mod namespace;

@@ -99,9 +99,10 @@ impl Net {
                 if short == "node" {
                     sysctl("ipv4/ip_forward", "1");
                     sysctl("ipv6/conf/all/forwarding", "1");
-                    // Every refusal is to be seen, not the first few of a second.
-                    sysctl("ipv4/icmp_ratelimit", "0");
-                    sysctl("ipv6/icmp/ratelimit", "0");
+                    // Every refusal is to be seen, not the first few of a second. The masks say which
+                    // types are limited, by either of two limits: none, and one that nobody sends.
+                    sysctl("ipv4/icmp_ratemask", "0");
+                    sysctl("ipv6/icmp/ratemask", "0");
                     for key in ["default", "all"] {
                         sysctl(&format!("ipv4/conf/{key}/rp_filter"), "0");
                     }
@@ -189,7 +190,8 @@ pub(crate) fn write_manifest(dir: &Path, name: &str, text: &str) {
     fs::rename(hidden, dir.join(name)).unwrap();
 }
 
-fn sysctl(key: &str, value: &str) {
+/// Sets a sysctl of the namespace the calling thread is in.
+pub(crate) fn sysctl(key: &str, value: &str) {
     fs::write(format!("/proc/sys/net/{key}"), value).unwrap_or_else(|e| panic!("{key}: {e}"));
 }
 
@@ -197,7 +199,8 @@ fn ip_batch(lines: &str) {
     run_ip(&["-batch", "-"], lines);
 }
 
-fn ip_batch_in(netns: &str, lines: &str) {
+/// Runs lines of `ip -batch` in a namespace.
+pub(crate) fn ip_batch_in(netns: &str, lines: &str) {
     run_ip(&["-n", netns, "-batch", "-"], lines);
 }
 

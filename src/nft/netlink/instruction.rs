@@ -144,8 +144,9 @@ const CT_DST_IP: libc::c_int = 20;
 const CT_DST_IP6: libc::c_int = 22;
 const CT_DIR_ORIGINAL: libc::c_int = 0;
 const HASH_JENKINS: u32 = 0;
-/// Where a source address is loaded that is hashed, behind the longest key.
-const SCRATCH: u32 = 32;
+/// How far behind the hash a source address is loaded that is hashed: where nft has it, so that a
+/// table loaded from text is the same.
+const HASHED: u32 = 20;
 /// Where the data of an affinity map's element is loaded, behind its key.
 const DATA: u32 = 16;
 /// Length of an interface's name in a register.
@@ -183,6 +184,9 @@ fn lower_statement(statement: &Statement, family: Family) -> Vec<Instruction> {
         ],
         Statement::In(key, set) => {
             let mut list = load(key, family);
+            if set.is_interval() && key.len() > 1 {
+                order_protocol(key, family, &mut list);
+            }
             list.push(lookup(set.as_str(), None, 0));
             list
         }
@@ -242,10 +246,14 @@ fn load(selectors: &[Selector], family: Family) -> Vec<Instruction> {
     let mut offset = FIRST;
     let mut list = Vec::with_capacity(selectors.len() + 2);
     for &selector in selectors {
-        if matches!(selector, Selector::Slot { source: SlotSource::SourceHash, .. }) {
-            list.push(load_one(Selector::Saddr, family, register(SCRATCH)));
+        if let Selector::Slot { source: SlotSource::SourceHash, modulus, offset: first } = selector
+        {
+            let (from, into) = (register(offset + HASHED), register(offset));
+            list.push(load_one(Selector::Saddr, family, from));
+            list.push(hash(from, into, padded_len(family, KeyField::Address), modulus, first));
+        } else {
+            list.push(load_one(selector, family, register(offset)));
         }
-        list.push(load_one(selector, family, register(offset)));
         let field = match selector {
             Selector::Saddr | Selector::Daddr | Selector::OriginalDaddr => KeyField::Address,
             Selector::L4Proto => KeyField::Protocol,
@@ -255,6 +263,23 @@ fn load(selectors: &[Selector], family: Family) -> Vec<Instruction> {
         offset += padded_len(family, field);
     }
     list
+}
+
+/// What nft puts behind the protocol in a key of ranges: swapping the bytes of a number of one byte
+/// does nothing, but a table loaded from text has it.
+fn order_protocol(key: &[Selector], family: Family, list: &mut Vec<Instruction>) {
+    let Some(index) = key.iter().position(|selector| *selector == Selector::L4Proto) else {
+        return;
+    };
+    let addresses = u32::try_from(index).unwrap_or(0); // only addresses stand before it
+    let protocol = register(addresses * padded_len(family, KeyField::Address));
+    let order = Instruction::new(c"byteorder")
+        .number(sys::NFTNL_EXPR_BYTEORDER_SREG, protocol)
+        .number(sys::NFTNL_EXPR_BYTEORDER_DREG, protocol)
+        .constant(sys::NFTNL_EXPR_BYTEORDER_OP, libc::NFT_BYTEORDER_HTON)
+        .number(sys::NFTNL_EXPR_BYTEORDER_LEN, 1)
+        .number(sys::NFTNL_EXPR_BYTEORDER_SIZE, 2);
+    list.insert(index + 1, order);
 }
 
 fn load_one(selector: Selector, family: Family, register: u32) -> Instruction {
@@ -271,16 +296,6 @@ fn load_one(selector: Selector, family: Family, register: u32) -> Instruction {
         (Selector::OriginalDaddr, Family::V4) => original(CT_DST_IP, register),
         (Selector::OriginalDaddr, Family::V6) => original(CT_DST_IP6, register),
         (Selector::OriginalDport, _) => original(CT_PROTO_DST, register),
-        (Selector::Slot { source: SlotSource::SourceHash, modulus, offset }, _) => {
-            Instruction::new(c"hash")
-                .number(sys::NFTNL_EXPR_HASH_SREG, self::register(SCRATCH))
-                .number(sys::NFTNL_EXPR_HASH_DREG, register)
-                .number(sys::NFTNL_EXPR_HASH_LEN, padded_len(family, KeyField::Address))
-                .number(sys::NFTNL_EXPR_HASH_MODULUS, modulus.into())
-                .number(sys::NFTNL_EXPR_HASH_SEED, HASH_SEED)
-                .number(sys::NFTNL_EXPR_HASH_OFFSET, offset.into())
-                .number(sys::NFTNL_EXPR_HASH_TYPE, HASH_JENKINS)
-        }
         (Selector::Slot { source, modulus, offset }, _) => Instruction::new(c"numgen")
             .number(sys::NFTNL_EXPR_NG_DREG, register)
             .constant(
@@ -293,6 +308,18 @@ fn load_one(selector: Selector, family: Family, register: u32) -> Instruction {
             .number(sys::NFTNL_EXPR_NG_MODULUS, modulus.into())
             .number(sys::NFTNL_EXPR_NG_OFFSET, offset.into()),
     }
+}
+
+/// Hashes the `len` bytes from one register on into a number of another.
+fn hash(from: u32, into: u32, len: u32, modulus: u16, offset: u16) -> Instruction {
+    Instruction::new(c"hash")
+        .number(sys::NFTNL_EXPR_HASH_SREG, from)
+        .number(sys::NFTNL_EXPR_HASH_DREG, into)
+        .number(sys::NFTNL_EXPR_HASH_LEN, len)
+        .number(sys::NFTNL_EXPR_HASH_MODULUS, modulus.into())
+        .number(sys::NFTNL_EXPR_HASH_SEED, HASH_SEED)
+        .number(sys::NFTNL_EXPR_HASH_OFFSET, offset.into())
+        .number(sys::NFTNL_EXPR_HASH_TYPE, HASH_JENKINS)
 }
 
 /// A field of the tuple that the connection was opened with.

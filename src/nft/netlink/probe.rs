@@ -217,7 +217,7 @@ impl NetlinkKernel {
             }
         }
         ops.push(Op::DeleteChain(Family::V4, "impossible".into()));
-        let mut batch = encode::batch(&Transaction { ops }, Batch::begin(Vec::new())).finish();
+        let mut batch = encode::batch(&Transaction { ops }, Batch::begin(Vec::new()), 0).finish();
         rename_table(&mut batch.bytes);
         match send(&mut self.socket, &batch) {
             Err(ApplyError::Refused { refusals }) => missing(&asked, &refusals),
@@ -231,7 +231,7 @@ impl NetlinkKernel {
 
     fn remove_scratch(&mut self) {
         let ops = Family::BOTH.map(Op::DeleteTable).into();
-        let mut batch = encode::batch(&Transaction { ops }, Batch::begin(Vec::new())).finish();
+        let mut batch = encode::batch(&Transaction { ops }, Batch::begin(Vec::new()), 0).finish();
         rename_table(&mut batch.bytes);
         drop(send(&mut self.socket, &batch));
     }

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use mnl::mnl_sys;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{NetlinkAddr, getsockname, setsockopt, sockopt};
 
 /// Largest single receive: netlink dumps come in pieces of at most 32 KiB, answers are small.
 const RECEIVE: usize = 64 << 10;
@@ -91,6 +91,13 @@ impl NetlinkSocket {
     fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor stays open as long as `self.socket`, which the result borrows.
         unsafe { BorrowedFd::borrow_raw(self.socket.as_raw_fd()) }
+    }
+
+    /// The address the kernel gave it, unique in the network namespace.
+    pub(super) fn address(&self) -> Result<u32, OpenError> {
+        getsockname::<NetlinkAddr>(self.socket.as_raw_fd())
+            .map(|address| address.pid())
+            .map_err(|errno| OpenError { step: "read its address", source: errno.into() })
     }
 
     #[expect(unsafe_code, reason = "neither mnl nor nix know these options")]

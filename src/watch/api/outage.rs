@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use kube::core::Status;
 use kube::runtime::watcher;
+use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 use tokio::time::Instant;
 
 use crate::model::Kind;
@@ -30,25 +32,49 @@ pub(super) enum Trouble<'a> {
     Expired,
     /// The server answered something else.
     Answered(&'a Status),
+    /// The server said so inside of an answer that began well.
+    Told(&'a Status),
     /// The answer made no sense.
     Undecodable(&'a (dyn std::error::Error + Send + Sync)),
-    /// There was no answer, or it broke off.
+    /// Something came that is no event.
+    NoEvent,
+    /// There was no answer.
     Unreachable(&'a kube::Error),
+    /// An answer broke off. Whether the server is gone shows at the next request.
+    BrokenOff(&'a kube::Error),
+    /// The server ended a list before it was complete.
+    CutShort,
 }
 
 impl<'a> Trouble<'a> {
     /// What an error of the watcher means.
     pub(super) fn of(error: &'a watcher::Error) -> Self {
         match error {
-            watcher::Error::InitialListFailed(error)
-            | watcher::Error::WatchStartFailed(error)
-            | watcher::Error::WatchFailed(error) => match error {
-                kube::Error::Api(status) => Self::of_status(status),
-                kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) => Self::Undecodable(error),
-                _ => Self::Unreachable(error),
+            watcher::Error::InitialListFailed(error) | watcher::Error::WatchStartFailed(error) => {
+                match error {
+                    kube::Error::Api(status) => Self::of_status(status),
+                    kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) => {
+                        Self::Undecodable(error)
+                    }
+                    _ => Self::Unreachable(error),
+                }
+            }
+            watcher::Error::WatchFailed(error) => match error {
+                kube::Error::Api(status) => Self::of_told(status),
+                kube::Error::SerdeError(_) => Self::Undecodable(error),
+                _ => Self::BrokenOff(error),
             },
-            watcher::Error::WatchError(status) => Self::of_status(status),
+            watcher::Error::WatchError(status) => Self::of_told(status),
             watcher::Error::NoResourceVersion => Self::Undecodable(error),
+        }
+    }
+
+    fn of_told(status: &'a Status) -> Self {
+        match status.code {
+            410 => Self::Expired,
+            // The client takes any JSON object that is no event for a status, of which all is optional.
+            0 => Self::NoEvent,
+            _ => Self::Told(status),
         }
     }
 
@@ -67,15 +93,34 @@ impl<'a> Trouble<'a> {
     pub(super) fn refuses_streaming(&self) -> bool {
         matches!(self, Self::Answered(status) if matches!(status.code, 400 | 405 | 406 | 422 | 501))
     }
+
+    /// Whether the answer began well, so that another one that begins well is no news.
+    fn in_answer(&self) -> bool {
+        matches!(
+            self,
+            Self::Told(_)
+                | Self::Undecodable(_)
+                | Self::NoEvent
+                | Self::BrokenOff(_)
+                | Self::CutShort
+        )
+    }
 }
 
 /// The connection all kinds share.
 #[derive(Debug, Default)]
 pub(super) struct Connection {
     lost: Mutex<Option<Instant>>,
+    back: Notify,
 }
 
 impl Connection {
+    /// Ends when the server answers for the first time after an outage, from the call on. Whoever
+    /// waits for a try of its own need not wait longer.
+    pub(super) fn back(&self) -> Notified<'_> {
+        self.back.notified()
+    }
+
     fn lost(&self, error: &kube::Error) {
         let mut lost = locked(&self.lost);
         if lost.is_none() {
@@ -90,6 +135,7 @@ impl Connection {
     fn answered(&self) {
         let since = locked(&self.lost).take();
         if let Some(since) = since {
+            self.back.notify_waiters();
             tracing::info!(after = ?since.elapsed(), "the API server answers again");
         }
     }
@@ -100,6 +146,7 @@ struct Complaint {
     text: String,
     said: Instant,
     stands: bool,
+    in_answer: bool,
 }
 
 /// What the log knows about the watch of one kind.
@@ -121,14 +168,23 @@ impl Report {
         Self { kind, group, plural, connection, complaint: Mutex::new(None) }
     }
 
-    /// The server answered; `good` if it did as asked.
+    /// The server answered; `good` if it began to do as asked.
     pub(super) fn answered(&self, good: bool) {
         self.connection.answered();
-        if !good {
-            return;
+        if good {
+            self.settled(false);
         }
+    }
+
+    /// What was asked for came.
+    pub(super) fn works(&self) {
+        self.settled(true);
+    }
+
+    fn settled(&self, in_answer: bool) {
         let mut complaint = locked(&self.complaint);
-        if let Some(complaint) = complaint.as_mut().filter(|c| c.stands) {
+        let standing = complaint.as_mut().filter(|c| c.stands && (in_answer || !c.in_answer));
+        if let Some(complaint) = standing {
             complaint.stands = false;
             tracing::info!(kind = %self.kind, "the API server serves the kind again");
         }
@@ -159,10 +215,13 @@ impl Report {
                     .to_owned()
             }
             Trouble::NotServed => format!("the API server does not know {plural} (404)"),
-            Trouble::Answered(status) => {
+            Trouble::Answered(status) | Trouble::Told(status) => {
                 format!("the API server answered {}: {}", status.code, status.message)
             }
             Trouble::Undecodable(error) => format!("an answer could not be decoded: {error}"),
+            Trouble::NoEvent => "the API server sent something that is no event".to_owned(),
+            Trouble::BrokenOff(error) => format!("an answer broke off: {}", Causes(*error)),
+            Trouble::CutShort => "the API server ended a list before it was complete".to_owned(),
         };
         let text = one_line(&text);
         let mut complaint = locked(&self.complaint);
@@ -175,11 +234,12 @@ impl Report {
             }
         }
         tracing::warn!(%kind, "{text}");
-        *complaint = Some(Complaint { text, said: now, stands: true });
+        let in_answer = trouble.in_answer();
+        *complaint = Some(Complaint { text, said: now, stands: true, in_answer });
     }
 }
 
 /// A poisoned lock only means that a log line was interrupted.
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

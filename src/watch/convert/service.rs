@@ -330,7 +330,8 @@ fn session_affinity(spec: &ServiceSpec, problems: &mut Findings) -> SessionAffin
 }
 
 fn health_check_node_port(spec: &ServiceSpec, problems: &mut Findings) -> Option<NonZeroU16> {
-    let number = spec.health_check_node_port.unwrap_or(0);
+    // The API server always assigns one; in a manifest, no number asks for no health check.
+    let number = spec.health_check_node_port.filter(|number| *number != 0)?;
     let valid = port_number(number);
     if valid.is_none() {
         problems.add(
