@@ -186,10 +186,16 @@ impl RunArgs {
 
     /// Reads the configuration and starts the log it asks for.
     fn load(&self, quiet: bool) -> Result<Loaded, CliError> {
+        let loaded = self.load_silently(quiet)?;
+        loaded.remarks.iter().for_each(Remark::log);
+        Ok(loaded)
+    }
+
+    /// The same, with the remarks left to say.
+    fn load_silently(&self, quiet: bool) -> Result<Loaded, CliError> {
         match config::load(&self.flags()) {
             Ok(loaded) => {
                 start_log(loaded.config.log, quiet);
-                loaded.remarks.iter().for_each(Remark::log);
                 Ok(loaded)
             }
             Err(error) => {
@@ -235,7 +241,12 @@ impl Cli {
 }
 
 fn run(args: &RunArgs) -> Result<ExitCode, CliError> {
-    let loaded = args.load(false)?;
+    let loaded = args.load_silently(false)?;
+    if args.write_config_to.is_none() {
+        // Without, nothing else is worth a word.
+        host::check_privileges()?;
+    }
+    loaded.remarks.iter().for_each(Remark::log);
     if let Some(path) = &args.write_config_to {
         let write = |source| CliError::System { step: "write the configuration", source };
         std::fs::write(path, config::document(&loaded)).map_err(write)?;

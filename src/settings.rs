@@ -45,6 +45,8 @@ pub struct Settings {
     pub node_port_addresses: NodePortAddresses,
     /// Taken for the node's first address, whatever its Node object says.
     pub node_address: Option<IpAddr>,
+    /// Whether they are served on 127.0.0.0/8, too, for the node itself.
+    pub localhost_node_ports: bool,
 }
 
 impl Default for Settings {
@@ -55,6 +57,7 @@ impl Default for Settings {
             detect_local: DetectLocal::ClusterCidr(Vec::new()),
             node_port_addresses: NodePortAddresses::default(),
             node_address: None,
+            localhost_node_ports: false,
         }
     }
 }
@@ -111,6 +114,7 @@ impl Settings {
             masquerade_all: self.masquerade_all,
             detect_local: Family::BOTH.map(detector),
             node_ports: Family::BOTH.map(node_ports),
+            localhost_node_ports: self.localhost_node_ports,
         }
     }
 }

@@ -41,6 +41,10 @@ fn flags() -> impl Iterator<Item = Flag> {
 
 fn arg(flag: Flag) -> Arg {
     let value = match flag.ty {
+        _ if flag.name == "v" => "LEVEL",
+        _ if flag.name == "manifests" => "PATH",
+        _ if flag.name == "kubeconfig" => "FILE",
+        _ if flag.name == "master" => "URL",
         Type::Bool => "BOOL",
         Type::Int(..) | Type::Float => "NUMBER",
         Type::Duration => "DURATION",

@@ -167,7 +167,7 @@ pub const FIELDS: &[Field] = &[
         .start("Name of this node's Node object. Without it: the host's name"),
     Field::new("iptables.localhostNodePorts", Type::Bool, "true")
         .flag("iptables-localhost-nodeports")
-        .none("node ports are not served on the loopback, as in kube-proxy's nftables mode"),
+        .none("as in kube-proxy's nftables mode; nftproxy.localhostNodePorts is for that"),
     Field::new("iptables.masqueradeAll", Type::Bool, "false")
         .live("As nftables.masqueradeAll, if the mode is not nftables"),
     Field::new("iptables.masqueradeBit", Type::Int(0, 31), "14")
@@ -238,6 +238,10 @@ pub const FIELDS: &[Field] = &[
     Field::new("nftables.syncPeriod", Type::Duration, "30s")
         .zero_is_default()
         .live("Longest time between a failed commit and the next"),
+    Field::new("nftproxy.localhostNodePorts", Type::Bool, "false").flag("localhost-node-ports").live(
+        "Serve node ports on 127.0.0.1, too, for processes on this node. Turns on the sysctl \
+         net.ipv4.conf.all.route_localnet, and keeps others from reaching loopback addresses by it",
+    ),
     Field::new("nftproxy.manifests", Type::Text, "").flag("manifests").start(
         "Take objects from this YAML or JSON file, or from all of them in this directory, and follow \
          their changes",
@@ -250,7 +254,8 @@ pub const FIELDS: &[Field] = &[
          afterwards. Needs Linux 6.9",
     ),
     Field::new("nodePortAddresses", Type::List, "").flag("nodeport-addresses").live(
-        "Ranges of the node's addresses that serve node ports, or primary, or all; primary if not given",
+        "Ranges of the node's addresses that serve node ports, or primary, all, localhost; primary if \
+         not given",
     ),
     Field::new("oomScoreAdj", Type::Int(-1000, 1000), "-999")
         .flag("oom-score-adj")

@@ -26,7 +26,9 @@ pub(super) fn resolve(
     let bind_address = bind_address(values)?;
     let healthz_bind_address = Listener::HEALTH.address(flags, values, bind_address)?;
     let metrics_bind_address = Listener::METRICS.address(flags, values, bind_address)?;
+    let localhost_node_ports = localhost_node_ports(values, remarks);
     let settings = Settings {
+        localhost_node_ports,
         masquerade_mark: 1 << values.int("nftables.masqueradeBit"),
         masquerade_all: values.bool("nftables.masqueradeAll"),
         detect_local: detect_local(values, remarks)?,
@@ -121,9 +123,6 @@ fn check_gates(values: &Values, remarks: &mut Vec<Remark>) -> Result<(), ConfigE
                     value: on.to_string(),
                     expected: "external IPs are always served; expected true".into(),
                 });
-            }
-            ("KubeProxyNFTablesLocalhostNodePorts", true) => {
-                warn("node ports are not served on the loopback");
             }
             ("PreferSameTrafficDistribution", false) => {
                 warn("hints of EndpointSlices for nodes are always followed");
@@ -267,6 +266,30 @@ fn interface(values: &Values, path: &str) -> Result<Arc<str>, ConfigError> {
 /// Every address of both families.
 const ALL: [&str; 2] = ["0.0.0.0/0", "::/0"];
 
+const LOCALHOST: [&str; 2] = ["127.0.0.0/8", "::1/128"];
+
+/// Node ports are served on 127.0.0.1 if our own setting says so, or if they are by kube-proxy: then
+/// the list names the loopback, by keyword or, with the gate, by range.
+fn localhost_node_ports(values: &mut Values, remarks: &mut Vec<Remark>) -> bool {
+    let own = "nftproxy.localhostNodePorts";
+    let list = values.list("nodePortAddresses");
+    let gate = values.switches("featureGates").get("KubeProxyNFTablesLocalhostNodePorts").copied();
+    let is_loopback = |item: &String| {
+        item.parse().is_ok_and(|range: IpNet| range.addr().is_loopback() && range.prefix_len() > 0)
+    };
+    let named = list.iter().any(|item| item.trim() == "localhost")
+        || gate == Some(true) && list.iter().any(is_loopback);
+    if named {
+        let origin = values.get("nodePortAddresses").origin.clone();
+        let message = "localhost: node ports are served on 127.0.0.1, and not on ::1";
+        remarks.push(Remark::note(origin.to_string(), message));
+        if !values.bool(own) {
+            values.settle(own, Value::Bool(true), origin);
+        }
+    }
+    values.bool(own)
+}
+
 fn node_port_addresses(values: &Values) -> Result<NodePortAddresses, ConfigError> {
     let path = "nodePortAddresses";
     let (mut ranges, mut primary) = (Vec::<IpNet>::new(), false);
@@ -274,8 +297,9 @@ fn node_port_addresses(values: &Values) -> Result<NodePortAddresses, ConfigError
         match item.trim() {
             "primary" => primary = true,
             "all" => ranges.extend(ALL.map(|all| all.parse::<IpNet>().expect("a range"))),
+            // Addresses of the loopback are no others' to dial: of the ranges themselves none is left.
             "localhost" => {
-                return values.refuse(path, "node ports are not served on the loopback");
+                ranges.extend(LOCALHOST.map(|all| all.parse::<IpNet>().expect("a range")));
             }
             item => {
                 let Ok(range) = item.parse() else {

@@ -95,6 +95,11 @@ impl Sysctl {
         }
     }
 
+    /// Lets connections to 127.0.0.0/8 leave the host once they are translated.
+    pub fn route_loopback(&self) -> Result<(), SysctlError> {
+        self.set("/proc/sys/net/ipv4/conf/all/route_localnet", 1).map(drop)
+    }
+
     /// Sets how readily the kernel ends this process when memory runs out.
     pub fn set_oom_score_adj(&self, score: i32) -> Result<(), SysctlError> {
         self.set("/proc/self/oom_score_adj", score.into()).map(drop)

@@ -335,7 +335,6 @@ fn an_error_is_one_line_with_file_field_and_expectation() {
             "nftables.minSyncPeriod: \"1m0s\": expected no more than",
         ),
         ("nodePortAddresses: [here]", "nodePortAddresses: \"here\": expected ranges like"),
-        ("nodePortAddresses: [localhost]", "nodePortAddresses: \"localhost\": node ports are not"),
         ("healthzBindAddress: nowhere:1", "healthzBindAddress: \"nowhere:1\": expected an address"),
         (
             "metricsBindAddress: 127.0.0.1:0",
@@ -412,6 +411,15 @@ fn keywords_of_node_port_addresses_stand_beside_ranges() {
     assert_eq!(of("[all]"), NodePortAddresses::Ranges(vec![range("0.0.0.0/0"), range("::/0")]));
     let both = NodePortAddresses::PrimaryAnd(vec![range("10.0.0.0/8")]);
     assert_eq!(of("[10.0.0.0/8, primary]"), both);
+
+    // The loopback is served where kube-proxy serves it, and where our own setting says so.
+    let on = |lines: &str| load(lines, &[]).unwrap().config.live.settings.localhost_node_ports;
+    let gate = "featureGates: {KubeProxyNFTablesLocalhostNodePorts: true}\n";
+    assert!(!on("") && !on(gate) && !on("nodePortAddresses: [127.0.0.0/8]\n"));
+    assert!(!on(&format!("{gate}nodePortAddresses: [all]\n")));
+    assert!(on("nodePortAddresses: [primary, localhost]\n"));
+    assert!(on(&format!("{gate}nodePortAddresses: [primary, 127.0.0.0/8]\n")));
+    assert!(on("nftproxy: {localhostNodePorts: true}\n"));
 }
 
 #[test]
