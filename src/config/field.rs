@@ -195,7 +195,8 @@ pub const FIELDS: &[Field] = &[
     Field::new("ipvs.tcpFinTimeout", Type::Duration, "0s").flag("ipvs-tcpfin-timeout").none(IPVS),
     Field::new("ipvs.tcpTimeout", Type::Duration, "0s").flag("ipvs-tcp-timeout").none(IPVS),
     Field::new("ipvs.udpTimeout", Type::Duration, "0s").flag("ipvs-udp-timeout").none(IPVS),
-    Field::new("logging.flushFrequency", Type::Duration, "5s")
+    // A number of nanoseconds or a duration.
+    Field::new("logging.flushFrequency", Type::Any, "5s")
         .flag("log-flush-frequency")
         .zero_is_default()
         .none(LOG),

@@ -42,8 +42,11 @@ pub(super) fn parse(
         let message = format!("{twice}; the last one counts");
         remarks.push(Remark::warning(path.display().to_string(), message));
     }
-    let Json::Object(mut fields) = json else {
-        return Err(fail("expected a KubeProxyConfiguration".into()));
+    let mut fields = match json {
+        Json::Object(fields) => fields,
+        // An empty file has no kind.
+        Json::Null => Map::new(),
+        _ => return Err(fail("expected a KubeProxyConfiguration".into())),
     };
     let mut word = |name: &str| match fields.remove(name) {
         Some(Json::String(word)) => word,

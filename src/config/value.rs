@@ -70,11 +70,6 @@ impl Type {
             (Self::Duration | Self::Text | Self::OneOf(_), Json::String(text)) => {
                 self.parse(text)?
             }
-            // metav1.Duration takes a string only, logging.flushFrequency nanoseconds as well.
-            (Self::Duration, Json::Number(number)) => {
-                let nanos = number.as_u64().ok_or_else(|| self.expected())?;
-                Value::Duration(Duration::from_nanos(nanos))
-            }
             (Self::List, Json::Array(items)) => {
                 let text = |item: &Json| item.as_str().map(str::to_owned);
                 let items: Option<Vec<_>> = items.iter().map(text).collect();
@@ -211,6 +206,7 @@ impl fmt::Display for Value {
                 let pairs: Vec<_> = value.iter().map(|(name, on)| format!("{name}={on}")).collect();
                 write!(f, "[{}]", pairs.join(", "))
             }
+            Self::Other(Json::String(text)) if !text.is_empty() => f.write_str(text),
             Self::Other(json) => write!(f, "{json}"),
         }
     }

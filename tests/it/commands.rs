@@ -333,7 +333,8 @@ fn the_spelling_of_kube_proxy_runs() {
 #[test]
 fn a_configuration_that_cannot_be_used_is_one_line() {
     let dir = tempfile::tempdir().unwrap();
-    let run = |path: &Path| nftproxy(&["--config", path.to_str().unwrap()]);
+    // Not `run`: one that is taken by mistake would change the machine.
+    let run = |path: &Path| nftproxy(&["config", "--config", path.to_str().unwrap()]);
     for (text, words) in [
         ("nftables:\n  masqueradeBit: 32\n", ["nftables.masqueradeBit", "32", "0 to 31"]),
         ("nftables:\n  minSyncPeriod: 5\n", ["nftables.minSyncPeriod", "5", "expected a"]),
