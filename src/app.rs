@@ -5,20 +5,26 @@
 //! watch. A changed configuration goes there by a channel of its own, of which only the last value
 //! counts.
 
-use tokio::sync::mpsc::{Sender, WeakSender, channel};
+use std::sync::Arc;
+
+use tokio::sync::mpsc::{Sender, UnboundedReceiver, WeakSender, channel};
 use tokio::sync::watch;
 use tracing::{debug, error, info, warn};
 
 use crate::config::{self, Flags, Live, Loaded, Source};
 use crate::conntrack::Sweeper;
 use crate::host::{self, PrivilegeError};
-use crate::model::Event;
+use crate::metrics::RestClient;
+use crate::model::{Event, Family};
 use crate::nft::netlink::{FEATURES, NetlinkKernel, OpenError};
 use crate::program::Program;
 use crate::reconcile::Proxy;
+use crate::server::{self, BindError, Listen, ListenFailure};
 use crate::state::State;
+use crate::status::{HealthCheckChange, Reporter, Status};
 use crate::watch::api::{self, ClientError};
 use crate::watch::manifests::{ManifestError, Manifests};
+use crate::watch::notices::{self, Notice};
 
 /// Events on their way; a source that is faster than the state waits.
 const QUEUE: usize = 4096;
@@ -44,6 +50,9 @@ pub enum RunError {
     /// The manifests cannot be read.
     #[error(transparent)]
     Manifests(#[from] ManifestError),
+    /// A port cannot be bound, and that is a reason to end.
+    #[error(transparent)]
+    Bind(#[from] BindError),
     /// A thread cannot be started, or a signal not be caught.
     #[error("cannot {step}: {source}")]
     System {
@@ -66,13 +75,18 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
     let (opened, open_outcome) = tokio::sync::oneshot::channel();
     let (ended, mut end) = tokio::sync::oneshot::channel::<()>();
     let state = State::new(config.live.settings.clone(), host::node_facts(&config.node_name));
+    let mut families = vec![Family::V4];
+    families.extend(host::has_ipv6().then_some(Family::V6));
+    let status = Arc::new(Status::new(families, config.live.sync_period));
+    let (reporter, health_checks) = Reporter::new(status.clone());
+    let swept = status.clone();
     let owning = config.table_owner;
     let thread = std::thread::Builder::new().name("program".into()).spawn(move || {
-        match open(owning) {
+        match open(owning, swept) {
             Err(error) => drop(opened.send(Err(error))),
             Ok((kernel, sweeper)) => {
                 drop(opened.send(Ok(())));
-                Program::new(Proxy::new(state, kernel), sweeper, live).run(events);
+                Program::new(Proxy::new(state, kernel), sweeper, live, reporter).run(events);
             }
         }
         drop(ended);
@@ -85,11 +99,14 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
 
     info!(node = config.node_name, source = %config.source, "starting");
     follow_host(sender.downgrade())?;
+    let rest_client = status.metrics.rest_client.clone();
+    let servers = serve(&loaded, status, health_checks);
     follow_config(flags, loaded, live_sender)?;
     tokio::select! {
         signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
         // Sources end with an error only, and only before they are under way.
-        outcome = watch(config.source, config.node_name, sender) => outcome?,
+        outcome = watch(config.source, config.node_name, sender, rest_client) => outcome?,
+        error = servers => return Err(error.into()),
         _ = &mut end => return Err(RunError::Ended),
     }
     // With the source, the sender is gone: the thread ends behind its last commit.
@@ -121,11 +138,42 @@ fn prepare_host(live: &Live) -> Result<(), String> {
     if refused.is_empty() { Ok(()) } else { Err(host::describe(&refused)) }
 }
 
+/// Serves probes and metrics; returns only if that cannot be and is a reason to end.
+fn serve(
+    loaded: &Loaded,
+    status: Arc<Status>,
+    health_checks: UnboundedReceiver<HealthCheckChange>,
+) -> impl Future<Output = BindError> + use<> {
+    let config = &loaded.config;
+    let listen = Listen {
+        healthz: config.healthz_bind_address,
+        metrics: config.metrics_bind_address,
+        hard_fail: config.bind_address_hard_fail,
+    };
+    let node = config.node_name.clone();
+    let notices = notices::start(&config.source, &config.node_name, &status.metrics.rest_client);
+    server::serve(listen, status, config::configz(loaded), health_checks, move |failure| {
+        let ListenFailure { service, address, reason } = failure;
+        notices.give(Notice {
+            // The words of kube-proxy.
+            note: format!(
+                "node {node} failed to start healthcheck \"{service}\" on port {}: listen \
+                     {address}: {reason}",
+                address.port()
+            ),
+            service,
+            reason: "FailedToStartServiceHealthcheck",
+            action: "Listen",
+        });
+    })
+}
+
 /// What the programming thread works with; both stay in the network namespace they are opened in.
-fn open(owning: bool) -> Result<(NetlinkKernel, Sweeper), RunError> {
+fn open(owning: bool, status: Arc<Status>) -> Result<(NetlinkKernel, Sweeper), RunError> {
     let kernel = open_kernel(owning)?;
     let start = |source| RunError::System { step: "start a thread", source };
-    Ok((kernel, Sweeper::start().map_err(start)?))
+    let sweeper = Sweeper::start_reporting(move |pass| status.swept(pass)).map_err(start)?;
+    Ok((kernel, sweeper))
 }
 
 /// Opens the kernel and asks it for its features.
@@ -206,11 +254,13 @@ pub async fn watch(
     source: Source,
     node_name: String,
     events: Sender<Event>,
+    metrics: RestClient,
 ) -> Result<(), RunError> {
     match source {
         Source::Manifests(dir) => Manifests::new(dir, node_name).run(events).await?,
         Source::Api { kubeconfig, master } => {
-            let client = api::client(kubeconfig.as_deref(), master.as_deref()).await?;
+            let (kubeconfig, master) = (kubeconfig.as_deref(), master.as_deref());
+            let client = api::measured_client(kubeconfig, master, metrics).await?;
             api::run(client, node_name, events).await;
         }
     }

@@ -80,6 +80,20 @@ fn json(loaded: &Loaded) -> String {
 /// The settings as a file that says the same, for `--write-config-to`.
 #[must_use]
 pub fn document(loaded: &Loaded) -> String {
+    serde_saphyr::to_string(&file(loaded)).expect("maps with text keys can be written")
+}
+
+/// The text of `/configz`: as kube-proxy's, with what is in force since the start.
+#[must_use]
+pub fn configz(loaded: &Loaded) -> String {
+    let mut file = file(loaded);
+    file["mode"] = "nftables".into();
+    file["hostnameOverride"] = loaded.config.node_name.as_str().into();
+    json!({ "kubeproxy.config.k8s.io": file }).to_string()
+}
+
+/// The settings as they stand in a file.
+fn file(loaded: &Loaded) -> Json {
     let mut root = json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
@@ -98,5 +112,5 @@ pub fn document(loaded: &Loaded) -> String {
         }
         *at = setting.value.to_json();
     }
-    serde_saphyr::to_string(&root).expect("maps with text keys can be written")
+    root
 }

@@ -18,6 +18,12 @@ use tokio::sync::mpsc::WeakSender;
 
 use crate::model::{Event, Family, HostFacts, NodeFacts};
 
+/// Whether this host has IPv6 at all.
+#[must_use]
+pub fn has_ipv6() -> bool {
+    std::path::Path::new("/proc/net/if_inet6").exists()
+}
+
 /// Node facts as far as the host knows them.
 #[must_use]
 pub fn node_facts(name: &str) -> NodeFacts {

@@ -12,7 +12,7 @@ mod name;
 mod privilege;
 mod sysctl;
 
-pub use self::addresses::{FollowError, follow, node_facts};
+pub use self::addresses::{FollowError, follow, has_ipv6, node_facts};
 pub use self::conntrack::{Conntrack, describe};
 pub use self::name::{HostnameError, node_name};
 pub use self::privilege::{PrivilegeError, check_privileges};

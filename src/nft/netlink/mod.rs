@@ -10,6 +10,7 @@ mod batch;
 mod dump;
 mod encode;
 mod ffi;
+mod fill;
 mod instruction;
 mod monitor;
 mod probe;
@@ -20,6 +21,7 @@ use std::io;
 
 use tracing::{debug, warn};
 
+pub use self::fill::{AffinityFill, affinity_fill};
 pub use self::monitor::{Intrusion, Monitor};
 pub use self::probe::{FEATURES, Feature, Missing, ProbeError};
 pub use self::socket::OpenError;
