@@ -244,8 +244,13 @@ fn detect_local(values: &Values, remarks: &mut Vec<Remark>) -> Result<DetectLoca
 
 fn cluster_ranges(values: &Values) -> Result<Vec<IpNet>, ConfigError> {
     let expected = "expected a range like 10.244.0.0/16, or one of each family with a comma";
-    let items: Result<Vec<IpNet>, _> = split(values.text("clusterCIDR")).map(str::parse).collect();
-    let Ok(ranges) = items else { return values.refuse("clusterCIDR", expected) };
+    let mut ranges: Vec<IpNet> = Vec::new();
+    for item in split(values.text("clusterCIDR")) {
+        let Ok(range) = item.parse() else {
+            return values.refuse_part("clusterCIDR", item, expected);
+        };
+        ranges.push(range);
+    }
     let of = |family| ranges.iter().filter(|range| Family::of(range.addr()) == family).count();
     if Family::BOTH.into_iter().any(|family| of(family) > 1) {
         return values.refuse("clusterCIDR", expected);
@@ -304,7 +309,7 @@ fn node_port_addresses(values: &Values) -> Result<NodePortAddresses, ConfigError
             item => {
                 let Ok(range) = item.parse() else {
                     let expected = "expected ranges like 192.0.2.0/24, primary, or all";
-                    return values.refuse(path, expected);
+                    return values.refuse_part(path, item, expected);
                 };
                 ranges.push(range);
             }

@@ -169,18 +169,27 @@ impl Values {
 
     /// The error that a setting has another value than expected.
     pub(super) fn refuse<T>(&self, path: &str, expected: &str) -> Result<T, ConfigError> {
-        let Setting { value, origin } = self.get(path);
-        let origin = match (origin, &self.file) {
-            (Origin::Default | Origin::Host, None) => path.to_owned(),
-            (Origin::Default | Origin::Host, Some(file)) => format!("{}: {path}", file.display()),
-            (said, _) => said.to_string(),
-        };
-        let value = match value {
+        let value = match &self.get(path).value {
             Value::Text(text) => text.clone(),
             Value::List(items) => items.join(","),
             other => other.to_string(),
         };
-        Err(ConfigError::Value { origin, value, expected: expected.into() })
+        self.refuse_part(path, &value, expected)
+    }
+
+    /// The same for a part of it.
+    pub(super) fn refuse_part<T>(
+        &self,
+        path: &str,
+        part: &str,
+        expected: &str,
+    ) -> Result<T, ConfigError> {
+        let origin = match (&self.get(path).origin, &self.file) {
+            (Origin::Default | Origin::Host, None) => path.to_owned(),
+            (Origin::Default | Origin::Host, Some(file)) => format!("{}: {path}", file.display()),
+            (said, _) => said.to_string(),
+        };
+        Err(ConfigError::Value { origin, value: part.into(), expected: expected.into() })
     }
 }
 
