@@ -2,20 +2,22 @@
 //!
 //! Sources run on the tokio runtime and send events through a bounded channel to
 //! [`crate::program`], which has a thread of its own and blocks in `sendmsg` without holding up a
-//! watch.
+//! watch. A changed configuration goes there by a channel of its own, of which only the last value
+//! counts.
 
 use std::sync::Arc;
 
 use tokio::sync::mpsc::{Sender, UnboundedReceiver, WeakSender, channel};
-use tracing::{info, warn};
+use tokio::sync::watch;
+use tracing::{debug, error, info, warn};
 
-use crate::config::{Config, Source};
+use crate::config::{self, Flags, Live, Loaded, Source};
 use crate::conntrack::Sweeper;
-use crate::host;
+use crate::host::{self, PrivilegeError};
 use crate::metrics::RestClient;
 use crate::model::{Event, Family};
-use crate::nft::netlink::{NetlinkKernel, OpenError};
-use crate::program::{Pacing, Program};
+use crate::nft::netlink::{FEATURES, NetlinkKernel, OpenError};
+use crate::program::Program;
 use crate::reconcile::Proxy;
 use crate::server::{self, BindError, Listen, ListenFailure};
 use crate::state::State;
@@ -28,21 +30,21 @@ use crate::watch::notices::{self, Notice};
 /// Events on their way; a source that is faster than the state waits.
 const QUEUE: usize = 4096;
 
-/// What is to become of what kube-proxy left on the node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KubeProxyRules {
-    /// It goes when our tables are in force.
-    Remove,
-    /// It stays.
-    Keep,
-}
-
 /// The daemon cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
+    /// The process may not do what it is for.
+    #[error(transparent)]
+    Privilege(#[from] PrivilegeError),
     /// The kernel cannot be reached.
     #[error(transparent)]
     Kernel(#[from] OpenError),
+    /// The kernel cannot hold the tables; what it lacks was said.
+    #[error("this kernel cannot hold the tables: {0} features are missing")]
+    Features(usize),
+    /// The host refuses what it was to be prepared with.
+    #[error("{0}")]
+    Host(String),
     /// The API server's address or credentials cannot be read.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -66,26 +68,29 @@ pub enum RunError {
 }
 
 /// Runs until SIGTERM or SIGINT. The tables stay in force afterwards.
-pub async fn run(config: Config, kube_proxy_rules: KubeProxyRules) -> Result<(), RunError> {
+pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
+    host::check_privileges()?;
+    let config = loaded.config.clone();
     let (sender, events) = channel(QUEUE);
+    let (live_sender, live) = watch::channel(config.live.clone());
     let (opened, open_outcome) = tokio::sync::oneshot::channel();
     let (ended, mut end) = tokio::sync::oneshot::channel::<()>();
-    let state = State::new(config.settings.clone(), host::node_facts(&config.node_name));
-    let pacing =
-        Pacing { min_sync_period: config.min_sync_period, sync_period: config.sync_period };
+    let state = State::new(config.live.settings.clone(), host::node_facts(&config.node_name));
     let mut families = vec![Family::V4];
     families.extend(host::has_ipv6().then_some(Family::V6));
-    let status = Arc::new(Status::new(families, config.sync_period));
+    let status = Arc::new(Status::new(families, config.live.sync_period));
     let (reporter, health_checks) = Reporter::new(status.clone());
     let swept = status.clone();
     let owning = config.table_owner;
+    // Other Services of the node may still need it.
+    let keep_theirs = config.keep_kube_proxy_rules || matches!(config.source, Source::Manifests(_));
     let thread = std::thread::Builder::new().name("program".into()).spawn(move || {
         match open(owning, swept) {
             Err(error) => drop(opened.send(Err(error))),
             Ok((kernel, sweeper)) => {
                 drop(opened.send(Ok(())));
-                Program::new(Proxy::new(state, kernel), sweeper, pacing, reporter)
-                    .after_sync(move || take_over(kube_proxy_rules))
+                Program::new(Proxy::new(state, kernel), sweeper, live, reporter)
+                    .after_sync(move || take_over(keep_theirs))
                     .run(events);
             }
         }
@@ -93,16 +98,15 @@ pub async fn run(config: Config, kube_proxy_rules: KubeProxyRules) -> Result<(),
     });
     let thread = thread.map_err(|source| RunError::System { step: "start a thread", source })?;
     open_outcome.await.map_err(|_| RunError::Ended)??;
+    if let Err(refused) = prepare_host(&config.live) {
+        warn!("{refused}; the host keeps what it has (once with all privileges: --init-only)");
+    }
 
     info!(node = config.node_name, source = %config.source, "starting");
-    if config.settings.localhost_node_ports
-        && let Err(error) = host::route_loopback()
-    {
-        warn!(%error, "node ports are not served on 127.0.0.1");
-    }
     follow_host(sender.downgrade())?;
     let rest_client = status.metrics.rest_client.clone();
-    let servers = serve(&config, status, health_checks);
+    let servers = serve(&loaded, status, health_checks);
+    follow_config(flags, loaded, live_sender)?;
     tokio::select! {
         signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
         // Sources end with an error only, and only before they are under way.
@@ -114,12 +118,38 @@ pub async fn run(config: Config, kube_proxy_rules: KubeProxyRules) -> Result<(),
     thread.join().map_err(|_| RunError::Ended)
 }
 
+/// What needs all privileges, and nothing else: `--init-only`.
+pub fn prepare(live: &Live) -> Result<(), RunError> {
+    host::check_privileges()?;
+    open_kernel(false)?;
+    prepare_host(live).map_err(RunError::Host)?;
+    info!("the host is prepared; no Service was programmed");
+    Ok(())
+}
+
+/// Sets what the host is to have. What it refuses is in the error; everything else is done. Behind the
+/// probe, with which the kernel has loaded connection tracking.
+fn prepare_host(live: &Live) -> Result<(), String> {
+    let sysctl = host::Sysctl::default();
+    if let Err(error) = sysctl.set_oom_score_adj(live.oom_score_adj) {
+        debug!(%error, "the kernel may end this process like any other when memory runs out");
+    }
+    if live.settings.localhost_node_ports
+        && let Err(error) = sysctl.route_loopback()
+    {
+        warn!(%error, "node ports are not served on 127.0.0.1");
+    }
+    let refused = live.conntrack.apply(&sysctl);
+    if refused.is_empty() { Ok(()) } else { Err(host::describe(&refused)) }
+}
+
 /// Serves probes and metrics; returns only if that cannot be and is a reason to end.
 fn serve(
-    config: &Config,
+    loaded: &Loaded,
     status: Arc<Status>,
     health_checks: UnboundedReceiver<HealthCheckChange>,
 ) -> impl Future<Output = BindError> + use<> {
+    let config = &loaded.config;
     let listen = Listen {
         healthz: config.healthz_bind_address,
         metrics: config.metrics_bind_address,
@@ -127,7 +157,7 @@ fn serve(
     };
     let node = config.node_name.clone();
     let notices = notices::start(&config.source, &config.node_name, &status.metrics.rest_client);
-    server::serve(listen, status, configz(config), health_checks, move |failure| {
+    server::serve(listen, status, config::configz(loaded), health_checks, move |failure| {
         let ListenFailure { service, address, reason } = failure;
         notices.give(Notice {
             // The words of kube-proxy.
@@ -145,21 +175,78 @@ fn serve(
 
 /// What the programming thread works with; both stay in the network namespace they are opened in.
 fn open(owning: bool, status: Arc<Status>) -> Result<(NetlinkKernel, Sweeper), RunError> {
-    let kernel = if owning { NetlinkKernel::open_owning()? } else { NetlinkKernel::open()? };
+    let kernel = open_kernel(owning)?;
     let start = |source| RunError::System { step: "start a thread", source };
     let sweeper = Sweeper::start_reporting(move |pass| status.swept(pass)).map_err(start)?;
     Ok((kernel, sweeper))
 }
 
-/// Removes what kube-proxy left, on a thread of its own: with many Services it takes a while.
-fn take_over(rules: KubeProxyRules) {
-    let thread = std::thread::Builder::new().name("takeover".into()).spawn(move || match rules {
-        KubeProxyRules::Remove => drop(takeover::remove(Purpose::TakeOver)),
-        KubeProxyRules::Keep => takeover::report(),
+/// Removes what kube-proxy left, on a thread of its own: with many Services it takes a while. If it is
+/// to be kept, it is only told.
+fn take_over(keep: bool) {
+    let thread = std::thread::Builder::new().name("takeover".into()).spawn(move || {
+        if keep {
+            takeover::report();
+        } else {
+            // Each failure was said.
+            let _ = takeover::remove(Purpose::TakeOver);
+        }
     });
     if let Err(error) = thread {
         warn!(%error, "what kube-proxy left on this node stays: cannot start a thread");
     }
+}
+
+/// Opens the kernel and asks it for its features.
+fn open_kernel(owning: bool) -> Result<NetlinkKernel, RunError> {
+    let mut kernel = if owning { NetlinkKernel::open_owning()? } else { NetlinkKernel::open()? };
+    match kernel.probe(FEATURES) {
+        Err(error) => warn!("{error}; going on without"),
+        Ok(missing) => {
+            let (needed, partial): (Vec<_>, Vec<_>) =
+                missing.iter().partition(|missing| missing.only.is_none());
+            for missing in partial {
+                warn!("{missing}");
+            }
+            for missing in &needed {
+                error!("{missing}");
+            }
+            if !needed.is_empty() {
+                return Err(RunError::Features(needed.len()));
+            }
+        }
+    }
+    Ok(kernel)
+}
+
+/// Follows the configuration's file.
+fn follow_config(flags: Flags, loaded: Loaded, live: watch::Sender<Live>) -> Result<(), RunError> {
+    if flags.config.is_none() {
+        return Ok(());
+    }
+    let on_host = |live: &Live| {
+        (live.conntrack.clone(), live.oom_score_adj, live.settings.localhost_node_ports)
+    };
+    let mut prepared = on_host(&loaded.config.live);
+    let thread = std::thread::Builder::new().name("config".into()).spawn(move || {
+        config::follow::follow(&flags, loaded, |new| {
+            if prepared.2 && !new.settings.localhost_node_ports {
+                // Somebody else may rely on it.
+                warn!(
+                    "node ports are no longer served on 127.0.0.1; the sysctl \
+                     net.ipv4.conf.all.route_localnet stays 1"
+                );
+            }
+            if on_host(new) != prepared {
+                prepared = on_host(new);
+                if let Err(refused) = prepare_host(new) {
+                    warn!("{refused}; the host keeps what it has");
+                }
+            }
+            live.send(new.clone()).is_ok()
+        });
+    });
+    thread.map(drop).map_err(|source| RunError::System { step: "start a thread", source })
 }
 
 /// Follows the host's addresses. Everything else works without, so that a failure is said and no more.
@@ -199,28 +286,4 @@ pub async fn watch(
         }
     }
     Ok(())
-}
-
-/// The text of `/configz`: what kube-proxy's has under the same names, as far as it has an effect here.
-fn configz(config: &Config) -> String {
-    let address = |address: Option<std::net::SocketAddr>| {
-        address.map_or_else(String::new, |address| address.to_string())
-    };
-    let seconds = |period: std::time::Duration| format!("{}s", period.as_secs_f64());
-    serde_json::json!({ "kubeproxy.config.k8s.io": {
-        "kind": "KubeProxyConfiguration",
-        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
-        "mode": "nftables",
-        "hostnameOverride": config.node_name,
-        "healthzBindAddress": address(config.healthz_bind_address),
-        "metricsBindAddress": address(config.metrics_bind_address),
-        "bindAddressHardFail": config.bind_address_hard_fail,
-        "nftables": {
-            "masqueradeBit": config.settings.masquerade_mark.trailing_zeros(),
-            "masqueradeAll": config.settings.masquerade_all,
-            "syncPeriod": seconds(config.sync_period),
-            "minSyncPeriod": seconds(config.min_sync_period),
-        },
-    }})
-    .to_string()
 }

@@ -1,17 +1,20 @@
 //! The command line: what can be asked, and the commands that answer at once.
 
+mod flags;
+
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use tokio::sync::mpsc::channel;
 use tracing::{error, info};
 
-use crate::app::{self, KubeProxyRules, RunError};
-use crate::config::{self, Config, ConfigError, Flags, Source};
-use crate::host;
+use self::flags::FieldArgs;
+use crate::app::{self, RunError};
+use crate::config::{self, Config, ConfigError, Flags, Loaded, Log, Remark, Source};
+use crate::host::{self, PrivilegeError};
 use crate::metrics::Metrics;
 use crate::model::Family;
 use crate::nft::fake::FakeKernel;
@@ -40,11 +43,6 @@ pub struct Cli {
     command: Option<Command>,
     #[command(flatten)]
     run: RunArgs,
-    /// Like kube-proxy's: remove nftproxy's tables and what kube-proxy left behind, and exit.
-    #[arg(long)]
-    cleanup: bool,
-    #[command(flatten)]
-    log: LogArgs,
 }
 
 const EXAMPLES: &str = "\
@@ -53,6 +51,7 @@ Examples:
   nftproxy run --kubeconfig ~/.kube/config
   nftproxy render --manifests FILE        the tables as nft text; no root needed
   nftproxy diff --manifests DIR           what running would change in the kernel
+  nftproxy config --config FILE           what the configuration comes down to
   nftproxy cleanup                        remove the tables
   nftproxy cleanup --kube-proxy           remove what kube-proxy left behind
   nft list table ip nftproxy              see what is programmed
@@ -70,6 +69,8 @@ enum Command {
     Render(RenderArgs),
     /// Show what running would change in the kernel, and for which object. Changes nothing.
     Diff(RunArgs),
+    /// Print the effective configuration: every setting, its value, and who said so.
+    Config(ConfigArgs),
     /// Remove the tables `ip nftproxy` and `ip6 nftproxy`. Services stop working on this node, unless
     /// kube-proxy runs again.
     Cleanup(CleanupArgs),
@@ -80,46 +81,44 @@ struct CleanupArgs {
     /// Remove what kube-proxy left behind in any of its modes, and leave nftproxy's tables alone.
     #[arg(long)]
     kube_proxy: bool,
+    #[command(flatten)]
+    log: LogArgs,
 }
 
 #[derive(Args, Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 struct RunArgs {
-    /// Take objects from this YAML or JSON file, or from all of them in this directory, and follow
-    /// their changes.
-    #[arg(long, value_name = "PATH", conflicts_with_all = ["kubeconfig", "master"])]
-    manifests: Option<PathBuf>,
-    /// Take objects from the API server this file names. Without it: from the cluster this runs in.
-    #[arg(long, value_name = "FILE")]
-    kubeconfig: Option<PathBuf>,
-    /// Address of the API server, instead of the one the kubeconfig names.
-    #[arg(long, value_name = "URL")]
-    master: Option<String>,
-    /// A KubeProxyConfiguration file (v1alpha1). A flag given here wins over the file.
+    /// A KubeProxyConfiguration file (v1alpha1). As in kube-proxy it wins over flags, but for
+    /// --hostname-override, --master, --manifests and those of the log.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Name of this node's Node object. Without it: the host's name.
-    #[arg(long, value_name = "NODE", env = "NFTPROXY_HOSTNAME_OVERRIDE")]
-    hostname_override: Option<String>,
-    /// Addresses of the cluster's pods, comma-separated: other sources are masqueraded on their way to
-    /// a ClusterIP.
-    #[arg(long, value_name = "CIDRS")]
-    cluster_cidr: Option<String>,
-    /// Masquerade all traffic to ClusterIPs.
-    #[arg(long)]
-    masquerade_all: bool,
-    /// Serve node ports on 127.0.0.1, too, for processes on this node. Turns on the sysctl
-    /// `net.ipv4.conf.all.route_localnet`, and keeps others from reaching loopback addresses by it.
-    #[arg(long)]
-    localhost_node_ports: bool,
-    /// Own the tables: nobody else can change them while this runs, root included. They stay in force
-    /// afterwards. Needs Linux 6.9.
-    #[arg(long)]
-    table_owner: bool,
-    /// Leave alone what kube-proxy left behind. Otherwise it is removed when nftproxy's tables are in
-    /// force (not with --manifests: other Services of the node may still need it).
-    #[arg(long)]
-    keep_kube_proxy_rules: bool,
+    /// Set up what needs all privileges (limits of connection tracking), program nothing, and end.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", action = ArgAction::Set, value_name = "BOOL")]
+    init_only: bool,
+    /// Remove nftproxy's tables and what kube-proxy left behind, and end.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          default_value = "false", action = ArgAction::Set, value_name = "BOOL")]
+    cleanup: bool,
+    /// Write the effective configuration to this file, and end.
+    #[arg(long, value_name = "FILE")]
+    write_config_to: Option<PathBuf>,
+    #[command(flatten)]
+    fields: FieldArgs,
+}
+
+#[derive(Args, Debug)]
+struct ConfigArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// How to print it.
+    #[arg(long, value_enum, default_value_t = OutputArg::Text)]
+    output: OutputArg,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OutputArg {
+    Text,
+    Json,
 }
 
 #[derive(Args, Debug)]
@@ -139,15 +138,15 @@ enum FamilyArg {
 
 #[derive(Args, Debug)]
 struct LogArgs {
-    /// Verbosity: 0 or 1 for events, 2 to 3 for every commit, 4 and more for everything.
-    #[arg(short = 'v', long = "v", value_name = "LEVEL", default_value_t = 0, global = true)]
+    /// Verbosity, as for `run`.
+    #[arg(short = 'v', long = "v", value_name = "NUMBER", default_value_t = 0)]
     verbosity: u8,
     /// Format of the log on standard error.
-    #[arg(long, value_enum, default_value_t = LogFormat::Text, global = true)]
-    log_format: LogFormat,
+    #[arg(long = "logging-format", alias = "log-format", value_enum, default_value_t = LogFormat::Text)]
+    format: LogFormat,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum LogFormat {
     Text,
     Json,
@@ -159,6 +158,9 @@ pub enum CliError {
     /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// What needs all privileges is not there.
+    #[error(transparent)]
+    Privilege(#[from] PrivilegeError),
     /// The daemon failed.
     #[error(transparent)]
     Run(#[from] RunError),
@@ -194,62 +196,96 @@ pub enum CliError {
 }
 
 impl RunArgs {
-    fn resolve(self) -> Result<Config, CliError> {
-        let flags = Flags {
-            config: self.config,
-            manifests: self.manifests,
-            kubeconfig: self.kubeconfig,
-            master: self.master,
-            hostname_override: self.hostname_override,
-            cluster_cidr: self.cluster_cidr,
-            masquerade_all: self.masquerade_all,
-            table_owner: self.table_owner,
-            localhost_node_ports: self.localhost_node_ports,
-        };
-        let (config, remarks) = config::resolve(&flags)?;
-        for remark in remarks {
-            info!("{remark}");
+    fn flags(&self) -> Flags {
+        Flags { config: self.config.clone(), given: self.fields.0.clone() }
+    }
+
+    /// Reads the configuration and starts the log it asks for.
+    fn load(&self, quiet: bool) -> Result<Loaded, CliError> {
+        let loaded = self.load_silently(quiet)?;
+        loaded.remarks.iter().for_each(Remark::log);
+        Ok(loaded)
+    }
+
+    /// The same, with the remarks left to say.
+    fn load_silently(&self, quiet: bool) -> Result<Loaded, CliError> {
+        match config::load(&self.flags()) {
+            Ok(loaded) => {
+                start_log(loaded.config.log, quiet);
+                Ok(loaded)
+            }
+            Err(error) => {
+                start_log(Log::default(), quiet);
+                Err(error.into())
+            }
         }
-        Ok(config)
     }
 }
 
 impl Cli {
+    /// The command line of this process. Ends it if that is wrong, or asks for help.
+    #[must_use]
+    pub fn of_process() -> Self {
+        Self::parse_from(flags::normalized(std::env::args_os()))
+    }
+
     /// Does what was asked.
     pub fn execute(self) -> Result<ExitCode, CliError> {
-        if self.cleanup {
-            start_log(&self.log, false);
-            let ours = cleanup();
-            let theirs = cleanup_kube_proxy();
-            return ours.and(theirs);
-        }
-        let command = self.command.unwrap_or(Command::Run(self.run));
         // A command whose result is on standard output only speaks up if something is wrong.
-        let quiet = matches!(command, Command::Render(_) | Command::Diff(_));
-        start_log(&self.log, quiet);
-        match command {
-            Command::Run(args) => {
-                let keep = args.keep_kube_proxy_rules || args.manifests.is_some();
-                let rules = if keep { KubeProxyRules::Keep } else { KubeProxyRules::Remove };
-                let config = args.resolve()?;
-                runtime()?.block_on(app::run(config, rules))?;
+        match self.command.unwrap_or(Command::Run(self.run)) {
+            Command::Run(args) => run(&args),
+            Command::Render(args) => render(args.run.load(true)?.config, args.family),
+            Command::Diff(args) => diff(args.load(true)?.config),
+            Command::Config(args) => {
+                let loaded = args.run.load(true)?;
+                let format = match args.output {
+                    OutputArg::Text => config::Format::Text,
+                    OutputArg::Json => config::Format::Json,
+                };
+                print(&config::show(&loaded, format))?;
                 Ok(ExitCode::SUCCESS)
             }
-            Command::Render(args) => render(args),
-            Command::Diff(args) => diff(args.resolve()?),
-            Command::Cleanup(args) if args.kube_proxy => cleanup_kube_proxy(),
-            Command::Cleanup(_) => cleanup(),
+            Command::Cleanup(CleanupArgs { kube_proxy, log }) => {
+                start_log(
+                    Log { verbosity: log.verbosity, json: log.format == LogFormat::Json },
+                    false,
+                );
+                if kube_proxy { cleanup_kube_proxy() } else { cleanup() }
+            }
         }
     }
+}
+
+fn run(args: &RunArgs) -> Result<ExitCode, CliError> {
+    let loaded = args.load_silently(false)?;
+    if args.write_config_to.is_none() {
+        // Without, nothing else is worth a word.
+        host::check_privileges()?;
+    }
+    loaded.remarks.iter().for_each(Remark::log);
+    if let Some(path) = &args.write_config_to {
+        let write = |source| CliError::System { step: "write the configuration", source };
+        std::fs::write(path, config::document(&loaded)).map_err(write)?;
+        info!(file = %path.display(), "wrote the configuration");
+    } else if args.cleanup {
+        let ours = cleanup();
+        let theirs = cleanup_kube_proxy();
+        return ours.and(theirs);
+    } else if args.init_only {
+        app::prepare(&loaded.config.live)?;
+    } else {
+        runtime()?.block_on(app::run(args.flags(), loaded))?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Where the client says that it cannot read its file of certificates again.
 const CA_BUNDLE: &str = "kube_client::client::tls=warn";
 
-fn start_log(args: &LogArgs, quiet: bool) {
+fn start_log(log: Log, quiet: bool) {
     use tracing_subscriber::EnvFilter;
     // The client library has an error line for every try; what it means is said once by `watch`.
-    let level = match args.verbosity {
+    let level = match log.verbosity {
         0 if quiet => "warn,kube_client=off",
         0 | 1 => "info,kube_client=off",
         2 | 3 => "info,nftproxy=debug,kube_client=off",
@@ -258,7 +294,7 @@ fn start_log(args: &LogArgs, quiet: bool) {
     };
     // What goes wrong with the API server is said by `watch::api`, once and in full; the client says it
     // at every attempt, several times, and without what to do.
-    let level = match args.verbosity {
+    let level = match log.verbosity {
         0..=3 => format!("{level},kube_runtime=off,kube_client::client=off,{CA_BUNDLE}"),
         _ => level.to_owned(),
     };
@@ -268,9 +304,10 @@ fn start_log(args: &LogArgs, quiet: bool) {
         .with_writer(std::io::stderr)
         .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
-    match args.log_format {
-        LogFormat::Text => subscriber.init(),
-        LogFormat::Json => subscriber.json().init(),
+    if log.json {
+        subscriber.json().init();
+    } else {
+        subscriber.init();
     }
 }
 
@@ -296,10 +333,9 @@ fn print(text: &str) -> Result<(), CliError> {
     }
 }
 
-fn render(args: RenderArgs) -> Result<ExitCode, CliError> {
-    let config = args.run.resolve()?;
+fn render(config: Config, family: Option<FamilyArg>) -> Result<ExitCode, CliError> {
     let Source::Manifests(dir) = config.source else { return Err(CliError::NoManifests) };
-    let state = State::new(config.settings, host::node_facts(&config.node_name));
+    let state = State::new(config.live.settings, host::node_facts(&config.node_name));
     let mut proxy = Proxy::new(state, FakeKernel::default());
     let mut manifests = Manifests::new(dir, config.node_name);
     let (events, problems) = manifests.read()?;
@@ -308,7 +344,7 @@ fn render(args: RenderArgs) -> Result<ExitCode, CliError> {
         proxy.observe(event);
     }
     let ruleset = proxy.wanted();
-    let text = match args.family {
+    let text = match family {
         None => text::ruleset(&ruleset),
         Some(FamilyArg::Ip) => text::table(&ruleset, Family::V4),
         Some(FamilyArg::Ip6) => text::table(&ruleset, Family::V6),
@@ -321,7 +357,8 @@ fn render(args: RenderArgs) -> Result<ExitCode, CliError> {
 }
 
 fn diff(config: Config) -> Result<ExitCode, CliError> {
-    let state = State::new(config.settings, host::node_facts(&config.node_name));
+    host::check_privileges()?;
+    let state = State::new(config.live.settings, host::node_facts(&config.node_name));
     let mut proxy = Proxy::new(state, NetlinkKernel::open()?);
     let wanted = format!("{}, node {}", config.source, config.node_name);
     runtime()?.block_on(async {
@@ -372,6 +409,7 @@ fn diff(config: Config) -> Result<ExitCode, CliError> {
 
 /// Removes what can be removed: one table that cannot go keeps nobody from removing the other.
 fn cleanup() -> Result<ExitCode, CliError> {
+    host::check_privileges()?;
     let mut kernel = NetlinkKernel::open()?;
     let mut errors = Vec::new();
     for family in Family::BOTH {

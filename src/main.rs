@@ -4,12 +4,11 @@
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
 use nftproxy::cli::Cli;
 use tracing::error;
 
 fn main() -> ExitCode {
-    match Cli::parse().execute() {
+    match Cli::of_process().execute() {
         Ok(code) => code,
         Err(failure) => {
             error!("{failure}");

@@ -24,6 +24,7 @@ use crate::nft::names::{LAYOUT, LAYOUTS};
 use crate::nft::ruleset::Ruleset;
 use crate::nft::text;
 use crate::nft::transaction::{Op, Transaction};
+use crate::settings::Settings;
 use crate::state::State;
 
 /// How many contributors one commit may set aside before it gives up until the next try.
@@ -120,6 +121,11 @@ impl<K: Kernel> Proxy<K> {
             // It changed: what the kernel refused may be gone.
             self.set_aside.remove(&contributor);
         }
+    }
+
+    /// Takes over other settings.
+    pub fn configure(&mut self, settings: Settings) {
+        self.state.configure(settings);
     }
 
     /// Whether every kind of object was listed, so that committing is safe.

@@ -19,7 +19,7 @@ use crate::nft::dataplane::{FIRST_LOCAL_SLOT, Options};
 use crate::nft::element::{ElementId, Key, Value};
 use crate::nft::names::SetName;
 use crate::selection::anybody;
-use crate::settings::Settings;
+use crate::settings::{DetectLocal, Settings};
 use crate::slots::Slots;
 
 /// The objects of the cluster that concern this node.
@@ -29,8 +29,8 @@ pub struct State {
     /// The Node object where there is one, completed by what the host tells.
     node: NodeFacts,
     host: HostFacts,
-    /// Whether the Node object names addresses.
-    registered: bool,
+    /// The addresses that the Node object names; none while there is no such object.
+    registered: Vec<IpAddr>,
     /// Whether there is a Node object.
     seen: bool,
     services: BTreeMap<NamespacedName, Known<Service>>,
@@ -63,15 +63,15 @@ impl State {
     /// Nothing known yet but the node's own facts as far as the host tells them.
     #[must_use]
     pub fn new(settings: Settings, node: NodeFacts) -> Self {
-        Self {
+        let mut this = Self {
             settings,
             host: HostFacts {
                 addresses: node.addresses.clone(),
                 interfaces: node.interfaces.clone(),
             },
-            registered: false,
+            registered: Vec::new(),
             seen: false,
-            node,
+            node: NodeFacts::default(),
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
             slices_of: BTreeMap::new(),
@@ -80,7 +80,26 @@ impl State {
             frontends: Frontends::default(),
             stale: BTreeSet::from([Contributor::Node]),
             listings: BTreeMap::new(),
+        };
+        this.node(node);
+        this
+    }
+
+    /// Takes over other settings.
+    pub fn configure(&mut self, settings: Settings) {
+        if settings == self.settings {
+            return;
         }
+        self.settings = settings;
+        let touched = self.node(self.node.clone());
+        self.stale.extend(touched);
+        self.stale.insert(Contributor::Node);
+    }
+
+    /// Whether pods are to be told from others by ranges of the Node that are not known yet.
+    #[must_use]
+    pub fn lacks_pod_cidrs(&self) -> bool {
+        self.settings.detect_local == DetectLocal::NodeCidr && self.node.pod_cidrs.is_empty()
     }
 
     /// Whether every kind was listed once: before that, programming would look like deletions.
@@ -139,7 +158,7 @@ impl State {
                 BTreeSet::from([Contributor::Node])
             }
             Event::Node(node) => {
-                self.registered = !node.addresses.is_empty();
+                self.registered.clone_from(&node.addresses);
                 self.seen = true;
                 self.node(node)
             }
@@ -228,9 +247,13 @@ impl State {
     }
 
     fn node(&mut self, mut node: NodeFacts) -> BTreeSet<Contributor> {
-        if !self.registered {
-            // A Node that is not there, or not registered completely.
-            node.addresses.clone_from(&self.host.addresses);
+        // The host's count if the Node is not there, or not registered completely.
+        let registered = !self.registered.is_empty();
+        let addresses = if registered { &self.registered } else { &self.host.addresses };
+        node.addresses.clone_from(addresses);
+        if let Some(first) = self.settings.node_address {
+            node.addresses.retain(|address| *address != first);
+            node.addresses.insert(0, first);
         }
         node.interfaces.clone_from(&self.host.interfaces);
         let before = std::mem::replace(&mut self.node, node);

@@ -13,6 +13,7 @@
 
 mod adopt;
 mod commands;
+mod config;
 mod conntrack;
 mod control_plane;
 mod drift;
@@ -21,6 +22,7 @@ mod example;
 mod features;
 mod flips;
 mod health;
+mod host;
 mod hostile;
 mod http;
 mod ledger;

@@ -288,9 +288,16 @@ impl Daemon {
 
     /// Starts it and does not wait.
     pub(crate) fn spawn(netns: &str, arguments: &[&str]) -> Self {
+        Self::spawn_by(netns, &[], arguments)
+    }
+
+    /// The same by another program, which is given ours and its arguments.
+    pub(crate) fn spawn_by(netns: &str, by: &[&str], arguments: &[&str]) -> Self {
         let log = tempfile::NamedTempFile::new().unwrap().into_temp_path().keep().unwrap();
         let child = Command::new("ip")
-            .args(["netns", "exec", netns, env!("CARGO_BIN_EXE_nftproxy")])
+            .args(["netns", "exec", netns])
+            .args(by)
+            .arg(env!("CARGO_BIN_EXE_nftproxy"))
             .args(arguments)
             .env_remove("RUST_LOG")
             .stdin(Stdio::null())

@@ -14,6 +14,7 @@ mod fill;
 mod foreign;
 mod instruction;
 mod monitor;
+mod probe;
 mod socket;
 mod userdata;
 
@@ -24,6 +25,7 @@ use tracing::{debug, warn};
 pub use self::fill::{AffinityFill, affinity_fill};
 pub use self::foreign::{ForeignChain, ForeignOp, ForeignTable};
 pub use self::monitor::{Intrusion, Monitor};
+pub use self::probe::{FEATURES, Feature, Missing, ProbeError};
 pub use self::socket::OpenError;
 
 use self::batch::Batch;
