@@ -134,11 +134,6 @@ fn prepare_host(live: &Live) -> Result<(), String> {
     if let Err(error) = sysctl.set_oom_score_adj(live.oom_score_adj) {
         debug!(%error, "the kernel may end this process like any other when memory runs out");
     }
-    if live.settings.localhost_node_ports
-        && let Err(error) = sysctl.route_loopback()
-    {
-        warn!(%error, "node ports are not served on 127.0.0.1");
-    }
     let refused = live.conntrack.apply(&sysctl);
     if refused.is_empty() { Ok(()) } else { Err(host::describe(&refused)) }
 }
@@ -224,19 +219,10 @@ fn follow_config(flags: Flags, loaded: Loaded, live: watch::Sender<Live>) -> Res
     if flags.config.is_none() {
         return Ok(());
     }
-    let on_host = |live: &Live| {
-        (live.conntrack.clone(), live.oom_score_adj, live.settings.localhost_node_ports)
-    };
+    let on_host = |live: &Live| (live.conntrack.clone(), live.oom_score_adj);
     let mut prepared = on_host(&loaded.config.live);
     let thread = std::thread::Builder::new().name("config".into()).spawn(move || {
         config::follow::follow(&flags, loaded, |new| {
-            if prepared.2 && !new.settings.localhost_node_ports {
-                // Somebody else may rely on it.
-                warn!(
-                    "node ports are no longer served on 127.0.0.1; the sysctl \
-                     net.ipv4.conf.all.route_localnet stays 1"
-                );
-            }
             if on_host(new) != prepared {
                 prepared = on_host(new);
                 if let Err(refused) = prepare_host(new) {

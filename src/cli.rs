@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use tokio::sync::mpsc::channel;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use self::flags::FieldArgs;
 use crate::app::{self, RunError};
@@ -17,6 +17,7 @@ use crate::config::{self, Config, ConfigError, Flags, Loaded, Log, Remark, Sourc
 use crate::host::{self, PrivilegeError};
 use crate::metrics::Metrics;
 use crate::model::Family;
+use crate::nft::dataplane::LOOPBACK_GUARD;
 use crate::nft::fake::FakeKernel;
 use crate::nft::kernel::{ApplyError, Kernel as _, LoadError};
 use crate::nft::names::TABLE;
@@ -411,6 +412,7 @@ fn diff(config: Config) -> Result<ExitCode, CliError> {
 fn cleanup() -> Result<ExitCode, CliError> {
     host::check_privileges()?;
     let mut kernel = NetlinkKernel::open()?;
+    let guarded = kernel.has_rule(Family::V4, LOOPBACK_GUARD).unwrap_or(false);
     let mut errors = Vec::new();
     for family in Family::BOTH {
         match kernel.apply(&Transaction { ops: vec![Op::DeleteTable(family)] }) {
@@ -421,6 +423,12 @@ fn cleanup() -> Result<ExitCode, CliError> {
                 errors.push(error);
             }
         }
+    }
+    if guarded && host::Sysctl::default().routes_loopback() {
+        warn!(
+            "net.ipv4.conf.all.route_localnet is still 1, and nothing of nftproxy keeps others from \
+             loopback addresses now: set it to 0 unless something else needs it"
+        );
     }
     if errors.is_empty() { Ok(ExitCode::SUCCESS) } else { Err(CliError::Cleanup(errors)) }
 }

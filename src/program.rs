@@ -18,7 +18,9 @@ use tracing::{debug, error, info, warn};
 use crate::config::Live;
 use crate::conntrack::Sweeper;
 use crate::drift::{self, Repairs};
-use crate::model::{Event, Kind};
+use crate::host::Sysctl;
+use crate::model::{Event, Family, Kind};
+use crate::nft::dataplane::{LOOPBACK_GUARD, Loopback};
 use crate::nft::kernel::Kernel;
 use crate::nft::netlink::{Intrusion, NetlinkKernel};
 use crate::reconcile::{CommitError, Committed, Proxy};
@@ -64,6 +66,10 @@ pub struct Program {
     intrusions: Option<Receiver<Intrusion>>,
     repairs: Repairs,
     after_sync: Option<Box<dyn FnOnce() + Send>>,
+    /// What the tables and the host have for loopback addresses.
+    loopback: Loopback,
+    /// Whether the kernel is to route them, which it may behind the commit that keeps others from them.
+    routing_due: bool,
     reporter: Reporter,
 }
 
@@ -87,9 +93,54 @@ impl Program {
         mut live: watch::Receiver<Live>,
         reporter: Reporter,
     ) -> Self {
-        let clock = Clock::new(Pacing::from(&*live.borrow_and_update()));
+        let wanted = live.borrow_and_update().clone();
+        let clock = Clock::new(Pacing::from(&wanted));
         let repairs = Repairs::new(clock.started);
-        Self { proxy, sweeper, clock, live, intrusions: None, repairs, after_sync: None, reporter }
+        let mut this = Self {
+            proxy,
+            sweeper,
+            clock,
+            live,
+            intrusions: None,
+            repairs,
+            after_sync: None,
+            loopback: Loopback::Untouched,
+            routing_due: false,
+            reporter,
+        };
+        this.loopback = this.loopback_of_former_run();
+        this.configure(&wanted);
+        this
+    }
+
+    /// What the tables that are in force have for loopback addresses.
+    fn loopback_of_former_run(&mut self) -> Loopback {
+        match self.proxy.kernel_mut().has_rule(Family::V4, LOOPBACK_GUARD) {
+            Ok(true) => Loopback::Guarded,
+            Ok(false) => Loopback::Untouched,
+            Err(error) => {
+                warn!(%error, "cannot tell whether loopback addresses are guarded");
+                Loopback::Untouched
+            }
+        }
+    }
+
+    /// Takes over a configuration.
+    fn configure(&mut self, live: &Live) {
+        self.clock.pacing = Pacing::from(live);
+        let mut settings = live.settings.clone();
+        let routed = Sysctl::default().routes_loopback();
+        settings.loopback = settings.loopback.after(self.loopback, routed);
+        if settings.loopback == Loopback::Guarded {
+            // Somebody else may rely on it by now.
+            warn!(
+                "node ports are no longer served on 127.0.0.1, but net.ipv4.conf.all.route_localnet is \
+                 still 1: others are kept from loopback addresses until it is 0"
+            );
+        }
+        self.loopback = settings.loopback;
+        self.routing_due = self.loopback == Loopback::NodePorts;
+        self.proxy.configure(settings);
     }
 
     /// Has something done once, when the tables are in force.
@@ -118,9 +169,8 @@ impl Program {
                     Input::Event(event) => self.proxy.observe(event),
                     Input::Intrusion(intrusion) => self.repairs.add(intrusion),
                     Input::Live => {
-                        let live = self.live.borrow_and_update();
-                        self.clock.pacing = Pacing::from(&*live);
-                        self.proxy.configure(live.settings.clone());
+                        let live = self.live.borrow_and_update().clone();
+                        self.configure(&live);
                     }
                     Input::Due => {}
                     Input::Closed => open = false,
@@ -186,6 +236,12 @@ impl Program {
         }
         if self.clock.synced && self.intrusions.is_none() {
             self.watch_others();
+        }
+        if self.routing_due && self.clock.synced && !self.proxy.is_stale() {
+            self.routing_due = false;
+            if let Err(error) = Sysctl::default().route_loopback() {
+                warn!(%error, "node ports are not served on 127.0.0.1");
+            }
         }
         if self.clock.synced
             && let Some(then) = self.after_sync.take()

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::model::{Family, NodeFacts};
-use crate::nft::dataplane::{Detector, NodePorts, Options};
+use crate::nft::dataplane::{Detector, Loopback, NodePorts, Options};
 use crate::nft::rule::InterfaceName;
 
 /// How a client inside the cluster is told from one outside.
@@ -46,7 +46,7 @@ pub struct Settings {
     /// Taken for the node's first address, whatever its Node object says.
     pub node_address: Option<IpAddr>,
     /// Whether they are served on 127.0.0.0/8, too, for the node itself.
-    pub localhost_node_ports: bool,
+    pub loopback: Loopback,
 }
 
 impl Default for Settings {
@@ -57,7 +57,7 @@ impl Default for Settings {
             detect_local: DetectLocal::ClusterCidr(Vec::new()),
             node_port_addresses: NodePortAddresses::default(),
             node_address: None,
-            localhost_node_ports: false,
+            loopback: Loopback::default(),
         }
     }
 }
@@ -114,7 +114,7 @@ impl Settings {
             masquerade_all: self.masquerade_all,
             detect_local: Family::BOTH.map(detector),
             node_ports: Family::BOTH.map(node_ports),
-            localhost_node_ports: self.localhost_node_ports,
+            loopback: self.loopback,
         }
     }
 }

@@ -11,6 +11,7 @@ use super::values::{Origin, Values, default, given};
 use super::{Config, ConfigError, Field, Flags, Live, Log, Remark, Source};
 use crate::host::{self, Conntrack};
 use crate::model::Family;
+use crate::nft::dataplane::Loopback;
 use crate::nft::rule::InterfaceName;
 use crate::settings::{DetectLocal, NodePortAddresses, Settings};
 
@@ -26,9 +27,13 @@ pub(super) fn resolve(
     let bind_address = bind_address(values)?;
     let healthz_bind_address = Listener::HEALTH.address(flags, values, bind_address)?;
     let metrics_bind_address = Listener::METRICS.address(flags, values, bind_address)?;
-    let localhost_node_ports = localhost_node_ports(values, remarks);
+    let loopback = if localhost_node_ports(values, remarks) {
+        Loopback::NodePorts
+    } else {
+        Loopback::Untouched
+    };
     let settings = Settings {
-        localhost_node_ports,
+        loopback,
         masquerade_mark: 1 << values.int("nftables.masqueradeBit"),
         masquerade_all: values.bool("nftables.masqueradeAll"),
         detect_local: detect_local(values, remarks)?,

@@ -38,6 +38,8 @@ pub enum SysctlError {
     },
 }
 
+const ROUTE_LOCALNET: &str = "/proc/sys/net/ipv4/conf/all/route_localnet";
+
 /// What was found and what it is now.
 pub(super) type Change = (i64, i64);
 
@@ -97,7 +99,13 @@ impl Sysctl {
 
     /// Lets connections to 127.0.0.0/8 leave the host once they are translated.
     pub fn route_loopback(&self) -> Result<(), SysctlError> {
-        self.set("/proc/sys/net/ipv4/conf/all/route_localnet", 1).map(drop)
+        self.set(ROUTE_LOCALNET, 1).map(drop)
+    }
+
+    /// Whether the kernel routes addresses in 127.0.0.0/8.
+    #[must_use]
+    pub fn routes_loopback(&self) -> bool {
+        self.text(ROUTE_LOCALNET).is_ok_and(|text| text.trim() != "0")
     }
 
     /// Sets how readily the kernel ends this process when memory runs out.

@@ -192,7 +192,7 @@ mod tests {
     use super::*;
 
     /// Of kube-proxy v1.37.2 in iptables mode, on a node of the test network, by `iptables-legacy-save`.
-    const SAVED: &str = include_str!("../../tests/fixtures/kube-proxy-1.37.iptables-save");
+    const SAVED: &str = include_str!("../../tests/it/reference/kube-proxy-1.37.2.iptables-save");
 
     /// The script for a table of a text.
     fn script_of(text: &str, table: &str, purpose: Purpose) -> String {

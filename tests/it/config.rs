@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use nftproxy::config::{self, Effect, FIELDS, Flags, Format, LONE_FLAGS, Loaded, Origin, Type};
+use nftproxy::nft::dataplane::Loopback;
 use nftproxy::settings::{DetectLocal, NodePortAddresses};
 use serde_json::{Value as Json, json};
 
@@ -413,7 +414,9 @@ fn keywords_of_node_port_addresses_stand_beside_ranges() {
     assert_eq!(of("[10.0.0.0/8, primary]"), both);
 
     // The loopback is served where kube-proxy serves it, and where our own setting says so.
-    let on = |lines: &str| load(lines, &[]).unwrap().config.live.settings.localhost_node_ports;
+    let on = |lines: &str| {
+        load(lines, &[]).unwrap().config.live.settings.loopback == Loopback::NodePorts
+    };
     let gate = "featureGates: {KubeProxyNFTablesLocalhostNodePorts: true}\n";
     assert!(!on("") && !on(gate) && !on("nodePortAddresses: [127.0.0.0/8]\n"));
     assert!(!on(&format!("{gate}nodePortAddresses: [all]\n")));

@@ -2,6 +2,7 @@
 //! in another, is listed the same by nft.
 
 use nftproxy::model::Event;
+use nftproxy::nft::dataplane::Loopback;
 use nftproxy::nft::diff::diff;
 use nftproxy::nft::fake::FakeKernel;
 use nftproxy::nft::kernel::{Kernel as _, Loaded};
@@ -18,9 +19,10 @@ use crate::model::{all_listed, example, node, settings};
 use crate::namespace::{in_namespace, lacks, nft, refused};
 
 /// Everything that settings can bring into the rules.
-fn all_settings() -> [Settings; 2] {
+fn all_settings() -> [Settings; 3] {
     [
-        Settings { localhost_node_ports: true, ..settings() },
+        Settings { loopback: Loopback::NodePorts, ..settings() },
+        Settings { loopback: Loopback::Guarded, ..settings() },
         Settings {
             detect_local: DetectLocal::Interface(InterfaceName::Prefix("veth".into())),
             node_port_addresses: NodePortAddresses::Ranges(vec![

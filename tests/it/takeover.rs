@@ -256,7 +256,7 @@ fn there_and_back(cluster: &Cluster<'_>, mode: Mode) {
 /// What iptables saved on a node under kube-proxy v1.37.2, and what else may be on one: the kubelet's
 /// chains, one of a CNI plugin that uses the mark, and nothing forwarded by default.
 fn saved() -> String {
-    let text = include_str!("../fixtures/kube-proxy-1.37.iptables-save");
+    let text = include_str!("reference/kube-proxy-1.37.2.iptables-save");
     // Counters of a kind that would have to be made first.
     let text: String = text.split_inclusive('\n').filter(|line| !line.contains("nfacct")).collect();
     text.replace(

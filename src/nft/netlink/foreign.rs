@@ -9,6 +9,7 @@ use super::batch::{Batch, message};
 use super::encode::nfproto;
 use crate::model::Family;
 use crate::nft::kernel::{ApplyError, LoadError};
+use crate::nft::names::TABLE;
 use crate::nlmsg::{HEADER, attributes, put, terminated};
 
 /// A table of somebody else.
@@ -58,6 +59,7 @@ const RULE_TABLE: u16 = 1;
 const RULE_CHAIN: u16 = 2;
 const RULE_HANDLE: u16 = 3;
 const RULE_EXPRESSIONS: u16 = 4;
+const RULE_USERDATA: u16 = 7;
 const EXPRESSION_NAME: u16 = 1;
 const EXPRESSION_DATA: u16 = 2;
 const IMMEDIATE_DATA: u16 = 2;
@@ -142,6 +144,20 @@ impl NetlinkKernel {
             batch.append(index, number(kind), nfproto(table.family), &body);
         }
         super::send(&mut self.socket, &batch.finish())
+    }
+
+    /// Whether our table, whichever version made it, has a rule with this comment.
+    pub fn has_rule(&mut self, family: Family, comment: &str) -> Result<bool, LoadError> {
+        let mut found = false;
+        let mut filter = Vec::new();
+        put(&mut filter, RULE_TABLE, &terminated(TABLE));
+        self.foreign(libc::NFT_MSG_GETRULE, family, &filter, "list rules", |content| {
+            let ours = text(content, RULE_TABLE).as_deref() == Some(TABLE);
+            let userdata = value(content, RULE_USERDATA).unwrap_or_default();
+            let is_it = userdata.windows(comment.len()).any(|part| part == comment.as_bytes());
+            found |= ours && is_it;
+        })?;
+        Ok(found)
     }
 
     fn foreign(
