@@ -10,6 +10,7 @@ use tokio::sync::mpsc::channel;
 use tracing::{error, info};
 
 use crate::app::{self, RunError};
+use crate::commands::{self, Answer, CommandError, Output, Verdict};
 use crate::config::{self, Config, ConfigError, Flags, Source};
 use crate::host;
 use crate::model::Family;
@@ -48,12 +49,14 @@ Examples:
   nftproxy run --kubeconfig ~/.kube/config
   nftproxy render --manifests FILE        the tables as nft text; no root needed
   nftproxy diff --manifests DIR           what running would change in the kernel
+  nftproxy explain 10.96.0.10:80 --from 10.244.1.5
+                                          what happens to this packet here, and why
   nftproxy cleanup                        remove the tables
   nft list table ip nftproxy              see what is programmed
 
 Exit codes:
-  0  done; for `diff`: nothing to change
-  1  `diff` found something to change
+  0  done; for `diff`: nothing to change; for `explain`: an endpoint would answer
+  1  `diff` found something to change; `explain` found nobody who would answer
   2  it failed, and standard error says why";
 
 #[derive(Debug, Subcommand)]
@@ -66,6 +69,38 @@ enum Command {
     Diff(RunArgs),
     /// Remove the tables `ip nftproxy` and `ip6 nftproxy`. Services stop working on this node.
     Cleanup,
+    /// Say what happens on this node to a packet that opens a connection, rule by rule, and why.
+    ///
+    /// Follows the tables that the kernel holds, or, where it cannot be asked, those that the objects
+    /// ask for.
+    Explain(ExplainArgs),
+}
+
+#[derive(Args, Debug)]
+struct ExplainArgs {
+    /// What is dialled: 10.96.0.10:80, [fd00::10]:53/udp, 192.0.2.10:30080/sctp.
+    #[arg(value_name = "ADDRESS:PORT[/PROTOCOL]")]
+    target: commands::explain::Target,
+    /// Who dials. Without it: this host.
+    #[arg(long, value_name = "ADDRESS")]
+    from: Option<std::net::IpAddr>,
+    /// The interface that the packet comes in by, where pods are told by interface.
+    #[arg(long, value_name = "NAME")]
+    interface: Option<String>,
+    /// Go by the objects alone, not by what the kernel holds.
+    #[arg(long)]
+    wanted: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+#[derive(Args, Debug)]
+struct OutputArgs {
+    /// Form of the answer.
+    #[arg(long, short, value_enum, default_value_t = Output::Text)]
+    output: Output,
 }
 
 #[derive(Args, Debug)]
@@ -147,6 +182,9 @@ pub enum CliError {
     /// Some of the tables could not be removed; each was named.
     #[error("{} of the tables could not be removed", .0.len())]
     Cleanup(Vec<ApplyError>),
+    /// A command could not answer.
+    #[error(transparent)]
+    Command(#[from] CommandError),
     /// Only manifests can be rendered.
     #[error("render needs --manifests PATH: a file or a directory of them")]
     NoManifests,
@@ -187,7 +225,7 @@ impl Cli {
     pub fn execute(self) -> Result<ExitCode, CliError> {
         let command = self.command.unwrap_or(Command::Run(self.run));
         // A command whose result is on standard output only speaks up if something is wrong.
-        let quiet = matches!(command, Command::Render(_) | Command::Diff(_));
+        let quiet = !matches!(command, Command::Run(_) | Command::Cleanup);
         start_log(&self.log, quiet);
         match command {
             Command::Run(args) => {
@@ -198,6 +236,7 @@ impl Cli {
             Command::Render(args) => render(args),
             Command::Diff(args) => diff(args.resolve()?),
             Command::Cleanup => cleanup(),
+            Command::Explain(args) => explain(args),
         }
     }
 }
@@ -253,6 +292,24 @@ fn print(text: &str) -> Result<(), CliError> {
         Err(source) => Err(CliError::System { step: "write to standard output", source }),
         Ok(()) => Ok(()),
     }
+}
+
+/// Prints a command's answer.
+fn told(answer: &Answer) -> Result<ExitCode, CliError> {
+    print(&answer.text)?;
+    Ok(match answer.verdict {
+        Verdict::Good => ExitCode::SUCCESS,
+        Verdict::Attention => ExitCode::from(1),
+        Verdict::Bad => ExitCode::from(2),
+    })
+}
+
+fn explain(args: ExplainArgs) -> Result<ExitCode, CliError> {
+    let ExplainArgs { target, from, interface, wanted, output, run } = args;
+    let config = run.resolve()?;
+    let question = commands::explain::Question { target, from, interface, wanted };
+    let answer = commands::explain::explain(&config, &question, output.output);
+    told(&runtime()?.block_on(answer)?)
 }
 
 fn render(args: RenderArgs) -> Result<ExitCode, CliError> {

@@ -39,6 +39,7 @@ pub mod conntrack;
 
 pub mod app;
 pub mod cli;
+pub mod commands;
 pub mod config;
 pub mod drift;
 pub mod host;
