@@ -5,6 +5,7 @@
 
 pub mod endpoints;
 pub mod explain;
+pub mod list;
 
 mod objects;
 mod tables;

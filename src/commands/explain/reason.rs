@@ -283,8 +283,8 @@ impl Because<'_> {
             "weight 0".into()
         } else if !row.ready {
             row.condition().into()
-        } else if outcomes.iter().all(|o| !matches!(o.fate, Fate::Passes { .. })) && row.local {
-            "the packet is refused before".into()
+        } else if self.refused_before(outcomes) {
+            "the packet is refused before it is sent to anybody".into()
         } else if held_here && !row.local {
             "ready, but not on this node".into()
         } else if self.by_hash(outcomes) {
@@ -294,6 +294,12 @@ impl Because<'_> {
         } else {
             "ready, but the tables followed do not have it".into()
         }
+    }
+
+    /// Whether the packet never got as far as a choice of endpoints.
+    fn refused_before(&self, outcomes: &[Outcome]) -> bool {
+        let held_here = self.service.is_some_and(|service| service.local);
+        outcomes.iter().all(|outcome| !matches!(outcome.fate, Fate::Passes { .. })) && !held_here
     }
 
     fn by_hash(&self, outcomes: &[Outcome]) -> bool {

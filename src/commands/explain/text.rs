@@ -37,13 +37,17 @@ pub(super) fn write(answer: &Explanation) -> String {
     for note in &answer.notes {
         out += &labelled("Note", note, LABEL);
     }
+    let shared = shared(&answer.paths);
+    out.push('\n');
+    out += &steps(answer.paths.first().map_or(&[][..], |path| &path[..shared]), None);
     for (number, path) in answer.paths.iter().enumerate() {
         let on_it: Vec<_> = answer.outcomes.iter().filter(|o| o.path == number).collect();
-        out.push('\n');
         if answer.paths.len() > 1 {
-            out += &wrap(&format!("Way {} of {}", number + 1, answer.paths.len()), 0);
+            let ways = answer.paths.len();
+            out += &format!("\nFrom here on, way {} of {ways}\n", number + 1);
         }
-        out += &steps(path);
+        let before = shared.checked_sub(1).and_then(|last| path.get(last));
+        out += &steps(&path[shared..], before.filter(|_| answer.paths.len() == 1));
         out += &ends(&on_it);
     }
     if !answer.left_out.is_empty() {
@@ -70,10 +74,16 @@ fn and_more(all: usize) -> String {
     if all > LISTED { format!("  and {} more\n", all - LISTED) } else { String::new() }
 }
 
+/// How many steps all paths begin with.
+fn shared(paths: &[Vec<StepRow>]) -> usize {
+    let Some((first, others)) = paths.split_first() else { return 0 };
+    let alike = |path: &Vec<StepRow>| first.iter().zip(path).take_while(|(a, b)| a == b).count();
+    others.iter().map(alike).min().unwrap_or(first.len())
+}
+
 /// Rules under their chains, with what they met.
-fn steps(path: &[StepRow]) -> String {
+fn steps<'a>(path: &'a [StepRow], mut before: Option<&'a StepRow>) -> String {
     let mut out = String::new();
-    let mut before: Option<&StepRow> = None;
     for step in path {
         let moved = before.is_none_or(|b| (&b.base, &b.chain) != (&step.base, &step.chain));
         if moved {
@@ -86,9 +96,6 @@ fn steps(path: &[StepRow]) -> String {
             out += &wrap(&format!("@ {element}"), indent + 2);
         }
         before = Some(step);
-    }
-    if path.is_empty() {
-        out += "no rule applies\n";
     }
     out
 }
