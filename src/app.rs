@@ -54,8 +54,9 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let state = State::new(config.settings.clone(), host::node_facts(&config.node_name));
     let pacing =
         Pacing { min_sync_period: config.min_sync_period, sync_period: config.sync_period };
+    let owning = config.table_owner;
     let thread = std::thread::Builder::new().name("program".into()).spawn(move || {
-        match open() {
+        match open(owning) {
             Err(error) => drop(opened.send(Err(error))),
             Ok((kernel, sweeper)) => {
                 drop(opened.send(Ok(())));
@@ -68,6 +69,11 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     open_outcome.await.map_err(|_| RunError::Ended)??;
 
     info!(node = config.node_name, source = %config.source, "starting");
+    if config.settings.localhost_node_ports
+        && let Err(error) = host::route_loopback()
+    {
+        warn!(%error, "node ports are not served on 127.0.0.1");
+    }
     follow_host(sender.downgrade())?;
     tokio::select! {
         signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
@@ -80,8 +86,8 @@ pub async fn run(config: Config) -> Result<(), RunError> {
 }
 
 /// What the programming thread works with; both stay in the network namespace they are opened in.
-fn open() -> Result<(NetlinkKernel, Sweeper), RunError> {
-    let kernel = NetlinkKernel::open()?;
+fn open(owning: bool) -> Result<(NetlinkKernel, Sweeper), RunError> {
+    let kernel = if owning { NetlinkKernel::open_owning()? } else { NetlinkKernel::open()? };
     let start = |source| RunError::System { step: "start a thread", source };
     Ok((kernel, Sweeper::start().map_err(start)?))
 }

@@ -128,6 +128,14 @@ struct RunArgs {
     /// Masquerade all traffic to ClusterIPs.
     #[arg(long)]
     masquerade_all: bool,
+    /// Serve node ports on 127.0.0.1, too, for processes on this node. Turns on the sysctl
+    /// `net.ipv4.conf.all.route_localnet`, and keeps others from reaching loopback addresses by it.
+    #[arg(long)]
+    localhost_node_ports: bool,
+    /// Own the tables: nobody else can change them while this runs, root included. They stay in force
+    /// afterwards. Needs Linux 6.9.
+    #[arg(long)]
+    table_owner: bool,
 }
 
 #[derive(Args, Debug)]
@@ -211,6 +219,8 @@ impl RunArgs {
             hostname_override: self.hostname_override,
             cluster_cidr: self.cluster_cidr,
             masquerade_all: self.masquerade_all,
+            table_owner: self.table_owner,
+            localhost_node_ports: self.localhost_node_ports,
         };
         let (config, remarks) = config::resolve(&flags)?;
         for remark in remarks {

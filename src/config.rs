@@ -26,6 +26,8 @@ pub struct Config {
     pub source: Source,
     /// What the data plane is to be like.
     pub settings: Settings,
+    /// Own the tables, so that nobody else can change them.
+    pub table_owner: bool,
     /// Least time between two commits.
     pub min_sync_period: Duration,
     /// Longest time between a failed commit and the next try.
@@ -75,6 +77,10 @@ pub struct Flags {
     pub cluster_cidr: Option<String>,
     /// `--masquerade-all`
     pub masquerade_all: bool,
+    /// `--table-owner`
+    pub table_owner: bool,
+    /// `--localhost-node-ports`
+    pub localhost_node_ports: bool,
 }
 
 /// A configuration that cannot be used. One line: what, where, what was expected.
@@ -218,7 +224,9 @@ pub fn resolve(flags: &Flags) -> Result<(Config, Vec<String>), ConfigError> {
             masquerade_all: flags.masquerade_all || nft.masquerade_all,
             detect_local,
             node_port_addresses,
+            localhost_node_ports: flags.localhost_node_ports,
         },
+        table_owner: flags.table_owner,
         min_sync_period: duration("nftables.minSyncPeriod", &nft.min_sync_period, Duration::ZERO)?,
         sync_period: duration("nftables.syncPeriod", &nft.sync_period, Duration::from_secs(30))?
             .max(Duration::from_secs(1)),

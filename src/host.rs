@@ -55,6 +55,16 @@ fn host_facts() -> HostFacts {
     HostFacts { addresses, interfaces }
 }
 
+/// Lets connections to 127.0.0.0/8 leave the host once they are translated.
+pub fn route_loopback() -> io::Result<()> {
+    let path = "/proc/sys/net/ipv4/conf/all/route_localnet";
+    let fail = |error: io::Error| io::Error::new(error.kind(), format!("{path}: {error}"));
+    if fs::read_to_string(path).map_err(fail)?.trim() == "1" {
+        return Ok(());
+    }
+    fs::write(path, "1").map_err(fail)
+}
+
 /// The host's addresses cannot be followed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot follow the host's addresses: cannot {step}: {source}")]

@@ -15,7 +15,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::conntrack::Sweeper;
 use crate::drift::{self, Repairs};
-use crate::model::Event;
+use crate::model::{Event, Kind};
 use crate::nft::kernel::Kernel;
 use crate::nft::netlink::{Intrusion, NetlinkKernel};
 use crate::reconcile::{CommitError, Committed, Proxy};
@@ -220,7 +220,7 @@ impl Clock {
         } else if proxy.is_stale() {
             if now >= self.next {
                 let outcome = proxy.commit();
-                self.committed(now, outcome, proxy.state().service_count());
+                self.committed(now, outcome, proxy.state().count(Kind::Service));
             }
         } else if proxy.has_idle() && now >= self.last_commit + COLLECT_AFTER {
             self.last_commit = now;

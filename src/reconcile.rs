@@ -27,6 +27,9 @@ use crate::state::State;
 /// How many contributors one commit may set aside before it gives up until the next try.
 const MAX_SET_ASIDE: usize = 100;
 
+/// From so many objects on, a list that loses most of them is worth a word.
+const SUSPICIOUS: usize = 10;
+
 /// The proxy of one node, without time.
 #[derive(Debug)]
 pub struct Proxy<K> {
@@ -88,6 +91,21 @@ impl<K: Kernel> Proxy<K> {
 
     /// Takes in an event.
     pub fn observe(&mut self, event: Event) {
+        let listed = match event {
+            Event::Listed(kind) => Some((kind, self.state.count(kind))),
+            _ => None,
+        };
+        self.take_in(event);
+        if let Some((kind, before)) = listed {
+            let after = self.state.count(kind);
+            // It may be so, and then it counts; or a server was restored from an old backup.
+            if before >= SUSPICIOUS && after < before / 2 {
+                warn!(%kind, before, after, "a new list names less than half of what was known; what it does not name is removed");
+            }
+        }
+    }
+
+    fn take_in(&mut self, event: Event) {
         for contributor in self.state.observe(event) {
             // It changed: what the kernel refused may be gone.
             self.set_aside.remove(&contributor);

@@ -41,6 +41,8 @@ pub struct Settings {
     pub detect_local: DetectLocal,
     /// Where node ports are served.
     pub node_port_addresses: NodePortAddresses,
+    /// Whether they are served on 127.0.0.0/8, too, for the node itself.
+    pub localhost_node_ports: bool,
 }
 
 impl Default for Settings {
@@ -50,6 +52,7 @@ impl Default for Settings {
             masquerade_all: false,
             detect_local: DetectLocal::ClusterCidr(Vec::new()),
             node_port_addresses: NodePortAddresses::default(),
+            localhost_node_ports: false,
         }
     }
 }
@@ -103,6 +106,7 @@ impl Settings {
             masquerade_all: self.masquerade_all,
             detect_local: Family::BOTH.map(detector),
             node_ports: Family::BOTH.map(node_ports),
+            localhost_node_ports: self.localhost_node_ports,
         }
     }
 }

@@ -102,10 +102,15 @@ impl State {
         !self.stale.is_empty()
     }
 
-    /// How many Services are known.
+    /// How many objects of a kind are known, of those that can be many.
     #[must_use]
-    pub fn service_count(&self) -> usize {
-        self.services.len()
+    pub fn count(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::Service => self.services.len(),
+            Kind::EndpointSlice => self.slices.len(),
+            Kind::ServiceCidr => self.cidrs.len(),
+            Kind::Node => 1,
+        }
     }
 
     /// Takes in an event. Returns whose contributions it touched.

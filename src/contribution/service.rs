@@ -183,6 +183,9 @@ impl Building<'_> {
             return None;
         };
         let port = name?.clone();
+        if lists.cluster.as_slice().is_empty() && lists.local.as_slice().is_empty() {
+            return None;
+        }
         let sorted = |slots: &[&Slots]| {
             let mut backends: Vec<_> = slots.iter().flat_map(|s| s.as_slice()).copied().collect();
             backends.sort_unstable();

@@ -31,6 +31,9 @@ pub struct Options {
     pub detect_local: [Detector; 2],
     /// Which addresses of the node serve node ports, by family.
     pub node_ports: [NodePorts; 2],
+    /// Whether the node itself reaches node ports on 127.0.0.0/8, too. There is no such thing for `::1`,
+    /// which the kernel never routes.
+    pub localhost_node_ports: bool,
 }
 
 /// How a pod is told from other sources.
@@ -62,6 +65,7 @@ impl Default for Options {
             masquerade_all: false,
             detect_local: Default::default(),
             node_ports: Default::default(),
+            localhost_node_ports: false,
         }
     }
 }
@@ -71,6 +75,7 @@ struct Shape<'a> {
     options: &'a Options,
     detector: &'a Detector,
     node_ports: NodePorts,
+    localhost: bool,
 }
 
 impl Shape<'_> {
@@ -113,6 +118,7 @@ pub fn chain(name: ChainName, family: Family, options: &Options) -> Chain {
         options,
         detector: &options.detect_local[index],
         node_ports: options.node_ports[index],
+        localhost: options.localhost_node_ports && family == Family::V4,
     };
     Chain { base: base(&name), rules: rules(&name, &shape), name }
 }
@@ -135,8 +141,7 @@ fn base(name: &ChainName) -> Option<Base> {
 
 fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
     use Statement::{
-        CtStateNew, CtStatusDnat, Drop, Goto, In, Jump, MarkClear, MarkOr, MarkXor, Masquerade,
-        Reject, Return, Vmap,
+        CtStateNew, CtStatusDnat, Drop, Goto, In, Jump, MarkOr, Reject, ToLoopback, Vmap,
     };
     let mark = shape.options.masquerade_mark;
     let next = || Goto(name.next().expect("a chain that leads on"));
@@ -174,11 +179,17 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
         ChainName::FilterInput => {
             let mut node_port = vec![CtStateNew];
             node_port.extend(shape.to_node_port_address());
-            node_port.push(Vmap(NODE_PORT.into(), SetName::NoEndpointNodeports));
-            vec![
+            let refuse = Vmap(NODE_PORT.into(), SetName::NoEndpointNodeports);
+            node_port.push(refuse.clone());
+            let mut rules = vec![
                 Rule::new(node_port),
                 Rule::new([CtStateNew, Vmap(FRONTEND.into(), SetName::NoEndpoints)]),
-            ]
+            ];
+            if shape.localhost {
+                rules.extend(guard_loopback());
+                rules.push(Rule::new([CtStateNew, ToLoopback, refuse]));
+            }
+            rules
         }
         ChainName::FilterForward | ChainName::FilterOutput => vec![
             Rule::new([CtStateNew, Vmap(FRONTEND.into(), SetName::NoEndpoints)]),
@@ -189,19 +200,36 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
         }
         // A connection to a backend in the host's own network never reaches postrouting.
         ChainName::NatInput => vec![Rule::new([CtStatusDnat, Jump(ChainName::AffinityRecord)])],
-        ChainName::NatPostrouting => vec![
-            Rule::new([CtStatusDnat, Jump(ChainName::AffinityRecord)]),
-            Rule::new([
-                CtStatusDnat,
-                In(vec![Selector::Saddr, Selector::Daddr], SetName::Hairpin),
-                Masquerade,
-            ])
-            .comment("a pod that was given itself"),
-            Rule::new([MarkClear(mark), Return]),
-            Rule::new([MarkXor(mark)]),
-            Rule::new([Masquerade]),
-        ],
+        ChainName::NatPostrouting => postrouting(shape),
     }
+}
+
+/// The mark is taken off again, so that it asks for nothing once a tunnel has wrapped the packet.
+fn postrouting(shape: &Shape<'_>) -> Vec<Rule> {
+    use Statement::{CtStatusDnat, In, Jump, MarkClear, MarkXor, Masquerade, Return};
+    let mark = shape.options.masquerade_mark;
+    let mut rules = vec![
+        Rule::new([CtStatusDnat, Jump(ChainName::AffinityRecord)]),
+        Rule::new([
+            CtStatusDnat,
+            In(vec![Selector::Saddr, Selector::Daddr], SetName::Hairpin),
+            Masquerade,
+        ])
+        .comment("a pod that was given itself"),
+    ];
+    if shape.localhost {
+        let outside = Statement::NotToInterface(InterfaceName::Whole("lo".into()));
+        rules.push(
+            Rule::new([CtStatusDnat, Statement::FromLoopback, outside, Masquerade])
+                .comment("a node port dialled on loopback"),
+        );
+    }
+    rules.extend([
+        Rule::new([MarkClear(mark), Return]),
+        Rule::new([MarkXor(mark)]),
+        Rule::new([Masquerade]),
+    ]);
+    rules
 }
 
 fn external(next: Statement) -> Vec<Rule> {
@@ -293,7 +321,22 @@ fn dispatch(shape: &Shape<'_>) -> Vec<Rule> {
         services.comment("second try: a lookup that races with a commit can miss"),
     ]);
     rules.extend(twice(Rule::new(to_node_port)));
+    if shape.localhost {
+        let node_ports = Statement::Vmap(NODE_PORT.into(), SetName::Nodeports);
+        rules.extend(twice(Rule::new([Statement::ToLoopback, node_ports])));
+    }
     rules
+}
+
+/// Where loopback addresses are routed, as translating connections to them asks for, nobody else may
+/// reach them or claim to be one.
+fn guard_loopback() -> [Rule; 2] {
+    let lo = || InterfaceName::Whole("lo".into());
+    [Statement::ToLoopback, Statement::FromLoopback].map(|loopback| {
+        let outside = Statement::NotFromInterface(lo());
+        Rule::new([Statement::CtStateNew, outside, loopback, Statement::Drop])
+            .comment("loopback is for this host alone")
+    })
 }
 
 /// A backend of this node counts for connections that are held to this node, too, whichever way it

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use super::element::{ElementId, Value};
-use super::kernel::{ChainState, Loaded, LoadedTable, SetState};
+use super::kernel::{ChainState, Loaded, LoadedTable, Ownership, SetState};
 use super::names::{ChainName, LAYOUT, SetName};
 use super::ruleset::Ruleset;
 use super::transaction::{Op, Transaction};
@@ -20,6 +20,8 @@ pub enum Foreign {
     Layout(Option<String>),
     /// A set or map of our name is defined differently or holds elements that are not ours.
     Set(String),
+    /// Anybody may change it, and it is to be owned.
+    Unowned,
 }
 
 impl std::fmt::Display for Foreign {
@@ -29,6 +31,7 @@ impl std::fmt::Display for Foreign {
             Self::Layout(Some(found)) => {
                 write!(f, "it carries the comment {found:?} instead of \"{LAYOUT}\"")
             }
+            Self::Unowned => f.write_str("everybody may change it"),
             Self::Set(name) => write!(f, "its set {name} is not one that nftproxy makes"),
         }
     }
@@ -39,6 +42,9 @@ impl std::fmt::Display for Foreign {
 pub fn foreign(table: &LoadedTable) -> Option<Foreign> {
     if table.comment.as_deref() != Some(LAYOUT) {
         return Some(Foreign::Layout(table.comment.clone()));
+    }
+    if table.ownership == Ownership::Never {
+        return Some(Foreign::Unowned);
     }
     let odd = table.sets.iter().find(|(_, state)| **state != SetState::Same);
     odd.map(|(name, _)| Foreign::Set(name.clone()))
@@ -60,7 +66,7 @@ pub fn diff(loaded: &Loaded, wanted: &Ruleset) -> Transaction {
         if found.is_some() && adopted.is_none() {
             transaction.ops.push(Op::DeleteTable(family));
         }
-        if adopted.is_none() {
+        if adopted.is_none_or(|table| table.ownership == Ownership::Claimable) {
             transaction.ops.push(Op::AddTable(family));
         }
         let has = |set: SetName| adopted.is_some_and(|t| t.sets.contains_key(set.as_str()));

@@ -7,7 +7,8 @@ use std::fmt::Write as _;
 use super::dataplane::{self, Options};
 use super::element::{Backend, ElementId, Value};
 use super::kernel::{
-    Applied, ApplyError, ChainState, Kernel, LoadError, Loaded, LoadedTable, Refusal, SetState,
+    Applied, ApplyError, ChainState, Kernel, LoadError, Loaded, LoadedTable, Ownership, Refusal,
+    SetState,
 };
 use super::names::{AffinityName, LAYOUT, SetName};
 use super::rule::{Chain, Rule, Statement};
@@ -217,6 +218,7 @@ impl Kernel for FakeKernel {
             });
             let table = LoadedTable {
                 comment: Some(LAYOUT.into()),
+                ownership: Ownership::Right,
                 sets: table.sets.iter().map(|s| (s.to_string(), SetState::Same)).collect(),
                 affinities: table.affinities.clone(),
                 chains: chains.collect(),

@@ -32,6 +32,8 @@ pub struct Loaded {
 pub struct LoadedTable {
     /// The table's comment; ours names the layout.
     pub comment: Option<String>,
+    /// Whether it belongs to whom it should.
+    pub ownership: Ownership,
     /// The sets and maps, by name.
     pub sets: BTreeMap<String, SetState>,
     /// The chains, by name.
@@ -40,6 +42,18 @@ pub struct LoadedTable {
     pub elements: BTreeMap<ElementId, Value>,
     /// The affinity maps, and the backends that clients are held to in each.
     pub affinities: BTreeMap<AffinityName, BTreeSet<Backend>>,
+}
+
+/// Whether the kernel lets others change a table, and whether that is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ownership {
+    /// As wanted.
+    #[default]
+    Right,
+    /// It is to be owned, and can be: a former owner left it behind. Adding it again does that.
+    Claimable,
+    /// It is to be owned, which the kernel allows for a new table only.
+    Never,
 }
 
 /// How a set of the kernel compares with ours of that name.

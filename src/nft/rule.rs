@@ -95,10 +95,16 @@ pub enum Statement {
     ToThisHost,
     /// The destination is no loopback address.
     NotToLoopback,
+    /// The destination is one.
+    ToLoopback,
+    /// The source is one.
+    FromLoopback,
     /// The packet came in by this interface. The host's own packets came in by none.
     FromInterface(InterfaceName),
     /// It came in by another one, or by none.
     NotFromInterface(InterfaceName),
+    /// The packet leaves by another interface than this.
+    NotToInterface(InterfaceName),
     /// The transport protocol is this.
     L4Proto(Protocol),
     /// The selectors, joined, are in a set.

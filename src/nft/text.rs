@@ -173,10 +173,10 @@ fn statement(statement: &Statement, family: Family) -> String {
         Statement::CtStatusDnat => "ct status dnat".into(),
         Statement::FromThisHost => "fib saddr type local".into(),
         Statement::ToThisHost => "fib daddr type local".into(),
-        Statement::NotToLoopback => match family {
-            Family::V4 => "ip daddr != 127.0.0.0/8".into(),
-            Family::V6 => "ip6 daddr != ::1".into(),
-        },
+        Statement::NotToLoopback => format!("{family} daddr != {}", loopback(family)),
+        Statement::ToLoopback => format!("{family} daddr {}", loopback(family)),
+        Statement::FromLoopback => format!("{family} saddr {}", loopback(family)),
+        Statement::NotToInterface(name) => format!("oifname != \"{name}\""),
         Statement::FromInterface(name) => format!("iifname \"{name}\""),
         Statement::NotFromInterface(name) => format!("iifname != \"{name}\""),
         Statement::L4Proto(protocol) => format!("meta l4proto {protocol}"),
@@ -201,6 +201,13 @@ fn statement(statement: &Statement, family: Family) -> String {
         Statement::Return => "return".into(),
         Statement::Reject => "reject".into(),
         Statement::Drop => "drop".into(),
+    }
+}
+
+fn loopback(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "127.0.0.0/8",
+        Family::V6 => "::1",
     }
 }
 

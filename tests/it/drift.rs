@@ -7,7 +7,7 @@ use crate::net::{Daemon, GATEWAY, Net, in_netns, wait_until};
 use crate::objects::{CLUSTER, Svc, slice};
 use crate::packets::{CIDRS, HTTP, answered, one, run, to};
 
-fn start(net: &Net) -> Daemon {
+fn start(net: &Net, arguments: &[&str]) -> Daemon {
     let web = Svc {
         name: "web",
         cluster_ips: &["10.96.0.10", "fd00:10:96::10"],
@@ -18,7 +18,7 @@ fn start(net: &Net) -> Daemon {
     let endpoints = slice("web", "4", &HTTP, &["10.244.1.5!"])
         + &slice("web", "6", &HTTP, &["fd00:10:244:1::5!"]);
     net.write("web.yaml", &(CLUSTER.to_owned() + &web.yaml() + &endpoints));
-    run(net, &["--cluster-cidr", CIDRS])
+    run(net, &[&["--cluster-cidr", CIDRS], arguments].concat())
 }
 
 /// Both tables as nft lists them, without what cannot be the same: the numbers of objects.
@@ -33,7 +33,7 @@ fn foreign(net: &Net, commands: &str) {
 #[test]
 fn what_others_change_is_put_right_and_said() {
     let Some(net) = Net::new() else { return };
-    let daemon = start(&net);
+    let daemon = start(&net, &[]);
     let before = listed(&net);
     let damages = [
         "delete element ip nftproxy services { 10.96.0.10 . tcp . 80 }",
@@ -68,7 +68,7 @@ fn what_others_change_is_put_right_and_said() {
 #[test]
 fn two_programs_that_undo_each_other_do_not_do_so_all_the_time() {
     let Some(net) = Net::new() else { return };
-    let daemon = start(&net);
+    let daemon = start(&net, &[]);
     let node = net.name("node");
     // A loop that deletes whatever is there, for three seconds.
     let script = "for i in $(seq 150); do nft flush map ip nftproxy services; sleep 0.02; done";
@@ -78,4 +78,50 @@ fn two_programs_that_undo_each_other_do_not_do_so_all_the_time() {
     assert!((2..20).contains(&repairs), "{repairs} repairs\n{}", daemon.log());
     wait_until("the last repair", || listed(&net).contains("10.96.0.10 . tcp . 80 : goto lb-1"));
     assert_eq!(one(&net, "client", to("10.96.0.10", 80)), answered("a", 8080, GATEWAY[0]));
+}
+
+/// Whether nft is allowed to do something in the node's namespace.
+fn allowed(net: &Net, commands: &str) -> bool {
+    let netns = net.name("node");
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", &netns, "nft"]).args(commands.split(' '));
+    command.output().unwrap().status.success()
+}
+
+#[test]
+fn an_owned_table_is_out_of_reach_and_outlives_its_owner() {
+    let Some(net) = Net::new() else { return };
+    // A table from before cannot be owned: it is replaced in one step.
+    drop(start(&net, &[]));
+    let daemon = start(&net, &["--table-owner"]);
+    let before = listed(&net);
+    assert!(before.contains("flags owner"), "{before}");
+    assert!(!allowed(&net, "flush map ip nftproxy services"));
+    assert!(!allowed(&net, "delete table ip nftproxy"));
+    let _ = allowed(&net, "flush ruleset");
+    let vip = to("10.96.0.10", 80);
+    let answer = answered("a", 8080, GATEWAY[0]);
+    assert_eq!(one(&net, "client", vip), answer);
+    assert_eq!(listed(&net), before);
+    assert!(!allowed(&net, "delete table ip6 nftproxy"));
+    // Left behind, it is in force, and the next owner takes it as it is.
+    daemon.kill9();
+    assert_eq!(one(&net, "client", vip), answer);
+    let daemon = start(&net, &["--table-owner"]);
+    assert!(daemon.log().contains("adopting the table found"), "{}", daemon.log());
+    assert_eq!(listed(&net), before);
+    assert!(!allowed(&net, "flush map ip nftproxy services"));
+    net.write("other.yaml", &slice("web", "5", &HTTP, &["10.244.1.6!"]));
+    wait_until("another endpoint", || listed(&net).contains("10.244.1.6"));
+    daemon.terminate();
+    // Without an owner, anybody may remove it, and one that does not want to own it may use it.
+    let daemon = start(&net, &[]);
+    assert!(allowed(&net, "flush map ip nftproxy services"));
+    wait_until("it to be put right", || listed(&net).contains("10.96.0.10 . tcp . 80 : goto"));
+    drop(daemon);
+    let cleanup = in_netns(&net.name("node"), || {
+        Command::new(env!("CARGO_BIN_EXE_nftproxy")).arg("cleanup").status().unwrap()
+    });
+    assert!(cleanup.success());
+    assert!(!listed(&net).contains("nftproxy"));
 }

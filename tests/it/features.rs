@@ -341,6 +341,39 @@ fn node_ports_are_served_where_the_configuration_says() {
 }
 
 #[test]
+fn node_ports_on_loopback_are_opt_in_and_for_the_node_alone() {
+    let Some(net) = Net::new() else { return };
+    let web = CLUSTER.to_owned() + &WEB.yaml();
+    net.write("web.yaml", &(web.clone() + &endpoints(&["a", "remote", "host"])));
+    let daemon = run(&net, &["--cluster-cidr", CIDRS, "--localhost-node-ports"]);
+    let loopback = to("127.0.0.1", 30080);
+    let all = answers([("a", GATEWAY[0]), ("remote", REMOTE_GATEWAY[0]), ("host", NODE[0])]);
+    assert_eq!(set(&net, "node", loopback), all);
+    assert_eq!(one(&net, "node", to("127.0.0.1", 8080)), answered("host", 8080, "127.0.0.1"));
+    // What is routed now is still for the node alone: neither its own ports nor node ports.
+    let route = |arguments: &str| {
+        let mut command = Command::new("ip");
+        command.args(["-n", &net.name("client")]).args(arguments.split(' '));
+        assert!(command.status().unwrap().success(), "ip {arguments}");
+    };
+    in_netns(&net.name("client"), || {
+        std::fs::write("/proc/sys/net/ipv4/conf/all/route_localnet", "1").unwrap();
+    });
+    route("route del local 127.0.0.0/8 dev lo table local");
+    route("route del local 127.0.0.1 dev lo table local");
+    route("route add 127.0.0.0/8 via 192.0.2.10 src 192.0.2.2");
+    assert_eq!(one(&net, "client", to("127.0.0.1", 8080)), Outcome::TimedOut);
+    // Nobody is left: refused, as on any other address.
+    net.write("web.yaml", &web);
+    wait_until("nobody to be left", || one(&net, "node", loopback) == Outcome::Refused);
+    daemon.terminate();
+    // Without the flag the rules are gone.
+    net.write("web.yaml", &(web + &endpoints(&["a"])));
+    let _daemon = run(&net, &["--cluster-cidr", CIDRS]);
+    assert_eq!(one(&net, "node", loopback), Outcome::Refused);
+}
+
+#[test]
 fn pods_are_told_from_others_by_interface() {
     let Some(net) = Net::new() else { return };
     let web = CLUSTER.to_owned() + &WEB.yaml();

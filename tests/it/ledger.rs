@@ -1,7 +1,7 @@
 //! Any order of events with the same final objects ends in the same table as a fresh start, every
 //! transaction on the way is one the kernel accepts, and a restart finds nothing to do.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -14,11 +14,14 @@ use nftproxy::nft::element::{Backend, ElementId, Key, Value};
 use nftproxy::nft::fake::FakeKernel;
 use nftproxy::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
 use nftproxy::nft::names::SetName;
+use nftproxy::nft::netlink::NetlinkKernel;
+use nftproxy::nft::text;
 use nftproxy::nft::transaction::{Op, Transaction};
 use nftproxy::reconcile::Proxy;
 use proptest::prelude::*;
 
 use crate::model::{all_listed, example, name, port, service, slice, state};
+use crate::namespace::in_namespace;
 
 /// What happens to the proxy: an event, or a commit.
 #[derive(Clone, Debug)]
@@ -42,11 +45,15 @@ fn any_ports() -> impl Strategy<Value = Vec<ServicePort>> {
         },
     );
     proptest::collection::vec(one, 0..3).prop_map(|mut ports| {
-        // The API allows each name, and each number and protocol, once.
+        // The API allows each name, each number, and each node port of a protocol once.
         ports.sort_by_key(|p| (p.name.clone(), p.protocol));
         ports.dedup_by_key(|p| (p.name.clone(), p.protocol));
         ports.sort_by_key(|p| (p.port, p.protocol));
         ports.dedup_by_key(|p| (p.port, p.protocol));
+        let mut node_ports = BTreeSet::new();
+        for port in &mut ports {
+            port.node_port = port.node_port.filter(|n| node_ports.insert((*n, port.protocol)));
+        }
         ports
     })
 }
@@ -291,6 +298,39 @@ proptest! {
         }
         committed(&mut over);
         prop_assert_eq!(normal(over.kernel_mut()), normal(fresh(&other).kernel_mut()));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 25,
+        max_shrink_iters: 40,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    /// What the fake kernel accepts, the real one does: a sample of the histories above.
+    #[test]
+    fn the_real_kernel_accepts_any_history(steps in proptest::collection::vec(any_step(), 20..80)) {
+        in_namespace(|| {
+            let mut proxy = Proxy::new(state(), NetlinkKernel::open().unwrap());
+            all_listed().for_each(|event| proxy.observe(event));
+            proxy.commit().unwrap();
+            for step in &steps {
+                match step {
+                    Step::Event(event) => proxy.observe(event.clone()),
+                    Step::Commit => {
+                        let done = proxy.commit().unwrap();
+                        assert!(!done.adopted, "the kernel refused a transaction");
+                    }
+                }
+            }
+            assert!(!proxy.commit().unwrap().adopted, "the kernel refused a transaction");
+            proxy.collect_idle().unwrap();
+            let left = proxy.plan().unwrap();
+            let left: Vec<_> = left.iter().map(|(op, _)| text::op(op)).collect();
+            assert!(left.is_empty(), "{left:#?}");
+        });
     }
 }
 

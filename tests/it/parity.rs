@@ -6,16 +6,38 @@ use nftproxy::nft::diff::diff;
 use nftproxy::nft::fake::FakeKernel;
 use nftproxy::nft::kernel::{Kernel as _, Loaded};
 use nftproxy::nft::netlink::NetlinkKernel;
+use nftproxy::nft::rule::InterfaceName;
 use nftproxy::nft::ruleset::Ruleset;
 use nftproxy::nft::text;
 use nftproxy::reconcile::Proxy;
+use nftproxy::settings::{DetectLocal, NodePortAddresses, Settings};
+use nftproxy::state::State;
 use serde_json::Value;
 
-use crate::model::{all_listed, example, state};
+use crate::model::{all_listed, example, node, settings};
 use crate::namespace::{in_namespace, nft};
 
+/// Everything that settings can bring into the rules.
+fn all_settings() -> [Settings; 2] {
+    [
+        Settings { localhost_node_ports: true, ..settings() },
+        Settings {
+            detect_local: DetectLocal::Interface(InterfaceName::Prefix("veth".into())),
+            node_port_addresses: NodePortAddresses::Ranges(vec![
+                "0.0.0.0/0".parse().unwrap(),
+                "::/0".parse().unwrap(),
+            ]),
+            ..settings()
+        },
+    ]
+}
+
 fn wanted(events: Vec<Event>) -> Ruleset {
-    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    wanted_with(settings(), events)
+}
+
+fn wanted_with(settings: Settings, events: Vec<Event>) -> Ruleset {
+    let mut proxy = Proxy::new(State::new(settings, node()), FakeKernel::default());
     for event in events.into_iter().chain(all_listed()) {
         proxy.observe(event);
     }
@@ -46,14 +68,24 @@ pub(crate) fn listed_by(what: &[&str]) -> Value {
 
 #[test]
 fn text_and_netlink_make_the_same_tables() {
-    let ruleset = wanted(example());
+    compare(&wanted(example()));
+}
+
+#[test]
+fn whatever_the_settings_are() {
+    for settings in all_settings() {
+        compare(&wanted_with(settings, Vec::new()));
+    }
+}
+
+fn compare(ruleset: &Ruleset) {
     let (mut by_text, mut by_netlink) = (Value::Null, Value::Null);
     in_namespace(|| {
-        nft(&["-f", "-"], &text::ruleset(&ruleset));
+        nft(&["-f", "-"], &text::ruleset(ruleset));
         by_text = listed();
     });
     in_namespace(|| {
-        let transaction = diff(&Loaded::default(), &ruleset);
+        let transaction = diff(&Loaded::default(), ruleset);
         NetlinkKernel::open().unwrap().apply(&transaction).unwrap();
         by_netlink = listed();
     });

@@ -67,7 +67,8 @@ pub(super) fn is_defined(set: &Set, family: Family) -> bool {
     set.get_u32(sys::NFTNL_SET_FLAGS) == FLAGS.cast_unsigned()
         && set.get_u32(sys::NFTNL_SET_KEY_LEN) == padded_len(family, KeyField::Address)
         && set.get_u32(sys::NFTNL_SET_DATA_LEN) == data_len(family)
-        && set.get_u32(sys::NFTNL_SET_DESC_SIZE) == AFFINITY_SIZE
+        // The kernel sets it when a rule begins to fill the map.
+        && [0, AFFINITY_SIZE].contains(&set.get_u32(sys::NFTNL_SET_DESC_SIZE))
 }
 
 /// The backends that clients are held to.

@@ -14,10 +14,11 @@ use super::encode::{hook, nfproto, set_flags};
 use super::ffi::{self, Chain, ElementRef, Generation, Rule, Set, Table};
 use super::instruction::lower;
 use super::socket::NetlinkSocket;
+use super::{OWNED, PERSIST};
 use crate::model::Family;
 use crate::nft::dataplane::{self, Options};
 use crate::nft::element::{Backend, ElementId, Key, Value, data_len, key_len};
-use crate::nft::kernel::{ChainState, LoadError, Loaded, LoadedTable, SetState};
+use crate::nft::kernel::{ChainState, LoadError, Loaded, LoadedTable, Ownership, SetState};
 use crate::nft::names::{AffinityName, ChainName, DataType, KeyField, SetName, TABLE};
 use crate::nft::rule::{BaseKind, Chain as WantedChain};
 
@@ -25,10 +26,14 @@ use crate::nft::rule::{BaseKind, Chain as WantedChain};
 const ATTEMPTS: u32 = 20;
 
 /// Reads both tables.
-pub(super) fn load(socket: &mut NetlinkSocket, options: &Options) -> Result<Loaded, LoadError> {
+pub(super) fn load(
+    socket: &mut NetlinkSocket,
+    options: &Options,
+    owning: bool,
+) -> Result<Loaded, LoadError> {
     for _ in 0..ATTEMPTS {
         let before = generation(socket)?;
-        let mut dump = Dump { socket, options, consistent: true };
+        let mut dump = Dump { socket, options, owning, consistent: true };
         let loaded = dump.tables()?;
         if dump.consistent && generation(socket)? == before {
             return Ok(loaded);
@@ -65,6 +70,8 @@ fn request(
 struct Dump<'a> {
     socket: &'a mut NetlinkSocket,
     options: &'a Options,
+    /// Whether the tables are to be owned.
+    owning: bool,
     consistent: bool,
 }
 
@@ -95,6 +102,7 @@ impl Dump<'_> {
             let Some(table) = found else { continue };
             let mut content = LoadedTable {
                 comment: table.get_data(sys::NFTNL_TABLE_USERDATA).and_then(|d| comment(&d)),
+                ownership: self.ownership(&table),
                 ..LoadedTable::default()
             };
             self.chains(family, &mut content)?;
@@ -102,6 +110,15 @@ impl Dump<'_> {
             loaded.tables.insert(family, content);
         }
         Ok(loaded)
+    }
+
+    fn ownership(&self, table: &Table) -> Ownership {
+        match table.get_u32(sys::NFTNL_TABLE_FLAGS) & OWNED {
+            OWNED => Ownership::Right,
+            PERSIST if self.owning => Ownership::Claimable,
+            _ if self.owning => Ownership::Never,
+            _ => Ownership::Right,
+        }
     }
 
     fn chains(&mut self, family: Family, table: &mut LoadedTable) -> Result<(), LoadError> {

@@ -27,8 +27,8 @@ const CONCAT: u32 = 0x80;
 
 const DATA_TYPE_VERDICT: u32 = 0xffff_ff00;
 
-/// Adds every operation to a batch that was begun.
-pub(super) fn batch(transaction: &Transaction, mut batch: Batch) -> Batch {
+/// Adds every operation to a batch that was begun; tables that it adds have these flags.
+pub(super) fn batch(transaction: &Transaction, mut batch: Batch, table_flags: u32) -> Batch {
     let mut ops = transaction.ops.as_slice();
     while let Some(op) = ops.first() {
         let index = transaction.ops.len() - ops.len();
@@ -36,7 +36,7 @@ pub(super) fn batch(transaction: &Transaction, mut batch: Batch) -> Batch {
         let (now, later) = ops.split_at(run);
         ops = later;
         match op {
-            Op::AddTable(family) => add_table(&mut batch, index, *family),
+            Op::AddTable(family) => add_table(&mut batch, index, *family, table_flags),
             Op::DeleteTable(family) => batch.add(index, &table(*family), MsgType::Del),
             Op::AddSet(family, set) => add_set(&mut batch, index, *family, *set),
             Op::AddAffinity(family, name) => affinity::add(&mut batch, index, *family, name),
@@ -104,10 +104,10 @@ fn table(family: Family) -> nftnl::Table {
     nftnl::Table::new(c_string(TABLE), proto_family(family))
 }
 
-fn add_table(batch: &mut Batch, index: usize, family: Family) {
+fn add_table(batch: &mut Batch, index: usize, family: Family, flags: u32) {
     let mut table = Table::new();
     table.set_str(sys::NFTNL_TABLE_NAME, TABLE);
-    table.set_u32(sys::NFTNL_TABLE_FLAGS, 0);
+    table.set_u32(sys::NFTNL_TABLE_FLAGS, flags);
     table.set_data(sys::NFTNL_TABLE_USERDATA, &userdata::table(LAYOUT));
     batch.write(Some(index), |buffer, sequence| {
         let kind = libc::NFT_MSG_NEWTABLE;

@@ -164,7 +164,7 @@ object! {
     Table(nftnl_table): nftnl_table_alloc, nftnl_table_free,
     parse nftnl_table_nlmsg_parse, build nftnl_table_nlmsg_build_payload,
     set_u32 nftnl_table_set_u32, set_str nftnl_table_set_str, set_data nftnl_table_set_data,
-    get_str nftnl_table_get_str, get_data nftnl_table_get_data, is_set nftnl_table_is_set
+    get_u32 nftnl_table_get_u32, get_str nftnl_table_get_str, get_data nftnl_table_get_data, is_set nftnl_table_is_set
 }
 
 object! {

@@ -165,19 +165,16 @@ fn lower_statement(statement: &Statement, family: Family) -> Vec<Instruction> {
         Statement::CtStatusDnat => ct_bits(libc::NFT_CT_STATUS, CT_STATUS_DST_NAT),
         Statement::FromThisHost => fib_is_local(FIB_SADDR),
         Statement::ToThisHost => fib_is_local(FIB_DADDR),
-        Statement::NotToLoopback => match family {
-            // 127.0.0.0/8: the first byte alone tells.
-            Family::V4 => vec![
-                payload(libc::NFT_PAYLOAD_NETWORK_HEADER, 16, 1, register(FIRST)),
-                compare(libc::NFT_CMP_NEQ, &[127]),
-            ],
-            Family::V6 => vec![
-                load_one(Selector::Daddr, family, register(FIRST)),
-                compare(libc::NFT_CMP_NEQ, &std::net::Ipv6Addr::LOCALHOST.octets()),
-            ],
-        },
-        Statement::FromInterface(name) => interface(libc::NFT_CMP_EQ, name),
-        Statement::NotFromInterface(name) => interface(libc::NFT_CMP_NEQ, name),
+        Statement::NotToLoopback => loopback(Selector::Daddr, libc::NFT_CMP_NEQ, family),
+        Statement::ToLoopback => loopback(Selector::Daddr, libc::NFT_CMP_EQ, family),
+        Statement::FromLoopback => loopback(Selector::Saddr, libc::NFT_CMP_EQ, family),
+        Statement::NotToInterface(name) => {
+            interface(libc::NFT_META_OIFNAME, libc::NFT_CMP_NEQ, name)
+        }
+        Statement::FromInterface(name) => interface(libc::NFT_META_IIFNAME, libc::NFT_CMP_EQ, name),
+        Statement::NotFromInterface(name) => {
+            interface(libc::NFT_META_IIFNAME, libc::NFT_CMP_NEQ, name)
+        }
         Statement::L4Proto(protocol) => vec![
             load_one(Selector::L4Proto, family, register(FIRST)),
             compare(libc::NFT_CMP_EQ, &[protocol.number()]),
@@ -340,15 +337,30 @@ fn fib_is_local(address: u32) -> Vec<Instruction> {
     ]
 }
 
+/// Compares an address with the loopback ones: of 127.0.0.0/8, the first byte alone tells.
+fn loopback(address: Selector, op: libc::c_int, family: Family) -> Vec<Instruction> {
+    let offset = if address == Selector::Saddr { 12 } else { 16 };
+    match family {
+        Family::V4 => vec![
+            payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, 1, register(FIRST)),
+            compare(op, &[127]),
+        ],
+        Family::V6 => vec![
+            load_one(address, family, register(FIRST)),
+            compare(op, &std::net::Ipv6Addr::LOCALHOST.octets()),
+        ],
+    }
+}
+
 /// The whole name is compared with its padding, the beginning of one is compared alone.
-fn interface(op: libc::c_int, name: &InterfaceName) -> Vec<Instruction> {
+fn interface(key: libc::c_int, op: libc::c_int, name: &InterfaceName) -> Vec<Instruction> {
     let mut bytes = name.as_str().as_bytes().to_vec();
     if let InterfaceName::Whole(_) = name {
         bytes.resize(INTERFACE_NAME, 0);
     }
     vec![
         Instruction::new(c"meta")
-            .constant(sys::NFTNL_EXPR_META_KEY, libc::NFT_META_IIFNAME)
+            .constant(sys::NFTNL_EXPR_META_KEY, key)
             .number(sys::NFTNL_EXPR_META_DREG, register(FIRST)),
         compare(op, &bytes),
     ]

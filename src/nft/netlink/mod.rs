@@ -39,7 +39,14 @@ pub struct NetlinkKernel {
     socket: NetlinkSocket,
     /// Kept between commits, so that small ones allocate nothing.
     buffer: Vec<u8>,
+    /// Whether the tables are to be owned by this socket.
+    owning: bool,
 }
+
+/// `NFT_TABLE_F_PERSIST`: the table outlives its owner. Since Linux 6.9.
+const PERSIST: u32 = 4;
+/// The same with `NFT_TABLE_F_OWNER`: nobody but the socket that made the table may change it.
+const OWNED: u32 = PERSIST | 2;
 
 /// Buffers up to this size are kept for the next commit.
 const KEPT_BUFFER: usize = 1 << 20;
@@ -47,7 +54,17 @@ const KEPT_BUFFER: usize = 1 << 20;
 impl NetlinkKernel {
     /// Opens the socket. Needs `CAP_NET_ADMIN` in the namespace's user namespace.
     pub fn open() -> Result<Self, OpenError> {
-        Ok(Self { socket: NetlinkSocket::open()?, buffer: Vec::new() })
+        Ok(Self { socket: NetlinkSocket::open()?, buffer: Vec::new(), owning: false })
+    }
+
+    /// The same for tables that nobody else may change while this socket is open. They outlive it, and
+    /// are claimed by the next that is opened so. Goes on without where the kernel cannot do that.
+    pub fn open_owning() -> Result<Self, OpenError> {
+        Ok(Self { owning: true, ..Self::open()? })
+    }
+
+    fn table_flags(&self) -> u32 {
+        if self.owning { OWNED } else { 0 }
     }
 
     /// Receives what others commit from now on.
@@ -72,7 +89,7 @@ impl NetlinkKernel {
     /// Encodes a transaction without sending it, for benches that time the kernel alone.
     #[must_use]
     pub fn encode(transaction: &Transaction) -> Vec<u8> {
-        encode::batch(transaction, Batch::begin(Vec::new())).finish().bytes
+        encode::batch(transaction, Batch::begin(Vec::new()), 0).finish().bytes
     }
 
     /// Sends a batch made by [`Self::encode`].
@@ -111,15 +128,15 @@ fn exchange(
 
 impl Kernel for NetlinkKernel {
     fn load(&mut self, options: &Options) -> Result<Loaded, LoadError> {
-        dump::load(&mut self.socket, options)
+        dump::load(&mut self.socket, options, self.owning)
     }
 
     fn apply(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
         if transaction.is_empty() {
             return Ok(Applied::default());
         }
-        let mut batch =
-            encode::batch(transaction, Batch::begin(std::mem::take(&mut self.buffer))).finish();
+        let begun = Batch::begin(std::mem::take(&mut self.buffer));
+        let mut batch = encode::batch(transaction, begun, self.table_flags()).finish();
         let mut outcome = Ok(Applied { messages: batch.messages(), bytes: batch.bytes.len() });
         // A transaction that only forgets has no messages but its begin and end.
         if batch.messages() > 2
@@ -131,14 +148,31 @@ impl Kernel for NetlinkKernel {
             batch.bytes.clear();
             self.buffer = batch.bytes;
         }
-        if outcome.is_ok() {
-            self.forget(transaction);
+        match &outcome {
+            Ok(_) => self.forget(transaction),
+            Err(refused) => self.give_up_owning(transaction, refused),
         }
         outcome
     }
 }
 
 impl NetlinkKernel {
+    /// A kernel that knows no owned tables refuses them; the next try does without.
+    fn give_up_owning(&mut self, transaction: &Transaction, error: &ApplyError) {
+        let ApplyError::Refused { refusals } = error else { return };
+        let unsupported = refusals.iter().any(|refusal| {
+            let op = refusal.op.and_then(|index| transaction.ops.get(index));
+            matches!(op, Some(Op::AddTable(_)))
+                && [libc::EOPNOTSUPP, libc::EINVAL].contains(&refusal.errno)
+        });
+        if self.owning && unsupported {
+            self.owning = false;
+            warn!(
+                "this kernel knows no owned tables that persist (6.9 and later do): anybody who may change rules may change ours"
+            );
+        }
+    }
+
     /// Clients that cannot be forgotten now time out, and are looked for once more when the tables
     /// were left alone for a while: no reason to take back what was committed.
     fn forget(&mut self, transaction: &Transaction) {

@@ -234,7 +234,7 @@ async fn an_object_that_makes_no_sense_keeps_its_last_state_and_stops_no_other()
         for _ in 0..count {
             state.observe(bench.event().await);
         }
-        state.service_count()
+        state.count(Kind::Service)
     };
     let mut stream = bench.server.asked_for_stream().await.begin();
     stream.event("ADDED", &service("a", 1));

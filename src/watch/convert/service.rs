@@ -211,6 +211,7 @@ fn service_ports(spec: &ServiceSpec, problems: &mut Findings) -> Vec<ServicePort
     let mut ports: Vec<ServicePort> = Vec::with_capacity(listed.len());
     let mut names = HashSet::new();
     let mut numbers = HashSet::new();
+    let mut node_ports = HashSet::new();
     for (i, port) in listed.iter().enumerate() {
         let field = |of: &str| format!("spec.ports[{i}].{of}");
         let name = port.name.as_deref().unwrap_or_default();
@@ -255,7 +256,19 @@ fn service_ports(spec: &ServiceSpec, problems: &mut Findings) -> Vec<ServicePort
                         NotAPort(number, "the port is served without a node port"),
                     );
                 }
-                valid
+                valid.filter(|number| {
+                    let first = node_ports.insert((*number, protocol));
+                    if !first {
+                        problems.add(
+                            field("nodePort"),
+                            format_args!(
+                                "an earlier port has {number}/{protocol}, too; this one is served \
+                                 without a node port"
+                            ),
+                        );
+                    }
+                    first
+                })
             }
         };
         ports.push(ServicePort { name: name.into(), protocol, port: number, node_port });

@@ -149,6 +149,15 @@ fn a_fault_in_a_port_costs_that_port() {
             "spec.ports[2].port: an earlier port has 80/tcp, too; this one is skipped",
             "2/0/1/2",
         ),
+        (
+            &[
+                ("/spec/ports/-", json!({ "name": "c", "port": 82, "nodePort": 30123 })),
+                ("/spec/ports/-", json!({ "name": "d", "port": 83, "nodePort": 30123 })),
+            ],
+            "spec.ports[3].nodePort: an earlier port has 30123/tcp, too; this one is served without \
+             a node port",
+            "2/0/1/4",
+        ),
     ]);
 }
 
