@@ -74,6 +74,29 @@ enum Command {
     /// Follows the tables that the kernel holds, or, where it cannot be asked, those that the objects
     /// ask for.
     Explain(ExplainArgs),
+    /// List every Service port: what is dialled, the policies, who answers, and, with root, whether
+    /// the kernel holds it.
+    List(ListArgs),
+}
+
+#[derive(Args, Debug)]
+struct ListArgs {
+    /// Only Services of this namespace.
+    #[arg(long, short, value_name = "NAME")]
+    namespace: Option<String>,
+    /// Only Services of this name.
+    #[arg(long, short, value_name = "NAME")]
+    service: Option<String>,
+    /// Only Services that are dialled on this address, or have an endpoint with it.
+    #[arg(long, short, value_name = "ADDRESS")]
+    address: Option<std::net::IpAddr>,
+    /// Go by the objects alone, and do not ask the kernel.
+    #[arg(long)]
+    wanted: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    run: RunArgs,
 }
 
 #[derive(Args, Debug)]
@@ -247,6 +270,7 @@ impl Cli {
             Command::Diff(args) => diff(args.resolve()?),
             Command::Cleanup => cleanup(),
             Command::Explain(args) => explain(args),
+            Command::List(args) => list(args),
         }
     }
 }
@@ -292,11 +316,13 @@ fn runtime() -> Result<tokio::runtime::Runtime, CliError> {
 }
 
 fn print(text: &str) -> Result<(), CliError> {
-    let write = |mut out: std::io::StdoutLock<'_>| {
+    // Colours are for a terminal, unless NO_COLOR says no.
+    let write = || {
+        let mut out = anstream::stdout().lock();
         out.write_all(text.as_bytes())?;
         out.flush()
     };
-    match write(std::io::stdout().lock()) {
+    match write() {
         // A reader like `head` had enough.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         Err(source) => Err(CliError::System { step: "write to standard output", source }),
@@ -312,6 +338,13 @@ fn told(answer: &Answer) -> Result<ExitCode, CliError> {
         Verdict::Attention => ExitCode::from(1),
         Verdict::Bad => ExitCode::from(2),
     })
+}
+
+fn list(args: ListArgs) -> Result<ExitCode, CliError> {
+    let ListArgs { namespace, service, address, wanted, output, run } = args;
+    let config = run.resolve()?;
+    let filter = commands::list::Filter { namespace, service, address, wanted };
+    told(&runtime()?.block_on(commands::list::list(&config, &filter, output.output))?)
 }
 
 fn explain(args: ExplainArgs) -> Result<ExitCode, CliError> {

@@ -13,7 +13,9 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
-use self::reason::{Because, Named};
+use self::reason::Because;
+pub use self::reason::Named;
+pub(super) use self::reason::{kind_word, scheduler_word};
 use super::endpoints::{EndpointRow, endpoints};
 use super::objects::{GatherError, gather};
 use super::tables::Tables;
@@ -367,6 +369,8 @@ fn packet(question: &Question, node: &NodeFacts, is_local: &dyn Fn(IpAddr) -> bo
         Family::V4 => IpAddr::from([127, 0, 0, 1]),
         Family::V6 => IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
     };
+    // A program that dials a loopback address does so from one.
+    let own = || if address.is_loopback() { Some(loopback) } else { own() };
     let source = question.from.or_else(own).unwrap_or(loopback);
     let by_host = question.interface.is_none() && (question.from.is_none() || is_local(source));
     let origin = if by_host {

@@ -17,15 +17,13 @@ use super::{Answer, CommandError, Output, Verdict, json};
 use crate::config::Config;
 use crate::contribution::Contributor;
 use crate::frontend::{Frontend, FrontendKind, frontends};
-use crate::model::{Family, Service, ServicePort, SessionAffinity, TrafficPolicy};
-use crate::nft::fake::FakeKernel;
-use crate::nft::kernel::{Kernel, LoadError};
+use crate::model::{Family, NamespacedName, Service, ServicePort, SessionAffinity, TrafficPolicy};
+use crate::nft::kernel::LoadError;
 use crate::nft::netlink::NetlinkKernel;
-use crate::nft::transaction::Op;
 use crate::reconcile::Proxy;
 use crate::state::State;
 
-/// Which Services to list; what is not given does not narrow.
+/// What to list; what is not given does not narrow.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     /// Their namespace.
@@ -34,6 +32,8 @@ pub struct Filter {
     pub service: Option<String>,
     /// An address that they are dialled on, or that one of their endpoints has.
     pub address: Option<IpAddr>,
+    /// Whether to go by the objects alone, and not to ask the kernel.
+    pub wanted: bool,
 }
 
 /// The whole answer.
@@ -111,35 +111,121 @@ pub async fn list(
     output: Output,
 ) -> Result<Answer, CommandError> {
     let state = gather(config).await?;
-    let (state, differing, kernel) = match NetlinkKernel::open() {
-        Ok(kernel) => {
+    let kernel = if filter.wanted { None } else { Some(NetlinkKernel::open()) };
+    let (rows, kernel) = match kernel {
+        None => (rows(&state, None), "not asked".to_owned()),
+        Some(Ok(kernel)) => {
             let mut proxy = Proxy::new(state, kernel);
-            match differing(&mut proxy) {
-                Ok(differing) => (proxy, Some(differing), "asked".to_owned()).into_parts(),
-                Err(error) => (proxy, None, format!("not asked: {error}")).into_parts(),
-            }
+            let (differing, kernel) = match differing(&mut proxy) {
+                Ok(differing) => (Some(differing), "asked".to_owned()),
+                Err(error) => (None, format!("not asked: {error}")),
+            };
+            (rows(proxy.state(), differing.as_ref()), kernel)
         }
-        Err(error) => {
-            let proxy = Proxy::new(state, FakeKernel::default());
-            (proxy, None, format!("not asked: {error}")).into_parts()
-        }
+        Some(Err(error)) => (rows(&state, None), format!("not asked: {error}")),
     };
-    let mut rows: Vec<PortRow> =
-        state.services().flat_map(|service| rows(&state, service, differing.as_ref())).collect();
     let ports = rows.len();
-    rows.retain(|row| filter.admits(row));
-    let well = rows.iter().all(|row| row.in_kernel != Some(InKernel::Differs));
-    let listing = Listing {
-        source: config.source.to_string(),
-        node: config.node_name.clone(),
-        kernel,
-        ports,
-        services: rows,
-    };
+    let services: Vec<_> = rows.into_iter().filter(|row| filter.admits(row)).collect();
+    let well = services.iter().all(|row| row.in_kernel != Some(InKernel::Differs));
+    let source = config.source.to_string();
+    let node = config.node_name.clone();
+    let listing = Listing { source, node, kernel, ports, services };
     let verdict = if well { Verdict::Good } else { Verdict::Attention };
     let text = match output {
         Output::Json => json(&listing),
         Output::Text => text::write(&listing),
     };
     Ok(Answer { text, verdict })
+}
+
+/// The Services that a commit would change something for.
+fn differing(proxy: &mut Proxy<NetlinkKernel>) -> Result<BTreeSet<NamespacedName>, LoadError> {
+    let service = |(_, contributor)| match contributor {
+        Some(Contributor::Service(name)) => Some(name),
+        _ => None,
+    };
+    Ok(proxy.plan()?.into_iter().filter_map(service).collect())
+}
+
+fn rows(state: &State, differing: Option<&BTreeSet<NamespacedName>>) -> Vec<PortRow> {
+    let mut rows = Vec::new();
+    for service in state.services() {
+        let in_kernel = differing.map(|differing| match differing.contains(&service.name) {
+            true => InKernel::Differs,
+            false => InKernel::InForce,
+        });
+        for port in &service.ports {
+            let families = Family::BOTH.into_iter().filter(|f| service.cluster_ip(*f).is_some());
+            rows.extend(families.map(|family| row(state, service, port, family, in_kernel)));
+        }
+    }
+    rows
+}
+
+fn row(
+    state: &State,
+    service: &Service,
+    port: &ServicePort,
+    family: Family,
+    in_kernel: Option<InKernel>,
+) -> PortRow {
+    let endpoints = endpoints(state, service, port, family);
+    let frontends = frontends(service, port, family).into_iter().map(|(frontend, kind)| {
+        let policy = match kind {
+            FrontendKind::ClusterIp => service.internal_traffic_policy,
+            _ => service.external_traffic_policy,
+        };
+        let answers = |row: &&EndpointRow| match policy {
+            TrafficPolicy::Cluster => row.serves_cluster,
+            TrafficPolicy::Local => row.serves_local,
+        };
+        let ranges = service.source_ranges_of(family).filter(|_| kind == FrontendKind::LoadBalancer);
+        let owner = state.owner(frontend).filter(|owner| **owner != service.name);
+        FrontendRow {
+            kind: kind_word(kind),
+            frontend: match frontend {
+                Frontend::Address(address, _, port) => SocketAddr::new(address, port).to_string(),
+                Frontend::NodePort(_, _, port) => format!("*:{port}"),
+            },
+            policy: match policy {
+                TrafficPolicy::Cluster => "Cluster",
+                TrafficPolicy::Local => "Local",
+            },
+            answering: endpoints.iter().filter(answers).count(),
+            source_ranges: ranges.map(|range| range.to_string()).collect(),
+            taken_by: owner.map(ToString::to_string),
+        }
+    });
+    PortRow {
+        service: service.name.to_string(),
+        port: port.name.to_string(),
+        protocol: port.protocol.to_string(),
+        family: match family {
+            Family::V4 => "IPv4",
+            Family::V6 => "IPv6",
+        },
+        scheduler: scheduler_word(service.scheduler),
+        affinity_seconds: match service.session_affinity {
+            SessionAffinity::None => None,
+            SessionAffinity::ClientIp { timeout } => Some(timeout),
+        },
+        in_kernel,
+        frontends: frontends.collect(),
+        endpoints,
+    }
+}
+
+impl Filter {
+    fn admits(&self, row: &PortRow) -> bool {
+        let (namespace, name) = row.service.split_once('/').unwrap_or(("", &row.service));
+        let is = |wanted: &Option<String>, found: &str| {
+            wanted.as_ref().is_none_or(|wanted| wanted == found)
+        };
+        let has = |address: IpAddr| {
+            let dialled = row.frontends.iter().map(|frontend| &frontend.frontend);
+            let all = dialled.chain(row.endpoints.iter().map(|endpoint| &endpoint.endpoint));
+            all.filter_map(|text| text.parse::<SocketAddr>().ok()).any(|a| a.ip() == address)
+        };
+        is(&self.namespace, namespace) && is(&self.service, name) && self.address.is_none_or(has)
+    }
 }

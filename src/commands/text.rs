@@ -10,7 +10,7 @@ pub(super) fn wrap(text: &str, indent: usize) -> String {
     let mut line = " ".repeat(indent);
     let mut empty = true;
     for word in text.split(' ') {
-        if !empty && line.chars().count() + 1 + word.chars().count() > WIDTH {
+        if !empty && width(&line) + 1 + width(word) > WIDTH {
             out.push_str(&line);
             out.push('\n');
             line = " ".repeat(indent + 2);
@@ -38,7 +38,7 @@ pub(super) fn labelled(label: &str, text: &str, column: usize) -> String {
 pub(super) fn columns(rows: &[Vec<String>], indent: usize) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
-        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max()
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| self::width(cell)).max()
     };
     let widths: Vec<_> = (0..count).map(|column| width(column).unwrap_or(0)).collect();
     let mut out = String::new();
@@ -51,6 +51,42 @@ pub(super) fn columns(rows: &[Vec<String>], indent: usize) -> String {
         out.push('\n');
     }
     out
+}
+
+/// A colour. Where standard output is no terminal it is taken out again, when it is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Paint {
+    Good,
+    Attention,
+    Bad,
+    Bold,
+}
+
+impl Paint {
+    /// Paints a text.
+    pub(super) fn on(self, text: &str) -> String {
+        let code = match self {
+            Self::Good => "32",
+            Self::Attention => "33",
+            Self::Bad => "31",
+            Self::Bold => "1",
+        };
+        format!("\x1b[{code}m{text}\x1b[0m")
+    }
+}
+
+/// How wide a text is on a terminal: in characters, colours left out.
+fn width(text: &str) -> usize {
+    let mut chars = text.chars();
+    let mut width = 0;
+    while let Some(c) = chars.next() {
+        if c == '\x1b' {
+            chars.by_ref().find(|c| *c == 'm');
+        } else {
+            width += 1;
+        }
+    }
+    width
 }
 
 /// `1 endpoint`, `2 endpoints`.

@@ -243,8 +243,14 @@ impl Interpreter<'_> {
                 Statement::FromThisHost => (self.world.is_local)(self.packet.source),
                 Statement::ToThisHost => (self.world.is_local)(state.to.address),
                 Statement::NotToLoopback => !state.to.address.is_loopback(),
-                Statement::FromInterface(name) => self.came_by(name),
-                Statement::NotFromInterface(name) => !self.came_by(name),
+                Statement::ToLoopback => state.to.address.is_loopback(),
+                Statement::FromLoopback => self.packet.source.is_loopback(),
+                Statement::FromInterface(name) => self.came_by(&base, name),
+                Statement::NotFromInterface(name) => !self.came_by(&base, name),
+                // Which one that is, is known of what the host sends to itself alone.
+                Statement::NotToInterface(name) => {
+                    !((self.world.is_local)(state.to.address) && names(name, LOOPBACK))
+                }
                 Statement::L4Proto(protocol) => self.packet.protocol == *protocol,
                 Statement::In(selectors, set) => self.find(&state, selectors, *set, &mut step),
                 Statement::NotIn(selectors, set) => !self.find(&state, selectors, *set, &mut step),
@@ -443,12 +449,23 @@ impl Interpreter<'_> {
         ruleset.elements.get_key_value(&id).map(|(id, value)| (*id, value))
     }
 
-    fn came_by(&self, name: &InterfaceName) -> bool {
-        let Origin::Interface(Some(interface)) = &self.packet.origin else { return false };
-        match name {
-            InterfaceName::Whole(whole) => **whole == **interface,
-            InterfaceName::Prefix(prefix) => interface.starts_with(&**prefix),
+    fn came_by(&self, base: &ChainName, name: &InterfaceName) -> bool {
+        match &self.packet.origin {
+            Origin::Interface(Some(interface)) => names(name, interface),
+            Origin::Interface(None) => false,
+            // What the host sends to itself comes in again.
+            Origin::Host => *base == ChainName::FilterInput && names(name, LOOPBACK),
         }
+    }
+}
+
+/// The interface by which the host reaches itself.
+const LOOPBACK: &str = "lo";
+
+fn names(name: &InterfaceName, interface: &str) -> bool {
+    match name {
+        InterfaceName::Whole(whole) => **whole == *interface,
+        InterfaceName::Prefix(prefix) => interface.starts_with(&**prefix),
     }
 }
 

@@ -16,6 +16,7 @@ mod commands;
 mod conntrack;
 mod control_plane;
 mod drift;
+mod explain;
 mod e2e;
 mod features;
 mod flips;
