@@ -70,6 +70,8 @@ const DIALLERS: [Dialler; 5] = [
 struct Scene {
     net: Net,
     flags: Vec<String>,
+    /// Whether clients are remembered, so that everybody connects once before anything is explained.
+    sticky: bool,
     _daemon: Daemon,
 }
 
@@ -82,7 +84,8 @@ impl Scene {
         let flags: Vec<String> = own.iter().chain(flags).map(ToString::to_string).collect();
         let run: Vec<&str> = std::iter::once("run").chain(flags.iter().map(String::as_str)).collect();
         let daemon = Daemon::start(&net.name("node"), &run);
-        Some(Self { net, flags, _daemon: daemon })
+        let sticky = manifests.contains("sessionAffinity: ClientIP");
+        Some(Self { net, flags, sticky, _daemon: daemon })
     }
 
     fn explain(&self, from: &Dialler, target: SocketAddr, protocol: &str, more: &[&str]) -> Value {
@@ -105,6 +108,16 @@ impl Scene {
     /// Connections do what was explained: everything that was said to be possible is seen, and nothing
     /// else.
     fn holds(&self, from: &Dialler, target: SocketAddr, protocol: &str) {
+        let netns = self.net.name(from.name);
+        let connect = |tries: usize| -> BTreeSet<Met> {
+            match protocol {
+                "udp" => (0..tries).map(|_| Met::of(udp(&netns, target))).collect(),
+                _ => in_netns(&netns, || (0..tries).map(|_| Met::of(tcp_here(target))).collect()),
+            }
+        };
+        if self.sticky {
+            connect(1);
+        }
         let answer = self.explain(from, target, protocol, &[]);
         assert_eq!(answer["tables"], "what the kernel holds", "{answer:#}");
         let shares: f64 =
@@ -113,11 +126,7 @@ impl Scene {
         let explained = expected(&answer, from, target);
         // One of three that is never met in so many tries: once in three million.
         let tries = if explained.len() > 1 { 40 } else { 2 };
-        let netns = self.net.name(from.name);
-        let seen: BTreeSet<Met> = match protocol {
-            "udp" => (0..tries).map(|_| Met::of(udp(&netns, target))).collect(),
-            _ => in_netns(&netns, || (0..tries).map(|_| Met::of(tcp_here(target))).collect()),
-        };
+        let seen = connect(tries);
         let who = from.name;
         match explained.first() {
             // It is not translated: whoever has the address answers, if at all.
