@@ -77,6 +77,16 @@ enum Command {
     /// List every Service port: what is dialled, the policies, who answers, and, with root, whether
     /// the kernel holds it.
     List(ListArgs),
+    /// Check whether this host is in order for nftproxy, and say what to do if not. Changes nothing.
+    Check(CheckArgs),
+}
+
+#[derive(Args, Debug)]
+struct CheckArgs {
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    run: RunArgs,
 }
 
 #[derive(Args, Debug)]
@@ -271,6 +281,11 @@ impl Cli {
             Command::Cleanup => cleanup(),
             Command::Explain(args) => explain(args),
             Command::List(args) => list(args),
+            Command::Check(args) => {
+                let config = args.run.resolve()?;
+                let answer = commands::check::check(&config, args.output.output);
+                told(&runtime()?.block_on(answer)?)
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Each command first makes a plain value of what it found (which is also its JSON), and then a text of
 //! that, so that the two cannot tell different things. None of them changes anything.
 
+pub mod check;
 pub mod endpoints;
 pub mod explain;
 pub mod list;

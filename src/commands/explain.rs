@@ -17,10 +17,10 @@ use self::reason::Because;
 pub use self::reason::Named;
 pub(super) use self::reason::{kind_word, scheduler_word};
 use super::endpoints::{EndpointRow, endpoints};
-use super::objects::{GatherError, gather};
+use super::objects::{GatherError, gather, is_given};
 use super::tables::Tables;
 use super::{Answer, CommandError, Output, Verdict, json};
-use crate::config::{Config, Source};
+use crate::config::Config;
 use crate::frontend::{Frontend, FrontendKind, frontends};
 use crate::host;
 use crate::model::{Family, NodeFacts, Protocol};
@@ -219,12 +219,11 @@ async fn known(config: &Config, question: &Question) -> Result<Known, CommandErr
     let family = Family::of(question.target.address);
     let mut notes = Vec::new();
     let objects = gather(config).await;
-    let named_by_user = !matches!(config.source, Source::Api { kubeconfig: None, master: None });
     let mut proxy = None;
     let mut without = None;
     match objects {
         Ok(state) => proxy = Some(Proxy::new(state, FakeKernel::default())),
-        Err(error @ GatherError::Source(_)) if named_by_user || question.wanted => {
+        Err(error @ GatherError::Source(_)) if is_given(&config.source) || question.wanted => {
             return Err(error.into());
         }
         Err(error) if question.wanted => return Err(error.into()),

@@ -29,6 +29,11 @@ pub enum GatherError {
     },
 }
 
+/// Whether the user said where objects are from; else it is worth a try, and no more.
+pub(super) fn is_given(source: &Source) -> bool {
+    !matches!(source, Source::Api { kubeconfig: None, master: None })
+}
+
 /// Everything that a source names.
 pub(super) async fn gather(config: &Config) -> Result<State, GatherError> {
     let mut state = State::new(config.settings.clone(), host::node_facts(&config.node_name));

@@ -55,6 +55,21 @@ pub(super) fn generation(socket: &mut NetlinkSocket) -> Result<u32, LoadError> {
     generation.ok_or_else(|| fail(io::ErrorKind::UnexpectedEof.into()))
 }
 
+/// The names of all tables of a family.
+pub(super) fn table_names(
+    socket: &mut NetlinkSocket,
+    family: Family,
+) -> Result<Vec<String>, LoadError> {
+    let all = request(libc::NFT_MSG_GETTABLE, nfproto(family), libc::NLM_F_DUMP, |_| ());
+    let mut names = Vec::new();
+    let outcome = socket.dump(&all, |message| {
+        names.extend(Table::parse(message).and_then(|t| t.get_str(sys::NFTNL_TABLE_NAME)));
+    });
+    outcome.map_err(|source| LoadError::Socket { step: "list tables", source })?;
+    names.sort();
+    Ok(names)
+}
+
 /// One request message.
 fn request(
     kind: libc::c_int,

@@ -86,6 +86,11 @@ impl NetlinkKernel {
         affinity::clients(&mut self.socket, family, name)
     }
 
+    /// The names of all tables of a family, other people's included.
+    pub fn table_names(&mut self, family: Family) -> Result<Vec<String>, LoadError> {
+        dump::table_names(&mut self.socket, family)
+    }
+
     /// Encodes a transaction without sending it, for benches that time the kernel alone.
     #[must_use]
     pub fn encode(transaction: &Transaction) -> Vec<u8> {
