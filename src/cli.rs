@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use tokio::sync::mpsc::channel;
 use tracing::{error, info};
 
@@ -51,13 +51,17 @@ Examples:
   nftproxy diff --manifests DIR           what running would change in the kernel
   nftproxy explain 10.96.0.10:80 --from 10.244.1.5
                                           what happens to this packet here, and why
+  nftproxy list --namespace default       Services, who answers, and whether it is in force
+  nftproxy check                          is this host in order, and what to do if not
   nftproxy cleanup                        remove the tables
   nft list table ip nftproxy              see what is programmed
 
 Exit codes:
-  0  done; for `diff`: nothing to change; for `explain`: an endpoint would answer
-  1  `diff` found something to change; `explain` found nobody who would answer
-  2  it failed, and standard error says why";
+  0  done; for `diff`: nothing to change; for `explain`: an endpoint would answer; for `list` and
+     `check`: all is well
+  1  `diff` found something to change; `explain` found nobody who would answer; `list` found
+     Services that are not in force; `check` found something to look at
+  2  it failed, and standard error says why; or `check` found something bad";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -79,6 +83,18 @@ enum Command {
     List(ListArgs),
     /// Check whether this host is in order for nftproxy, and say what to do if not. Changes nothing.
     Check(CheckArgs),
+    /// Print the completion script for a shell: `nftproxy completions bash >
+    /// /etc/bash_completion.d/nftproxy`.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the man page, or write those of all commands: `nftproxy man | man -l -`.
+    Man {
+        /// Write all pages into this directory instead.
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
 }
 
 #[derive(Args, Debug)]
@@ -281,6 +297,11 @@ impl Cli {
             Command::Cleanup => cleanup(),
             Command::Explain(args) => explain(args),
             Command::List(args) => list(args),
+            Command::Completions { shell } => {
+                print(&commands::manual::completions(Self::command(), shell))?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Man { dir } => man(dir.as_deref()),
             Command::Check(args) => {
                 let config = args.run.resolve()?;
                 let answer = commands::check::check(&config, args.output.output);
@@ -353,6 +374,15 @@ fn told(answer: &Answer) -> Result<ExitCode, CliError> {
         Verdict::Attention => ExitCode::from(1),
         Verdict::Bad => ExitCode::from(2),
     })
+}
+
+fn man(dir: Option<&std::path::Path>) -> Result<ExitCode, CliError> {
+    let fail = |source| CliError::System { step: "write the man pages", source };
+    match dir {
+        None => print(&commands::manual::page(Cli::command()).map_err(fail)?)?,
+        Some(dir) => commands::manual::pages(Cli::command(), dir).map_err(fail)?,
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn list(args: ListArgs) -> Result<ExitCode, CliError> {

@@ -7,6 +7,7 @@ pub mod check;
 pub mod endpoints;
 pub mod explain;
 pub mod list;
+pub mod manual;
 
 mod objects;
 mod tables;

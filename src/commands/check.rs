@@ -55,11 +55,7 @@ impl Finding {
         Self { about, verdict: Verdict::Good, found: found.into(), advice: None }
     }
 
-    fn attention(
-        about: &'static str,
-        found: impl Into<String>,
-        advice: impl Into<String>,
-    ) -> Self {
+    fn attention(about: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
         let (found, advice) = (found.into(), Some(advice.into()));
         Self { about, verdict: Verdict::Attention, found, advice }
     }
@@ -82,7 +78,8 @@ pub async fn check(config: &Config, output: Output) -> Result<Answer, CommandErr
             Some(state)
         }
         Err(error) if is_given(&config.source) => {
-            let advice = "nftproxy keeps what is in force, and changes nothing until it can read them";
+            let advice =
+                "nftproxy keeps what is in force, and changes nothing until it can read them";
             findings.push(Finding::bad("objects", error.to_string(), advice));
             None
         }
@@ -181,7 +178,10 @@ fn of_affinity(tables: &mut Tables) -> Vec<Finding> {
             Ok(clients) if limit - clients.len().min(limit) < limit / NEARLY_FULL => {
                 findings.push(Finding::attention(
                     "affinity",
-                    format!("{family} {name} remembers {} of at most {limit} clients", clients.len()),
+                    format!(
+                        "{family} {name} remembers {} of at most {limit} clients",
+                        clients.len()
+                    ),
                     "further clients are served, but not remembered: shorten \
                      sessionAffinityConfig.clientIP.timeoutSeconds",
                 ));
@@ -236,7 +236,8 @@ fn pending(plan: &[(crate::nft::transaction::Op, Option<Contributor>)]) -> Findi
     if plan.is_empty() {
         return Finding::good("in force", "the kernel holds what the objects ask for");
     }
-    let objects: BTreeSet<_> = plan.iter().filter_map(|(_, contributor)| contributor.clone()).collect();
+    let objects: BTreeSet<_> =
+        plan.iter().filter_map(|(_, contributor)| contributor.clone()).collect();
     let names: Vec<_> = objects.iter().take(3).map(ToString::to_string).collect();
     let more = objects.len().saturating_sub(names.len());
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };

@@ -60,7 +60,9 @@ pub struct Target {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TargetError {
     /// No address and port.
-    #[error("{0:?}: expected ADDRESS:PORT, as 10.96.0.10:80 or [fd00::10]:80, and /udp or /sctp behind it if it is not TCP")]
+    #[error(
+        "{0:?}: expected ADDRESS:PORT, as 10.96.0.10:80 or [fd00::10]:80, and /udp or /sctp behind it if it is not TCP"
+    )]
     Address(String),
     /// No such protocol.
     #[error("{0:?}: expected the protocol tcp, udp or sctp")]
@@ -228,7 +230,8 @@ async fn known(config: &Config, question: &Question) -> Result<Known, CommandErr
         }
         Err(error) if question.wanted => return Err(error.into()),
         Err(error) => {
-            notes.push(format!("no names of Services, and no endpoints that are left out: {error}"));
+            notes
+                .push(format!("no names of Services, and no endpoints that are left out: {error}"));
             without = Some(error);
         }
     }
@@ -302,9 +305,15 @@ fn answer(known: &mut Known, question: &Question) -> Explanation {
         }
         outcomes = follow(known, &packet, &remembered);
     } else if !asked.is_empty() {
-        known.notes.push("a client that was here before keeps its endpoint; who was is in the kernel only".into());
+        known.notes.push(
+            "a client that was here before keeps its endpoint; who was is in the kernel only"
+                .into(),
+        );
     }
-    let service = known.proxy.as_ref().and_then(|proxy| reason::named(proxy.state(), &known.ruleset, &target));
+    let service = known
+        .proxy
+        .as_ref()
+        .and_then(|proxy| reason::named(proxy.state(), &known.ruleset, &target));
     let because = Because {
         ruleset: &known.ruleset,
         service: service.as_ref(),
@@ -340,7 +349,10 @@ fn answer(known: &mut Known, question: &Question) -> Explanation {
     let left_out = rows
         .iter()
         .filter(|row| !met(row))
-        .map(|row| LeftOut { endpoint: row.endpoint.clone(), why: because.left_out(row, &outcomes) })
+        .map(|row| LeftOut {
+            endpoint: row.endpoint.clone(),
+            why: because.left_out(row, &outcomes),
+        })
         .collect();
     Explanation {
         target: target.to_string(),
@@ -361,7 +373,8 @@ fn packet(question: &Question, node: &NodeFacts, is_local: &dyn Fn(IpAddr) -> bo
     let Target { address, port, protocol } = question.target;
     let family = Family::of(address);
     let own = || {
-        let first = node.interfaces.iter().copied().find(|a| Family::of(*a) == family && !a.is_loopback());
+        let first =
+            node.interfaces.iter().copied().find(|a| Family::of(*a) == family && !a.is_loopback());
         node.primary(family).or(first)
     };
     let loopback = match family {
@@ -391,7 +404,8 @@ fn affinities(outcomes: &[Outcome]) -> Vec<AffinityName> {
         },
         _ => None,
     };
-    let mut names: Vec<_> = outcomes.iter().flat_map(|o| o.steps.iter().filter_map(sticky)).collect();
+    let mut names: Vec<_> =
+        outcomes.iter().flat_map(|o| o.steps.iter().filter_map(sticky)).collect();
     names.sort();
     names.dedup();
     names
@@ -416,14 +430,19 @@ fn others(
     let family = Family::of(packet.destination);
     let pods = || known.ruleset.elements_of(family, SetName::LocalPods).map(|(id, _)| id.key);
     let is_pod = |address: IpAddr| {
-        pods().any(|key| matches!(key, Key::Range(first, last) if first <= address && address <= last))
+        pods().any(
+            |key| matches!(key, Key::Range(first, last) if first <= address && address <= last),
+        )
     };
     let by_network = |source| Packet { source, origin: Origin::Interface(None), ..packet.clone() };
     let mut list = Vec::new();
     if packet.origin != Origin::Host
         && let Some(source) = known.node.primary(family)
     {
-        list.push(("this host".to_owned(), Packet { source, origin: Origin::Host, ..packet.clone() }));
+        list.push((
+            "this host".to_owned(),
+            Packet { source, origin: Origin::Host, ..packet.clone() },
+        ));
     }
     let asked_pod = packet.origin != Origin::Host && is_pod(packet.source);
     if let Some(Key::Range(_, last)) = pods().next()
@@ -443,7 +462,11 @@ fn others(
     list
 }
 
-fn outcome_row(outcome: &Outcome, because: &Because<'_>, paths: &mut Vec<Vec<StepRow>>) -> OutcomeRow {
+fn outcome_row(
+    outcome: &Outcome,
+    because: &Because<'_>,
+    paths: &mut Vec<Vec<StepRow>>,
+) -> OutcomeRow {
     let steps: Vec<_> = outcome.steps.iter().map(|step| step_row(step, because)).collect();
     let path = paths.iter().position(|path| *path == steps).unwrap_or_else(|| {
         paths.push(steps);

@@ -179,7 +179,8 @@ fn row(
             TrafficPolicy::Cluster => row.serves_cluster,
             TrafficPolicy::Local => row.serves_local,
         };
-        let ranges = service.source_ranges_of(family).filter(|_| kind == FrontendKind::LoadBalancer);
+        let ranges =
+            service.source_ranges_of(family).filter(|_| kind == FrontendKind::LoadBalancer);
         let owner = state.owner(frontend).filter(|owner| **owner != service.name);
         FrontendRow {
             kind: kind_word(kind),

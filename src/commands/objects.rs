@@ -38,8 +38,7 @@ pub(super) fn is_given(source: &Source) -> bool {
 pub(super) async fn gather(config: &Config) -> Result<State, GatherError> {
     let mut state = State::new(config.settings.clone(), host::node_facts(&config.node_name));
     let (sender, mut events) = channel(64);
-    let source =
-        tokio::spawn(app::watch(config.source.clone(), config.node_name.clone(), sender));
+    let source = tokio::spawn(app::watch(config.source.clone(), config.node_name.clone(), sender));
     let listing = async {
         while !state.is_complete() {
             let Some(event) = events.recv().await else { return false };
@@ -54,7 +53,10 @@ pub(super) async fn gather(config: &Config) -> Result<State, GatherError> {
         }
         Ok(false) => {
             let outcome = source.await.unwrap_or(Ok(()));
-            Err(outcome.and(Err::<State, _>(RunError::Ended)).map_or_else(|e| e, |_| RunError::Ended).into())
+            Err(outcome
+                .and(Err::<State, _>(RunError::Ended))
+                .map_or_else(|e| e, |_| RunError::Ended)
+                .into())
         }
         Err(_) => {
             source.abort();

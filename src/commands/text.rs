@@ -30,7 +30,8 @@ pub(super) fn wrap(text: &str, indent: usize) -> String {
 /// `label` in a column of its own, and text beside it.
 pub(super) fn labelled(label: &str, text: &str, column: usize) -> String {
     let wrapped = wrap(text, column);
-    let hanging = wrapped.replace(&format!("\n{}", " ".repeat(column + 2)), &format!("\n{}", " ".repeat(column)));
+    let hanging = wrapped
+        .replace(&format!("\n{}", " ".repeat(column + 2)), &format!("\n{}", " ".repeat(column)));
     format!("{label:<column$}{}", hanging.trim_start())
 }
 

@@ -333,13 +333,7 @@ impl Interpreter<'_> {
     }
 
     /// Follows every number that could be drawn; those that meet no element go on with the next rule.
-    fn draw(
-        &self,
-        state: &State,
-        step: &Step,
-        selectors: &[Selector],
-        map: SetName,
-    ) -> Vec<Flow> {
+    fn draw(&self, state: &State, step: &Step, selectors: &[Selector], map: SetName) -> Vec<Flow> {
         let mut drawn: BTreeMap<Option<Backend>, (u32, Vec<ElementId>)> = BTreeMap::new();
         let numbers = self.numbers(selectors);
         for &number in &numbers {
@@ -396,13 +390,7 @@ impl Interpreter<'_> {
         selectors.iter().filter_map(field).collect()
     }
 
-    fn find(
-        &self,
-        state: &State,
-        selectors: &[Selector],
-        set: SetName,
-        step: &mut Step,
-    ) -> bool {
+    fn find(&self, state: &State, selectors: &[Selector], set: SetName, step: &mut Step) -> bool {
         let found = self.look_up(set, &self.fields(state, selectors));
         step.elements.extend(found.map(|(id, _)| id));
         found.is_some()

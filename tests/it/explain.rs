@@ -8,8 +8,8 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::net::{
-    CLIENT, Daemon, GATEWAY, NODE, NODE_SECOND, Net, POD_A, POD_B, REMOTE, REMOTE_GATEWAY, in_netns,
-    ip,
+    CLIENT, Daemon, GATEWAY, NODE, NODE_SECOND, Net, POD_A, POD_B, REMOTE, REMOTE_GATEWAY,
+    in_netns, ip,
 };
 use crate::objects::{CLUSTER, Svc, slice};
 use crate::packets::{CIDRS, to};
@@ -82,7 +82,8 @@ impl Scene {
         let dir = net.manifests().display().to_string();
         let own = ["--manifests", &dir, "--hostname-override", "node-1"];
         let flags: Vec<String> = own.iter().chain(flags).map(ToString::to_string).collect();
-        let run: Vec<&str> = std::iter::once("run").chain(flags.iter().map(String::as_str)).collect();
+        let run: Vec<&str> =
+            std::iter::once("run").chain(flags.iter().map(String::as_str)).collect();
         let daemon = Daemon::start(&net.name("node"), &run);
         let sticky = manifests.contains("sessionAffinity: ClientIP");
         Some(Self { net, flags, sticky, _daemon: daemon })
@@ -100,7 +101,8 @@ impl Scene {
         let said = String::from_utf8_lossy(&output.stderr);
         let answer: Value = serde_json::from_slice(&output.stdout)
             .unwrap_or_else(|e| panic!("{e}: {}{said}", String::from_utf8_lossy(&output.stdout)));
-        let answers = answer["outcomes"].as_array().unwrap().iter().any(|o| o["translated"] == true);
+        let answers =
+            answer["outcomes"].as_array().unwrap().iter().any(|o| o["translated"] == true);
         assert_eq!(output.status.code(), Some(i32::from(!answers)), "{answer:#}{said}");
         answer
     }
@@ -120,8 +122,12 @@ impl Scene {
         }
         let answer = self.explain(from, target, protocol, &[]);
         assert_eq!(answer["tables"], "what the kernel holds", "{answer:#}");
-        let shares: f64 =
-            answer["outcomes"].as_array().unwrap().iter().map(|o| o["share"].as_f64().unwrap()).sum();
+        let shares: f64 = answer["outcomes"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|o| o["share"].as_f64().unwrap())
+            .sum();
         assert!((shares - 1.0).abs() < 1e-9, "{answer:#}");
         let explained = expected(&answer, from, target);
         // One of three that is never met in so many tries: once in three million.
@@ -130,10 +136,17 @@ impl Scene {
         let who = from.name;
         match explained.first() {
             // It is not translated: whoever has the address answers, if at all.
-            None => assert!(!seen.iter().any(|met| matches!(met, Met::Pod(..))), "{who} to {target}: {seen:?}, {answer:#}"),
+            None => assert!(
+                !seen.iter().any(|met| matches!(met, Met::Pod(..))),
+                "{who} to {target}: {seen:?}, {answer:#}"
+            ),
             Some(_) => {
-                let same = seen.len() == explained.len() && seen.iter().zip(&explained).all(|(a, b)| a.is(b));
-                assert!(same, "{who} to {target}/{protocol}: seen {seen:?}, explained {explained:?}: {answer:#}");
+                let same = seen.len() == explained.len()
+                    && seen.iter().zip(&explained).all(|(a, b)| a.is(b));
+                assert!(
+                    same,
+                    "{who} to {target}/{protocol}: seen {seen:?}, explained {explained:?}: {answer:#}"
+                );
             }
         }
         // The objects alone give the same answer.
@@ -149,7 +162,8 @@ impl Scene {
     fn all_hold(&self, diallers: &[&str]) {
         for from in DIALLERS.iter().filter(|d| diallers.contains(&d.name)) {
             for family in [0, 1] {
-                for (address, port) in [(VIP, 80), (NODE, 30080), (BALANCER, 80), (EXTERNAL_IP, 80)] {
+                for (address, port) in [(VIP, 80), (NODE, 30080), (BALANCER, 80), (EXTERNAL_IP, 80)]
+                {
                     self.holds(from, to(address[family], port), "tcp");
                 }
                 for (address, port) in [(VIP, 53), (NODE, 30053)] {
@@ -180,7 +194,9 @@ impl Met {
 
     fn is(&self, explained: &Self) -> bool {
         match (self, explained) {
-            (Self::Pod(by, port, _), Self::Pod(other, number, None)) => (by, port) == (other, number),
+            (Self::Pod(by, port, _), Self::Pod(other, number, None)) => {
+                (by, port) == (other, number)
+            }
             _ => self == explained,
         }
     }
@@ -280,9 +296,13 @@ fn connections_do_what_is_explained_with_affinity() {
 #[test]
 fn connections_do_what_is_explained_with_other_schedulers() {
     for (scheduler, chains) in [("source-hash", 1), ("maglev", 1), ("round-robin", 3)] {
-        let annotated = format!("annotations: {{ nftproxy.dev/scheduler: {scheduler} }}, namespace");
-        let manifests = web(&[], &["a", "b", "remote"])
-            .replacen("name: web, namespace", &format!("name: web, {annotated}"), 1);
+        let annotated =
+            format!("annotations: {{ nftproxy.dev/scheduler: {scheduler} }}, namespace");
+        let manifests = web(&[], &["a", "b", "remote"]).replacen(
+            "name: web, namespace",
+            &format!("name: web, {annotated}"),
+            1,
+        );
         let Some(scene) = Scene::new(&manifests, &CLUSTER_CIDR) else { return };
         for from in &DIALLERS {
             for family in [0, 1] {

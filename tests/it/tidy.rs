@@ -81,6 +81,8 @@ const RINGS: [Ring; 3] = [
             "src/nft/ruleset.rs",
             "src/nft/transaction.rs",
             "src/nft/diff.rs",
+            "src/nft/interpret.rs",
+            "src/nft/jhash.rs",
         ],
         banned: &[
             "kube::",

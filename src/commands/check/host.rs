@@ -61,7 +61,9 @@ impl HostFiles {
             Some("1" | "2") => Finding::good("forwarding", format!("{key} is on")),
             Some(_) => Finding::bad(
                 "forwarding",
-                format!("{key} is off: packets to endpoints that are not on the host itself are dropped"),
+                format!(
+                    "{key} is off: packets to endpoints that are not on the host itself are dropped"
+                ),
                 format!("sysctl -w {key}=1, and a file in /etc/sysctl.d to keep it"),
             ),
             None => Finding::attention(
@@ -103,7 +105,8 @@ impl HostFiles {
         let count = number("net.netfilter.nf_conntrack_count")?;
         let limit = number("net.netfilter.nf_conntrack_max").filter(|limit| *limit > 0)?;
         let found = format!("{count} of at most {limit} connections are tracked");
-        let advice = "new connections are dropped when it is full: raise net.netfilter.nf_conntrack_max";
+        let advice =
+            "new connections are dropped when it is full: raise net.netfilter.nf_conntrack_max";
         Some(match count * 100 / limit {
             95.. => Finding::bad("conntrack", found, advice),
             80.. => Finding::attention("conntrack", found, advice),
@@ -140,16 +143,19 @@ mod tests {
         let bad = judged(&[release("5.4.0\n"), forward("0\n")]);
         assert_eq!(bad, [("version", Attention), ("forwarding", Bad)]);
         assert_eq!(judged(&[]), [("version", Attention), ("forwarding", Attention)]);
-        let [count, max] = ["count", "max"].map(|k| format!("proc/sys/net/netfilter/nf_conntrack_{k}"));
+        let [count, max] =
+            ["count", "max"].map(|k| format!("proc/sys/net/netfilter/nf_conntrack_{k}"));
         for (tracked, verdict) in [("10", Good), ("80", Attention), ("99", Bad)] {
             let found = judged(&[(&count, tracked), (&max, "100")]);
             assert_eq!(found.last(), Some(&("conntrack", verdict)));
         }
         let bridge = ("sys/class/net/cni0/bridge/bridge_id", "8000");
         let call = |text| ("proc/sys/net/bridge/bridge-nf-call-iptables", text);
-        for (files, verdict) in
-            [(vec![bridge], Attention), (vec![bridge, call("0")], Attention), (vec![bridge, call("1")], Good)]
-        {
+        for (files, verdict) in [
+            (vec![bridge], Attention),
+            (vec![bridge, call("0")], Attention),
+            (vec![bridge, call("1")], Good),
+        ] {
             assert_eq!(judged(&files).last(), Some(&("bridges", verdict)));
         }
     }

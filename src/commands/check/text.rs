@@ -23,7 +23,9 @@ pub(super) fn write(report: &Report) -> String {
     let (bad, attention) = (of(Verdict::Bad), of(Verdict::Attention));
     out += &match report.verdict {
         Verdict::Good => Paint::Good.on("everything is in order"),
-        Verdict::Attention => Paint::Attention.on(&format!("{} to look at", count(attention, "thing"))),
+        Verdict::Attention => {
+            Paint::Attention.on(&format!("{} to look at", count(attention, "thing")))
+        }
         Verdict::Bad => Paint::Bad.on(&format!("{bad} bad, {attention} to look at")),
     };
     out.push('\n');

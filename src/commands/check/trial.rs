@@ -16,7 +16,8 @@ use crate::nft::diff::diff;
 use crate::nft::element::{ElementId, Key, Value};
 use crate::nft::kernel::{ApplyError, Kernel as _, Loaded, Refusal};
 use crate::nft::names::{
-    AffinityName, ChainName, Entry, List, Memory, Pick, PortChain, PortName, Selection, SetName, TABLE,
+    AffinityName, ChainName, Entry, List, Memory, Pick, PortChain, PortName, Selection, SetName,
+    TABLE,
 };
 use crate::nft::netlink::NetlinkKernel;
 use crate::nft::ruleset::Ruleset;
@@ -65,7 +66,8 @@ fn everything(options: &Options) -> Ruleset {
 /// Whether the kernel knows everything that nftproxy makes rules of. Where tables of our name are there
 /// it is not tried: they are in use, and show it themselves.
 pub(super) fn of_rules(kernel: &mut NetlinkKernel, options: &Options) -> Finding {
-    let mut is_there = |family| kernel.table_names(family).map(|names| names.iter().any(|n| n == TABLE));
+    let mut is_there =
+        |family| kernel.table_names(family).map(|names| names.iter().any(|n| n == TABLE));
     match Family::BOTH.map(&mut is_there) {
         [Ok(false), Ok(false)] => {}
         [Err(error), _] | [_, Err(error)] => {
@@ -85,7 +87,11 @@ pub(super) fn of_rules(kernel: &mut NetlinkKernel, options: &Options) -> Finding
         }
         Ok(refusals) => Finding::bad(
             "kernel",
-            format!("it refuses {} kinds of rules or maps; first, {}", refusals.len(), named(&refusals[0])),
+            format!(
+                "it refuses {} kinds of rules or maps; first, {}",
+                refusals.len(),
+                named(&refusals[0])
+            ),
             "nftproxy needs Linux 5.13 or newer with nf_tables, nft_nat, nft_masq, nft_fib, \
              nft_numgen, nft_hash and nft_reject, built in or as modules that can be loaded",
         ),

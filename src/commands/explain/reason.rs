@@ -6,9 +6,7 @@ use super::{Target, kind_of};
 use crate::commands::endpoints::EndpointRow;
 use crate::commands::text::count;
 use crate::frontend::{Frontend, FrontendKind};
-use crate::model::{
-    Family, Scheduler, Service, ServicePort, SessionAffinity, TrafficPolicy,
-};
+use crate::model::{Family, Scheduler, Service, ServicePort, SessionAffinity, TrafficPolicy};
 use crate::nft::dataplane::{Detector, NodePorts};
 use crate::nft::element::{ElementId, Key};
 use crate::nft::interpret::{Fate, Origin, Outcome, Packet, Step};
@@ -136,8 +134,12 @@ impl Because<'_> {
         };
         let who = match &first.pick {
             Some(pick) if answering.len() == 1 => {
-                let held = if pick.remembered.is_some() { ", which remembers the client" } else { "" };
-                format!("sent to {}{held}", std::net::SocketAddr::new(pick.backend.address, pick.backend.port))
+                let held =
+                    if pick.remembered.is_some() { ", which remembers the client" } else { "" };
+                format!(
+                    "sent to {}{held}",
+                    std::net::SocketAddr::new(pick.backend.address, pick.backend.port)
+                )
             }
             _ => format!("sent to one of {}", count(answering.len(), "endpoint")),
         };
@@ -158,15 +160,14 @@ impl Because<'_> {
         match outcome.fate {
             Fate::Dropped | Fate::Rejected => self.why_refused(outcome),
             Fate::Passes { here, .. } if outcome.pick.is_none() => {
-                let where_to = if here {
-                    "goes to this host's own programs"
-                } else {
-                    "is routed as it is"
-                };
+                let where_to =
+                    if here { "goes to this host's own programs" } else { "is routed as it is" };
                 format!("no Service has {}; the packet {where_to}", self.target)
             }
             Fate::Passes { masqueraded: true, .. } => self.why_masqueraded(outcome),
-            Fate::Passes { here, masqueraded: false, .. } => self.why_not_masqueraded(outcome, here),
+            Fate::Passes { here, masqueraded: false, .. } => {
+                self.why_not_masqueraded(outcome, here)
+            }
         }
     }
 
@@ -179,7 +180,8 @@ impl Because<'_> {
                 format!("{source} is not in the Service's loadBalancerSourceRanges ({ranges})")
             }
             ChainName::NoEndpoint => {
-                let who = self.service.map_or("the Service".into(), |s| format!("Service {}", s.service));
+                let who =
+                    self.service.map_or("the Service".into(), |s| format!("Service {}", s.service));
                 format!("{who} has no endpoint that could answer")
             }
             ChainName::ClusterIpsCheck if outcome.fate == Fate::Rejected => {
@@ -204,7 +206,8 @@ impl Because<'_> {
                 && step.elements.iter().any(|id| id.set == SetName::Hairpin)
         };
         if outcome.steps.iter().any(hairpin) {
-            return "the client is given itself, and could not take an answer from its own address".into();
+            return "the client is given itself, and could not take an answer from its own address"
+                .into();
         }
         self.why_marked(outcome).unwrap_or_else(|| "the packet carries the mark".into())
     }
@@ -272,9 +275,8 @@ impl Because<'_> {
 
     /// Why an endpoint of the Service cannot be met.
     pub(super) fn left_out(&self, row: &EndpointRow, outcomes: &[Outcome]) -> String {
-        let held = |outcome: &Outcome| {
-            outcome.pick.as_ref().is_some_and(|pick| pick.remembered.is_some())
-        };
+        let held =
+            |outcome: &Outcome| outcome.pick.as_ref().is_some_and(|pick| pick.remembered.is_some());
         let held_here = self.service.is_some_and(|service| service.local);
         let usable = row.serves_cluster || row.serves_local;
         if outcomes.iter().any(held) && usable {
