@@ -93,11 +93,12 @@ fn a_listing_can_be_narrowed() {
 
 #[test]
 fn explanations_are_what_the_snapshots_hold() {
-    let cases: [(&str, &[&str], i32); 9] = [
+    let cases: [(&str, &[&str], i32); 10] = [
         ("cluster-ip", &["10.96.0.10:80", "--from", "10.244.1.5"], 0),
         ("cluster-ip", &["10.96.0.10:81", "--from", "10.244.1.5"], 1),
-        ("no-endpoints", &["10.96.0.10:80", "--from", "10.244.1.5"], 1),
+        ("no-endpoints", &["10.96.0.99:80", "--from", "10.244.1.5"], 1),
         ("external-local", &["192.0.2.10:30080", "--from", "198.18.0.1"], 0),
+        ("external-local", &["192.0.2.11:30080", "--from", "198.18.0.1"], 1),
         ("external-local-elsewhere", &["192.0.2.10:30080", "--from", "198.18.0.1"], 1),
         ("source-ranges", &["203.0.113.7:80", "--from", "198.51.100.1"], 1),
         ("session-affinity", &["10.96.0.10:80", "--from", "10.244.7.7"], 0),

@@ -108,6 +108,46 @@ pub(super) fn named(state: &State, ruleset: &Ruleset, target: &Target) -> Option
     })
 }
 
+/// What somebody may have meant who dialled what no Service serves.
+pub(super) fn near_miss(state: &State, ruleset: &Ruleset, target: &Target) -> Vec<String> {
+    let Target { address, port, protocol } = *target;
+    let family = Family::of(address);
+    let mut notes = Vec::new();
+    for service in state.services() {
+        let numbers = |port: &ServicePort| format!("{}/{}", port.port, port.protocol);
+        let addresses = [&service.cluster_ips, &service.external_ips, &service.load_balancer_ips];
+        if addresses.iter().any(|list| list.contains(&address)) {
+            let ports: Vec<_> = service.ports.iter().map(numbers).collect();
+            notes.push(format!(
+                "{address} is an address of Service {}, whose ports are {}",
+                service.name,
+                ports.join(", ")
+            ));
+        }
+        let is_endpoint = |slice: &&crate::model::EndpointSlice| {
+            slice.endpoints.iter().any(|endpoint| endpoint.address == address)
+        };
+        if state.slices_of(&service.name).iter().any(is_endpoint) {
+            notes.push(format!("{address} is an endpoint of Service {}", service.name));
+        }
+    }
+    if let Some((service, ..)) = kind_of(state, Frontend::NodePort(family, protocol, port), family)
+    {
+        let served = ruleset.elements_of(family, SetName::NodeportIps);
+        let served: Vec<_> = served.map(|(id, _)| id.key.to_string()).collect();
+        let served = if served.is_empty() { "this host's".into() } else { served.join(", ") };
+        notes.push(format!(
+            "{port} is a node port of Service {}, but node ports are served on these addresses only: {served}",
+            service.name
+        ));
+    }
+    notes.truncate(NEAR_MISSES);
+    notes
+}
+
+/// How many near misses are named.
+const NEAR_MISSES: usize = 5;
+
 /// What reasons are drawn from.
 #[derive(Clone, Copy)]
 pub(super) struct Because<'a> {
