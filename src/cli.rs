@@ -13,6 +13,7 @@ use crate::app::{self, RunError};
 use crate::commands::{self, Answer, CommandError, Output, Verdict};
 use crate::config::{self, Config, ConfigError, Flags, Source};
 use crate::host;
+use crate::metrics::Metrics;
 use crate::model::Family;
 use crate::nft::fake::FakeKernel;
 use crate::nft::kernel::{ApplyError, Kernel as _, LoadError};
@@ -127,7 +128,7 @@ struct ListArgs {
 
 #[derive(Args, Debug)]
 struct ExplainArgs {
-    /// What is dialled: 10.96.0.10:80, [fd00::10]:53/udp, 192.0.2.10:30080/sctp.
+    /// What is dialled: `10.96.0.10:80`, `[fd00::10]:53/udp`, `192.0.2.10:30080/sctp`.
     #[arg(value_name = "ADDRESS:PORT[/PROTOCOL]")]
     target: commands::explain::Target,
     /// Who dials. Without it: this host.
@@ -430,7 +431,12 @@ fn diff(config: Config) -> Result<ExitCode, CliError> {
     let wanted = format!("{}, node {}", config.source, config.node_name);
     runtime()?.block_on(async {
         let (sender, mut events) = channel(64);
-        let source = tokio::spawn(app::watch(config.source, config.node_name, sender));
+        let source = tokio::spawn(app::watch(
+            config.source,
+            config.node_name,
+            sender,
+            Metrics::default().rest_client,
+        ));
         while !proxy.is_complete() {
             let Some(event) = events.recv().await else {
                 // A source that ended has not told everything: no difference follows from it.

@@ -77,7 +77,6 @@ pub fn select<'a>(
     let chosen = |usable: &dyn Fn(&Endpoint) -> bool| -> Vec<Candidate> {
         mentions.iter().filter(|m| usable(m.endpoint)).map(Mention::candidate).collect()
     };
-    let ending = |endpoint: &Endpoint| endpoint.serving && endpoint.terminating;
     let first = |preferred: Vec<Candidate>, otherwise: &dyn Fn(&Endpoint) -> bool| {
         if preferred.is_empty() { chosen(otherwise) } else { preferred }
     };
@@ -95,6 +94,20 @@ pub fn select<'a>(
     selection.any = !selection.cluster.is_empty()
         || uses.local && mentions.iter().any(|m| m.endpoint.ready || ending(m.endpoint));
     selection
+}
+
+/// Whether anybody anywhere could answer for the port, whatever its policies are.
+#[must_use]
+pub fn anybody<'a>(
+    port: &ServicePort,
+    family: Family,
+    slices: impl Iterator<Item = &'a EndpointSlice>,
+) -> bool {
+    mentions(port, family, slices).iter().any(|m| m.endpoint.ready || ending(m.endpoint))
+}
+
+fn ending(endpoint: &Endpoint) -> bool {
+    endpoint.serving && endpoint.terminating
 }
 
 /// Every endpoint once, sorted.
@@ -184,7 +197,14 @@ mod tests {
     fn slice(endpoints: Vec<Endpoint>) -> EndpointSlice {
         let name = NamespacedName::new("default", "web");
         let ports = vec![SlicePort { name: "".into(), protocol: Protocol::Tcp, port: 8080 }];
-        EndpointSlice { name: name.clone(), service: name, family: Family::V4, ports, endpoints }
+        EndpointSlice {
+            name: name.clone(),
+            service: name,
+            family: Family::V4,
+            ports,
+            endpoints,
+            last_change_trigger: None,
+        }
     }
 
     fn node() -> NodeFacts {

@@ -4,8 +4,10 @@
 //! about to be committed, so that ten changes of one Service between two commits cost one.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::ops::Range;
 
+use crate::account::{self, Local};
 use crate::conntrack::{Endpoints, NodePortAddresses, udp_frontends};
 use crate::contribution::{self, Contribution, Contributor, Lists, PortSlots};
 use crate::frontend::{Frontend, Frontends, frontends};
@@ -16,6 +18,7 @@ use crate::model::{
 use crate::nft::dataplane::{FIRST_LOCAL_SLOT, Options};
 use crate::nft::element::{ElementId, Key, Value};
 use crate::nft::names::SetName;
+use crate::selection::anybody;
 use crate::settings::Settings;
 use crate::slots::Slots;
 
@@ -28,6 +31,8 @@ pub struct State {
     host: HostFacts,
     /// Whether the Node object names addresses.
     registered: bool,
+    /// Whether there is a Node object.
+    seen: bool,
     services: BTreeMap<NamespacedName, Known<Service>>,
     slices: BTreeMap<NamespacedName, Known<EndpointSlice>>,
     /// Slices by the Service they belong to; a slice can arrive before its Service.
@@ -65,6 +70,7 @@ impl State {
                 interfaces: node.interfaces.clone(),
             },
             registered: false,
+            seen: false,
             node,
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
@@ -115,7 +121,7 @@ impl State {
 
     /// Takes in an event. Returns whose contributions it touched.
     pub fn observe(&mut self, event: Event) -> BTreeSet<Contributor> {
-        let touched = match event {
+        let mut touched = match event {
             Event::Listing(kind) => {
                 self.listings.entry(kind).or_default().number += 1;
                 BTreeSet::new()
@@ -134,6 +140,7 @@ impl State {
             }
             Event::Node(node) => {
                 self.registered = !node.addresses.is_empty();
+                self.seen = true;
                 self.node(node)
             }
             Event::Host(host) => {
@@ -146,8 +153,45 @@ impl State {
             }
             Event::Gone(kind, name) => self.gone(kind, &name),
         };
+        let mut others = BTreeSet::new();
+        for contributor in &touched {
+            if let Contributor::Service(name) = contributor {
+                others.extend(self.contest(name));
+            }
+        }
+        touched.extend(others.into_iter().map(Contributor::Service));
         self.stale.extend(touched.iter().cloned());
         touched
+    }
+
+    /// Finds out anew who serves the frontends of a Service that others name, too. Returns those that
+    /// gained or lost one by it, and their rivals.
+    fn contest(&mut self, name: &NamespacedName) -> BTreeSet<NamespacedName> {
+        let mut affected = BTreeSet::new();
+        let Some(service) = self.services.get(name) else { return affected };
+        for frontend in self.frontends.contested(&service.object) {
+            let claimants: Vec<_> = self.frontends.claimants(frontend).cloned().collect();
+            let before = self.frontends.owner(frontend).cloned();
+            for claimant in &claimants {
+                let idle = !self.can_answer(claimant, frontend);
+                self.frontends.set_idle(frontend, claimant, idle);
+            }
+            if self.frontends.owner(frontend) != before.as_ref() {
+                affected.extend(claimants);
+            }
+        }
+        affected
+    }
+
+    /// Whether there is an endpoint anywhere that could answer for a Service at a frontend of its own.
+    fn can_answer(&self, name: &NamespacedName, frontend: Frontend) -> bool {
+        let Some(Known { object: service, .. }) = self.services.get(name) else { return false };
+        let slices = slices_of(name, &self.slices_of, &self.slices);
+        let family = frontend.family();
+        service.ports.iter().any(|port| {
+            frontends(service, port, family).iter().any(|(own, _)| *own == frontend)
+                && anybody(port, family, slices.iter().copied())
+        })
     }
 
     fn listing(&self, kind: Kind) -> u32 {
@@ -273,7 +317,10 @@ impl State {
                 let removed = self.cidrs.remove(name);
                 removed.into_iter().map(|_| Contributor::Node).collect()
             }
-            Kind::Node => BTreeSet::new(),
+            Kind::Node => {
+                self.seen = false;
+                BTreeSet::new()
+            }
         }
     }
 
@@ -341,6 +388,29 @@ impl State {
         let Some(service) = self.services.get(name) else { return Vec::new() };
         let slices = slices_of(name, &self.slices_of, &self.slices);
         udp_frontends(&service.object, &slices, &self.frontends)
+    }
+
+    /// What about a Service concerns this node alone; nothing if there is no such Service.
+    #[must_use]
+    pub fn local(&self, name: &NamespacedName) -> Local {
+        let Some(service) = self.services.get(name) else { return Local::default() };
+        let service = &service.object;
+        if service.health_check_node_port.is_none() && !service.is_local() {
+            return Local::default();
+        }
+        account::local(service, &slices_of(name, &self.slices_of, &self.slices), &self.node)
+    }
+
+    /// The Node object, if there is one.
+    #[must_use]
+    pub fn node_object(&self) -> Option<&NodeFacts> {
+        self.seen.then_some(&self.node)
+    }
+
+    /// The addresses of a family that node ports are served on; None stands for all of them.
+    #[must_use]
+    pub fn node_port_ips(&self, family: Family) -> Option<Vec<IpAddr>> {
+        self.settings.node_port_ips(&self.node, family)
     }
 
     /// The addresses of this host that node ports are served on.

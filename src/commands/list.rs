@@ -150,9 +150,8 @@ fn differing(proxy: &mut Proxy<NetlinkKernel>) -> Result<BTreeSet<NamespacedName
 fn rows(state: &State, differing: Option<&BTreeSet<NamespacedName>>) -> Vec<PortRow> {
     let mut rows = Vec::new();
     for service in state.services() {
-        let in_kernel = differing.map(|differing| match differing.contains(&service.name) {
-            true => InKernel::Differs,
-            false => InKernel::InForce,
+        let in_kernel = differing.map(|differing| {
+            if differing.contains(&service.name) { InKernel::Differs } else { InKernel::InForce }
         });
         for port in &service.ports {
             let families = Family::BOTH.into_iter().filter(|f| service.cluster_ip(*f).is_some());

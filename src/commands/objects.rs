@@ -7,6 +7,7 @@ use tokio::sync::mpsc::channel;
 use crate::app::{self, RunError};
 use crate::config::{Config, Source};
 use crate::host;
+use crate::metrics::Metrics;
 use crate::state::State;
 
 /// How long a source may take to name every object. An API server that does not answer is asked again
@@ -38,7 +39,10 @@ pub(super) fn is_given(source: &Source) -> bool {
 pub(super) async fn gather(config: &Config) -> Result<State, GatherError> {
     let mut state = State::new(config.settings.clone(), host::node_facts(&config.node_name));
     let (sender, mut events) = channel(64);
-    let source = tokio::spawn(app::watch(config.source.clone(), config.node_name.clone(), sender));
+    // Nobody reads these counts: the process ends with the answer.
+    let metrics = Metrics::default().rest_client;
+    let (origin, node_name) = (config.source.clone(), config.node_name.clone());
+    let source = tokio::spawn(app::watch(origin, node_name, sender, metrics));
     let listing = async {
         while !state.is_complete() {
             let Some(event) = events.recv().await else { return false };

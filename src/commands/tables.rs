@@ -55,6 +55,7 @@ impl Tables {
     }
 
     /// Whether there is a table of a family that is nftproxy's; if not, what is there.
+    #[must_use]
     pub fn missing(&self, family: Family) -> Option<String> {
         let Some(table) = self.loaded.tables.get(&family) else {
             return Some(format!("the kernel has no table {family} {TABLE}: nothing is in force"));
@@ -64,6 +65,7 @@ impl Tables {
     }
 
     /// What of a family's table is not as nftproxy makes it.
+    #[must_use]
     pub fn changed(&self, family: Family) -> Option<String> {
         let chains: Vec<_> = differing(self.loaded.tables.get(&family)?).collect();
         (!chains.is_empty()).then(|| {

@@ -1,5 +1,7 @@
 //! Laying out text for a terminal of 80 columns.
 
+use std::fmt::Write as _;
+
 /// The width that everything is to fit in.
 pub(super) const WIDTH: usize = 80;
 
@@ -46,7 +48,7 @@ pub(super) fn columns(rows: &[Vec<String>], indent: usize) -> String {
     for row in rows {
         let mut line = " ".repeat(indent);
         for (cell, width) in row.iter().zip(&widths) {
-            line.push_str(&format!("{cell:<width$}  "));
+            let _ = write!(line, "{cell:<width$}  ");
         }
         out.push_str(line.trim_end());
         out.push('\n');

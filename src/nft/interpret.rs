@@ -237,8 +237,9 @@ impl Interpreter<'_> {
         let base = step.base.clone();
         for statement in &rule.statements {
             let matches = match statement {
-                // All that is followed is first packets.
-                Statement::CtStateNew => true,
+                // All that is followed is first packets, and what they leave behind in affinity maps is
+                // not asked for again by them.
+                Statement::CtStateNew | Statement::Remember(..) => true,
                 Statement::CtStatusDnat => state.translated,
                 Statement::FromThisHost => (self.world.is_local)(self.packet.source),
                 Statement::ToThisHost => (self.world.is_local)(state.to.address),
@@ -263,8 +264,6 @@ impl Interpreter<'_> {
                     state.mark ^= bits;
                     true
                 }
-                // What it remembers is not asked for again by this packet.
-                Statement::Remember(..) => true,
                 Statement::Vmap(selectors, map) => {
                     let fields = self.fields(&state, selectors);
                     match self.look_up(*map, &fields) {

@@ -134,21 +134,17 @@ impl Scene {
         let tries = if explained.len() > 1 { 40 } else { 2 };
         let seen = connect(tries);
         let who = from.name;
-        match explained.first() {
+        let as_said = if explained.is_empty() {
             // It is not translated: whoever has the address answers, if at all.
-            None => assert!(
-                !seen.iter().any(|met| matches!(met, Met::Pod(..))),
-                "{who} to {target}: {seen:?}, {answer:#}"
-            ),
-            Some(_) => {
-                let same = seen.len() == explained.len()
-                    && seen.iter().zip(&explained).all(|(a, b)| a.is(b));
-                assert!(
-                    same,
-                    "{who} to {target}/{protocol}: seen {seen:?}, explained {explained:?}: {answer:#}"
-                );
-            }
-        }
+            !seen.iter().any(|met| matches!(met, Met::Pod(..)))
+        } else {
+            let mut pairs = seen.iter().zip(&explained);
+            seen.len() == explained.len() && pairs.all(|(seen, explained)| seen.is(explained))
+        };
+        assert!(
+            as_said,
+            "{who} to {target}/{protocol}: seen {seen:?}, explained {explained:?}: {answer:#}"
+        );
         // The objects alone give the same answer.
         let wanted = self.explain(from, target, protocol, &["--wanted"]);
         let remembered = answer["outcomes"][0]["remembered_in"] != Value::Null;

@@ -300,24 +300,3 @@ fn what_someone_else_did_to_our_table_is_undone_by_a_restart() {
         daemon.kill9();
     }
 }
-
-#[test]
-fn a_flushed_ruleset_is_back_with_the_next_commit() {
-    let Some(net) = Net::new() else { return };
-    net.write("web.yaml", &web("10.244.1.5!", "fd00:10:244:1::5!"));
-    let daemon = start(&net);
-    assert_eq!(answer(&net, VIPS[1]), by("a", 1));
-    in_netns(&net.name("node"), || nft(&["flush", "ruleset"], ""));
-    assert_ne!(answer(&net, VIPS[0]), by("a", 0));
-    // One Service changes; everything is repaired.
-    let text = web("10.244.1.6!", "fd00:10:244:1::5!");
-    net.write("web.yaml", &text);
-    until_answered(&net, VIPS[0], &by("b", 0));
-    assert_eq!(answer(&net, VIPS[1]), by("a", 1));
-    daemon.wait_for("synced again");
-    daemon.terminate();
-    let repaired = ["ip", "ip6"].map(|family| listed(&net, family));
-    in_netns(&net.name("node"), || nft(&["flush", "ruleset"], ""));
-    let _daemon = start(&net);
-    assert_eq!(["ip", "ip6"].map(|family| listed(&net, family)), repaired);
-}

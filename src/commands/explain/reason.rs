@@ -255,11 +255,11 @@ impl Because<'_> {
     /// Why the packet was marked, if it was.
     fn why_marked(&self, outcome: &Outcome) -> Option<String> {
         let source = self.packet.source;
-        let pairs = outcome.steps.windows(2);
+        let mut pairs = outcome.steps.windows(2);
         let marking = |pair: &[Step]| {
             (pair[1].chain == ChainName::MarkForMasquerade).then(|| pair[0].chain.clone())
         };
-        Some(match pairs.filter_map(marking).next()? {
+        Some(match pairs.find_map(marking)? {
             ChainName::Dispatch if self.ruleset.options.masquerade_all => {
                 "all traffic to ClusterIPs is (masqueradeAll)".into()
             }
@@ -329,7 +329,7 @@ impl Because<'_> {
             "the packet is refused before it is sent to anybody".into()
         } else if held_here && !row.local {
             "ready, but not on this node".into()
-        } else if self.by_hash(outcomes) {
+        } else if by_hash(outcomes) {
             "the hash of the client's address picks another one".into()
         } else if !row.serves_cluster {
             "ready, but hinted for another zone or node".into()
@@ -343,16 +343,16 @@ impl Because<'_> {
         let held_here = self.service.is_some_and(|service| service.local);
         outcomes.iter().all(|outcome| !matches!(outcome.fate, Fate::Passes { .. })) && !held_here
     }
+}
 
-    fn by_hash(&self, outcomes: &[Outcome]) -> bool {
-        use crate::nft::names::Pick;
-        let hashed = |step: &Step| match &step.chain {
-            ChainName::Select(selection) => selection.pick == Pick::SourceHash,
-            ChainName::OfPort(chain) => {
-                matches!(chain.1, PortChain::Select(selection) if selection.pick == Pick::SourceHash)
-            }
-            _ => false,
-        };
-        outcomes.iter().any(|outcome| outcome.steps.iter().any(hashed))
-    }
+fn by_hash(outcomes: &[Outcome]) -> bool {
+    use crate::nft::names::Pick;
+    let hashed = |step: &Step| match &step.chain {
+        ChainName::Select(selection) => selection.pick == Pick::SourceHash,
+        ChainName::OfPort(chain) => {
+            matches!(chain.1, PortChain::Select(selection) if selection.pick == Pick::SourceHash)
+        }
+        _ => false,
+    };
+    outcomes.iter().any(|outcome| outcome.steps.iter().any(hashed))
 }

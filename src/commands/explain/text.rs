@@ -44,7 +44,7 @@ pub(super) fn write(answer: &Explanation) -> String {
         let on_it: Vec<_> = answer.outcomes.iter().filter(|o| o.path == number).collect();
         if answer.paths.len() > 1 {
             let ways = answer.paths.len();
-            out += &format!("\nFrom here on, way {} of {ways}\n", number + 1);
+            let _ = writeln!(out, "\nFrom here on, way {} of {ways}", number + 1);
         }
         let before = shared.checked_sub(1).and_then(|last| path.get(last));
         out += &steps(&path[shared..], before.filter(|_| answer.paths.len() == 1));

@@ -175,15 +175,7 @@ impl Dump<'_> {
     }
 
     fn sets(&mut self, family: Family, table: &mut LoadedTable) -> Result<(), LoadError> {
-        let mut filter = Set::new();
-        filter.set_str(sys::NFTNL_SET_TABLE, TABLE);
-        let all = request(libc::NFT_MSG_GETSET, nfproto(family), libc::NLM_F_DUMP, |header| {
-            #[expect(unsafe_code, reason = "libnftnl writes the request")]
-            // SAFETY: the header stands in a buffer from `Batch::write`.
-            unsafe {
-                filter.build(header);
-            }
-        });
+        let all = sets_request(family);
         let mut ours = Vec::new();
         let mut affinities = Vec::new();
         self.run("list sets", &all, |message| {
@@ -254,6 +246,19 @@ impl Dump<'_> {
         }
         Ok(understood)
     }
+}
+
+/// Asks for the sets of our table.
+pub(super) fn sets_request(family: Family) -> Vec<u8> {
+    let mut filter = Set::new();
+    filter.set_str(sys::NFTNL_SET_TABLE, TABLE);
+    request(libc::NFT_MSG_GETSET, nfproto(family), libc::NLM_F_DUMP, |header| {
+        #[expect(unsafe_code, reason = "libnftnl writes the request")]
+        // SAFETY: the header stands in a buffer from `Batch::write`.
+        unsafe {
+            filter.build(header);
+        }
+    })
 }
 
 /// Asks for the elements of a set.
