@@ -44,6 +44,7 @@ mod nlmsg;
 
 pub mod app;
 pub mod cli;
+pub mod commands;
 pub mod config;
 pub mod drift;
 pub mod host;

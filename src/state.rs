@@ -370,6 +370,35 @@ impl State {
         std::iter::once(Contributor::Node).chain(services)
     }
 
+    /// All Services, by name.
+    pub fn services(&self) -> impl Iterator<Item = &Service> {
+        self.services.values().map(|known| &known.object)
+    }
+
+    /// The Service of this name.
+    #[must_use]
+    pub fn service_named(&self, name: &NamespacedName) -> Option<&Service> {
+        self.services.get(name).map(|known| &known.object)
+    }
+
+    /// The slices of a Service.
+    #[must_use]
+    pub fn slices_of(&self, service: &NamespacedName) -> Vec<&EndpointSlice> {
+        slices_of(service, &self.slices_of, &self.slices)
+    }
+
+    /// The Service that serves a frontend.
+    #[must_use]
+    pub fn owner(&self, frontend: Frontend) -> Option<&NamespacedName> {
+        self.frontends.owner(frontend)
+    }
+
+    /// The node, as it is known now.
+    #[must_use]
+    pub fn node_facts(&self) -> &NodeFacts {
+        &self.node
+    }
+
     /// Whether there is such a Service.
     #[must_use]
     pub fn has_service(&self, name: &NamespacedName) -> bool {

@@ -29,7 +29,7 @@ use crate::nft::kernel::{ApplyError, LoadError};
 use crate::nft::netlink::{ForeignOp, ForeignTable, NetlinkKernel, OpenError};
 
 /// kube-proxy's table in nftables mode.
-const TABLE: &str = "kube-proxy";
+pub const TABLE: &str = "kube-proxy";
 
 /// How often a removal is tried again when somebody else changes the same table.
 const ATTEMPTS: u32 = 5;

@@ -15,6 +15,9 @@ use crate::config::{Effect, FIELDS, LONE_FLAGS, Type};
 #[derive(Clone, Debug, Default)]
 pub(super) struct FieldArgs(pub(super) BTreeMap<&'static str, Vec<String>>);
 
+/// Above the flags that have an effect.
+pub(super) const HEADING: &str = "Configuration";
+
 /// A flag of the table.
 struct Flag {
     name: &'static str,
@@ -59,7 +62,7 @@ fn arg(flag: Flag) -> Arg {
         .allow_hyphen_values(true)
         .help(flag.help)
         .hide_short_help(!flag.has_effect)
-        .help_heading(if flag.has_effect { "Configuration" } else { "Accepted for kube-proxy" });
+        .help_heading(if flag.has_effect { HEADING } else { "Accepted for kube-proxy" });
     if flag.ty == Type::Bool {
         arg = arg.num_args(0..=1).require_equals(true).default_missing_value("true");
     }

@@ -20,15 +20,15 @@ const NODE: [&str; 2] = ["--hostname-override", "node-1"];
 
 /// What a command did.
 #[derive(Debug)]
-struct Done {
-    code: i32,
-    out: String,
-    err: String,
+pub(crate) struct Done {
+    pub(crate) code: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
 impl Done {
     /// It failed with a single line that holds these words.
-    fn failed_saying(&self, words: &[&str]) {
+    pub(crate) fn failed_saying(&self, words: &[&str]) {
         let Self { code, out, err } = self;
         assert_eq!((*code, out.as_str()), (2, ""), "{err}");
         assert_eq!(err.lines().count(), 1, "one line:\n{err}");
@@ -39,19 +39,19 @@ impl Done {
     }
 }
 
-fn done(command: &mut Command) -> Done {
+pub(crate) fn done(command: &mut Command) -> Done {
     let output = command.env_remove("RUST_LOG").stdin(Stdio::null()).output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     let code = output.status.code().expect("it ends by itself");
     Done { code, out: text(output.stdout), err: text(output.stderr) }
 }
 
-fn nftproxy(arguments: &[&str]) -> Done {
+pub(crate) fn nftproxy(arguments: &[&str]) -> Done {
     done(Command::new(PROGRAM).args(arguments))
 }
 
 /// The same without some capabilities, which root would have.
-fn nftproxy_without(capabilities: &[&str], arguments: &[&str]) -> Done {
+pub(crate) fn nftproxy_without(capabilities: &[&str], arguments: &[&str]) -> Done {
     let dropped: Vec<_> = capabilities.iter().map(|name| format!("-{name}")).collect();
     let dropped = dropped.join(",");
     let mut command = Command::new("setpriv");
@@ -60,7 +60,7 @@ fn nftproxy_without(capabilities: &[&str], arguments: &[&str]) -> Done {
 }
 
 /// Three Services: one with everything in both families, one over UDP, one without endpoints.
-fn example() -> String {
+pub(crate) fn example() -> String {
     let web = Svc {
         name: "web",
         cluster_ips: &["10.96.0.10", "fd00:10:96::10"],
@@ -87,7 +87,7 @@ fn example() -> String {
 }
 
 /// A directory with a manifest in it.
-fn manifests(text: &str) -> (tempfile::TempDir, String) {
+pub(crate) fn manifests(text: &str) -> (tempfile::TempDir, String) {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("all.yaml"), text).unwrap();
     let path = dir.path().display().to_string();
@@ -95,7 +95,7 @@ fn manifests(text: &str) -> (tempfile::TempDir, String) {
 }
 
 /// Runs the daemon until it has synced, and ends it: everything it said.
-fn synced(arguments: &[&str]) -> String {
+pub(crate) fn synced(arguments: &[&str]) -> String {
     let mut child = Command::new(PROGRAM)
         .args(arguments)
         .env_remove("RUST_LOG")

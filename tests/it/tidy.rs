@@ -85,6 +85,8 @@ const RINGS: [Ring; 4] = [
             "src/nft/ruleset.rs",
             "src/nft/transaction.rs",
             "src/nft/diff.rs",
+            "src/nft/interpret.rs",
+            "src/nft/jhash.rs",
         ],
         banned: &[
             "kube::",

@@ -18,7 +18,9 @@ mod probe;
 mod socket;
 mod userdata;
 
+use std::collections::BTreeMap;
 use std::io;
+use std::net::IpAddr;
 
 use tracing::{debug, warn};
 
@@ -31,8 +33,11 @@ pub use self::socket::OpenError;
 use self::batch::Batch;
 use self::socket::{Answer, NetlinkSocket};
 use super::dataplane::Options;
+use super::element::Backend;
 use super::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
+use super::names::AffinityName;
 use super::transaction::{Op, Transaction};
+use crate::model::Family;
 
 /// The nf_tables of the network namespace it was opened in.
 #[derive(Debug)]
@@ -76,6 +81,15 @@ impl NetlinkKernel {
     /// The number of the last commit of anyone in the network namespace.
     pub fn generation(&mut self) -> Result<u32, LoadError> {
         dump::generation(&mut self.socket)
+    }
+
+    /// The clients that an affinity map remembers, and the backend that each is held to.
+    pub fn clients(
+        &mut self,
+        family: Family,
+        name: &AffinityName,
+    ) -> Result<BTreeMap<IpAddr, Backend>, LoadError> {
+        affinity::clients(&mut self.socket, family, name)
     }
 
     /// Encodes a transaction without sending it, for benches that time the kernel alone.
