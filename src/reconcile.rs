@@ -190,7 +190,7 @@ impl<K: Kernel> Proxy<K> {
     pub fn wanted(&mut self) -> Ruleset {
         let all = self.state.all_contributions();
         let all = accepted(all, &mut self.reported, &self.set_aside);
-        Ledger::default().stage(all).take_ruleset(self.state.options())
+        Ledger::stage_all(all).ruleset(self.state.options())
     }
 
     /// What a commit would do now, if the kernel was read back for it; and for whom, as far as one
@@ -199,8 +199,8 @@ impl<K: Kernel> Proxy<K> {
         let options = self.state.options();
         let loaded = self.kernel.load(&options)?;
         self.adopt_slots(&loaded);
-        let mut staged = self.stage_all();
-        let transaction = diff(&loaded, &staged.take_ruleset(options));
+        let staged = self.stage_all();
+        let transaction = diff(&loaded, staged.ruleset(options));
         let named = |op: Op| {
             let contributor = staged.contributor(&op).cloned();
             (op, contributor)
@@ -224,8 +224,8 @@ impl<K: Kernel> Proxy<K> {
         }
         let mut set_aside = 0;
         loop {
-            let mut staged = self.stage_all();
-            let mut transaction = diff(&loaded, &staged.take_ruleset(self.options.clone()));
+            let staged = self.stage_all();
+            let mut transaction = diff(&loaded, staged.ruleset(self.options.clone()));
             match apply(&mut self.kernel, &mut transaction) {
                 Ok(done) => {
                     let mut ledger = Ledger::default();
@@ -292,7 +292,7 @@ impl<K: Kernel> Proxy<K> {
             });
             all.extend(kept);
         }
-        Ledger::default().stage(all)
+        Ledger::stage_all(all)
     }
 
     /// Whose operations were refused, each said once. Nobody's, if the table itself was refused:

@@ -85,7 +85,7 @@ fn compare(ruleset: &Ruleset) {
         by_text = listed();
     });
     in_namespace(|| {
-        let transaction = diff(&Loaded::default(), ruleset);
+        let transaction = diff(&Loaded::default(), ruleset.clone());
         NetlinkKernel::open().unwrap().apply(&transaction).unwrap();
         by_netlink = listed();
     });
@@ -99,7 +99,7 @@ fn compare(ruleset: &Ruleset) {
 #[test]
 fn a_dump_reads_back_what_either_of_them_made() {
     let ruleset = wanted(example());
-    let transaction = diff(&Loaded::default(), &ruleset);
+    let transaction = diff(&Loaded::default(), ruleset.clone());
     for by_text in [true, false] {
         in_namespace(|| {
             let mut kernel = NetlinkKernel::open().unwrap();
@@ -110,7 +110,7 @@ fn a_dump_reads_back_what_either_of_them_made() {
             }
             let loaded = kernel.load(&ruleset.options).unwrap();
             assert_eq!(loaded.tables.len(), 2);
-            let left = diff(&loaded, &ruleset);
+            let left = diff(&loaded, ruleset.clone());
             let ops: Vec<_> = left.ops.iter().map(text::op).collect();
             assert!(left.is_empty(), "made by text: {by_text}, left to do: {ops:#?}\n{loaded:#?}");
         });
