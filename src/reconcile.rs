@@ -271,12 +271,12 @@ impl<K: Kernel> Proxy<K> {
 
     /// The same after everything was committed over tables that were found.
     fn serve_all(&mut self, loaded: &Loaded) {
-        let services = self.state.service_names().cloned().map(Contributor::Service);
+        let services = self.state.udp_services().cloned().map(Contributor::Service);
         let services: Vec<_> = services.filter(|name| !self.set_aside.contains(name)).collect();
         self.serve(services);
         let Self { state, set_aside, serving, .. } = self;
         serving.retain(|name| {
-            state.has_service(name) || set_aside.contains(&Contributor::Service(name.clone()))
+            state.is_udp_service(name) || set_aside.contains(&Contributor::Service(name.clone()))
         });
         let found = loaded.tables.values().filter(|table| foreign(table).is_none());
         serving.found(found.flat_map(|table| table.elements.keys()).filter_map(frontend_of));

@@ -3,15 +3,18 @@
 //! Events change this state and mark what they touch; contributions are computed only when they are
 //! about to be committed, so that ten changes of one Service between two commits cost one.
 
+mod objects;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
+use self::objects::{Holding, Known, Objects};
 use crate::conntrack::{Endpoints, NodePortAddresses, udp_frontends};
-use crate::contribution::{self, Contribution, Contributor, Lists, PortSlots};
+use crate::contribution::{self, Contribution, Contributor, Lists};
 use crate::frontend::{Frontend, Frontends, frontends};
 use crate::model::{
-    EndpointSlice, Event, Family, HostFacts, Kind, NamespacedName, NodeFacts, Problem, Service,
-    ServiceCidr,
+    EndpointSlice, Event, Family, HostFacts, Kind, NamespacedName, NodeFacts, Problem, Protocol,
+    Service, ServiceCidr,
 };
 use crate::nft::dataplane::{FIRST_LOCAL_SLOT, Options};
 use crate::nft::element::{ElementId, Key, Value};
@@ -28,22 +31,11 @@ pub struct State {
     host: HostFacts,
     /// Whether the Node object names addresses.
     registered: bool,
-    services: BTreeMap<NamespacedName, Known<Service>>,
-    slices: BTreeMap<NamespacedName, Known<EndpointSlice>>,
-    /// Slices by the Service they belong to; a slice can arrive before its Service.
-    slices_of: BTreeMap<NamespacedName, BTreeSet<NamespacedName>>,
+    objects: Objects,
     cidrs: BTreeMap<NamespacedName, Known<ServiceCidr>>,
-    slots: BTreeMap<NamespacedName, PortSlots>,
     frontends: Frontends,
     stale: BTreeSet<Contributor>,
     listings: BTreeMap<Kind, Listing>,
-}
-
-/// An object and the listing that named it last.
-#[derive(Debug)]
-struct Known<T> {
-    object: T,
-    listing: u32,
 }
 
 #[derive(Debug, Default)]
@@ -66,11 +58,8 @@ impl State {
             },
             registered: false,
             node,
-            services: BTreeMap::new(),
-            slices: BTreeMap::new(),
-            slices_of: BTreeMap::new(),
+            objects: Objects::default(),
             cidrs: BTreeMap::new(),
-            slots: BTreeMap::new(),
             frontends: Frontends::default(),
             stale: BTreeSet::from([Contributor::Node]),
             listings: BTreeMap::new(),
@@ -106,8 +95,8 @@ impl State {
     #[must_use]
     pub fn count(&self, kind: Kind) -> usize {
         match kind {
-            Kind::Service => self.services.len(),
-            Kind::EndpointSlice => self.slices.len(),
+            Kind::Service => self.objects.service_count(),
+            Kind::EndpointSlice => self.objects.slice_count(),
             Kind::ServiceCidr => self.cidrs.len(),
             Kind::Node => 1,
         }
@@ -158,8 +147,8 @@ impl State {
     fn keep(&mut self, kind: Kind, name: &NamespacedName) {
         let listing = self.listing(kind);
         let known = match kind {
-            Kind::Service => self.services.get_mut(name).map(|known| &mut known.listing),
-            Kind::EndpointSlice => self.slices.get_mut(name).map(|known| &mut known.listing),
+            Kind::Service => self.objects.service_listing(name),
+            Kind::EndpointSlice => self.objects.slice_listing(name),
             Kind::ServiceCidr => self.cidrs.get_mut(name).map(|known| &mut known.listing),
             Kind::Node => None,
         };
@@ -174,8 +163,8 @@ impl State {
         listing.settled = true;
         let number = listing.number;
         let unnamed: Vec<NamespacedName> = match kind {
-            Kind::Service => unnamed(&self.services, number),
-            Kind::EndpointSlice => unnamed(&self.slices, number),
+            Kind::Service => self.objects.unnamed_services(number),
+            Kind::EndpointSlice => self.objects.unnamed_slices(number),
             Kind::ServiceCidr => unnamed(&self.cidrs, number),
             // A Node that is away for a moment must not take the node's addresses along.
             Kind::Node => Vec::new(),
@@ -196,17 +185,17 @@ impl State {
         }
         if (&before.zone, &before.name) != (&self.node.zone, &self.node.name) {
             // One of two events that concern many Services: those whose endpoints are for some zones.
-            let hinted =
-                self.slices.values().map(|known| &known.object).filter(|slice| {
-                    slice.endpoints.iter().any(|endpoint| endpoint.hints.is_some())
-                });
+            let hinted = self
+                .objects
+                .slices()
+                .filter(|slice| slice.endpoints.iter().any(|endpoint| endpoint.hints.is_some()));
             touched.extend(hinted.map(|slice| Contributor::Service(slice.service.clone())));
         }
         if Family::BOTH.map(|f| before.primary(f)) != Family::BOTH.map(|f| self.node.primary(f)) {
             // A load balancer's source ranges may contain the node.
-            let services = self.services.values().map(|known| &known.object);
-            let restricted = services.filter(|service| !service.source_ranges.is_empty());
-            touched.extend(restricted.map(|service| Contributor::Service(service.name.clone())));
+            let services = self.objects.services();
+            let restricted = services.filter(|(.., service)| !service.source_ranges.is_empty());
+            touched.extend(restricted.map(|(name, ..)| Contributor::Service(name.clone())));
         }
         touched
     }
@@ -214,61 +203,55 @@ impl State {
     fn service(&mut self, service: Service) -> BTreeSet<Contributor> {
         let listing = self.listing(Kind::Service);
         let name = service.name.clone();
-        if let Some(known) = self.services.get_mut(&name)
-            && known.object == service
-        {
-            known.listing = listing;
+        let before = self.objects.service(&name).map(|(_, service)| service);
+        if before == Some(&service) {
+            self.objects.service_listing(&name).into_iter().for_each(|known| *known = listing);
             return BTreeSet::new();
         }
-        let before = self.services.get(&name).map(|known| &known.object);
         let others = self.frontends.update(before, Some(&service));
-        self.services.insert(name.clone(), Known { object: service, listing });
+        self.objects.put_service(service, listing);
         others.into_iter().chain([name]).map(Contributor::Service).collect()
     }
 
     fn slice(&mut self, slice: EndpointSlice) -> BTreeSet<Contributor> {
         let listing = self.listing(Kind::EndpointSlice);
         let mut touched = BTreeSet::new();
-        if let Some(known) = self.slices.get_mut(&slice.name) {
-            if known.object == slice {
-                known.listing = listing;
+        if let Some(known) = self.objects.slice(&slice.name) {
+            if *known == slice {
+                let known = self.objects.slice_listing(&slice.name);
+                known.into_iter().for_each(|known| *known = listing);
                 return touched;
             }
-            let owner = known.object.service.clone();
-            if owner != slice.service {
-                touched.extend(self.detach(&owner, &slice.name));
+            if known.service != slice.service {
+                touched.extend(self.take_slice(&slice.name));
             }
         }
-        self.slices_of.entry(slice.service.clone()).or_default().insert(slice.name.clone());
-        if self.services.contains_key(&slice.service) {
-            touched.insert(Contributor::Service(slice.service.clone()));
-        }
-        self.slices.insert(slice.name.clone(), Known { object: slice, listing });
+        touched.extend(self.contributor(slice.service.clone()));
+        self.objects.put_slice(slice, listing);
         touched
     }
 
-    /// Takes a slice from a Service.
-    fn detach(&mut self, owner: &NamespacedName, slice: &NamespacedName) -> Option<Contributor> {
-        if let Some(slices) = self.slices_of.get_mut(owner) {
-            slices.remove(slice);
-            if slices.is_empty() {
-                self.slices_of.remove(owner);
-            }
-        }
-        self.services.contains_key(owner).then(|| Contributor::Service(owner.clone()))
+    /// Takes a slice from its Service.
+    fn take_slice(&mut self, slice: &NamespacedName) -> Option<Contributor> {
+        let owner = self.objects.take_slice(slice)?;
+        self.contributor(owner)
+    }
+
+    /// A Service as contributor, if there is one of the name.
+    fn contributor(&self, name: NamespacedName) -> Option<Contributor> {
+        self.has_service(&name).then_some(Contributor::Service(name))
     }
 
     fn gone(&mut self, kind: Kind, name: &NamespacedName) -> BTreeSet<Contributor> {
         match kind {
             Kind::Service => {
-                let Some(known) = self.services.remove(name) else { return BTreeSet::new() };
-                let others = self.frontends.update(Some(&known.object), None);
+                let Some(service) = self.objects.take_service(name) else {
+                    return BTreeSet::new();
+                };
+                let others = self.frontends.update(Some(&service), None);
                 others.into_iter().chain([name.clone()]).map(Contributor::Service).collect()
             }
-            Kind::EndpointSlice => {
-                let Some(known) = self.slices.remove(name) else { return BTreeSet::new() };
-                self.detach(&known.object.service, name).into_iter().collect()
-            }
+            Kind::EndpointSlice => self.take_slice(name).into_iter().collect(),
             Kind::ServiceCidr => {
                 let removed = self.cidrs.remove(name);
                 removed.into_iter().map(|_| Contributor::Node).collect()
@@ -285,9 +268,20 @@ impl State {
 
     /// Every contribution, computed now.
     pub fn all_contributions(&mut self) -> Vec<(Contributor, Contribution, Vec<Problem>)> {
-        let services = self.services.keys().cloned().map(Contributor::Service);
-        let all: Vec<_> = std::iter::once(Contributor::Node).chain(services).collect();
-        all.into_iter().map(|contributor| self.contribution(contributor)).collect()
+        let mut all = Vec::with_capacity(1 + self.objects.service_count());
+        all.push(self.contribution(Contributor::Node));
+        let Self { objects, node, frontends, .. } = self;
+        let mut gone = Vec::new();
+        for (name, holding) in objects.holdings() {
+            match of_service(holding, node, frontends) {
+                Some((contribution, problems)) => {
+                    all.push((Contributor::Service(name.clone()), contribution, problems));
+                }
+                None => gone.push(name.clone()),
+            }
+        }
+        gone.iter().for_each(|name| self.objects.tidy(name));
+        all
     }
 
     /// Everything stale was committed.
@@ -295,23 +289,30 @@ impl State {
         self.stale.clear();
     }
 
-    /// The names of all Services.
-    pub fn service_names(&self) -> impl Iterator<Item = &NamespacedName> {
-        self.services.keys()
+    /// The names of all Services that have a UDP port.
+    pub fn udp_services(&self) -> impl Iterator<Item = &NamespacedName> {
+        self.objects.services().filter(|(.., service)| has_udp(service)).map(|(name, ..)| name)
     }
 
-    /// Whether there is such a Service.
+    /// Whether this is one of them.
     #[must_use]
-    pub fn has_service(&self, name: &NamespacedName) -> bool {
-        self.services.contains_key(name)
+    pub fn is_udp_service(&self, name: &NamespacedName) -> bool {
+        self.objects.service(name).is_some_and(|(_, service)| has_udp(service))
+    }
+
+    fn has_service(&self, name: &NamespacedName) -> bool {
+        self.objects.service(name).is_some()
     }
 
     /// The UDP frontends a Service owns, with the endpoints whose flows are to stay.
     #[must_use]
     pub fn udp_frontends(&self, name: &NamespacedName) -> Vec<(Frontend, Endpoints)> {
-        let Some(service) = self.services.get(name) else { return Vec::new() };
-        let slices = slices_of(name, &self.slices_of, &self.slices);
-        udp_frontends(&service.object, &slices, &self.frontends)
+        match self.objects.service(name) {
+            Some((holding, service)) if has_udp(service) => {
+                udp_frontends(service, &holding.slices(), &self.frontends)
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// The addresses of this host that node ports are served on.
@@ -335,23 +336,15 @@ impl State {
                 let cidrs = self.cidrs.values().map(|known| &known.object);
                 (contribution::of_node(&self.node, &self.settings, cidrs), Vec::new())
             }
-            Contributor::Service(name) => match self.services.get(name) {
-                None => {
-                    self.slots.remove(name);
+            Contributor::Service(name) => {
+                let Self { objects, node, frontends, .. } = self;
+                let holding = objects.holding(name);
+                let found = holding.and_then(|holding| of_service(holding, node, frontends));
+                found.unwrap_or_else(|| {
+                    objects.tidy(name);
                     (Contribution::default(), Vec::new())
-                }
-                Some(service) => {
-                    let slices = slices_of(name, &self.slices_of, &self.slices);
-                    let slots = self.slots.entry(name.clone()).or_default();
-                    contribution::of_service(
-                        &service.object,
-                        &slices,
-                        &self.node,
-                        slots,
-                        &self.frontends,
-                    )
-                }
-            },
+                })
+            }
         };
         (contributor, contribution, problems)
     }
@@ -359,12 +352,13 @@ impl State {
     /// Takes over the numbering of backends that the kernel holds in a family, so that a restart
     /// renumbers nothing. All frontends of a port share its lists; the first that has one in the kernel tells.
     pub fn adopt_slots(&mut self, family: Family, elements: &BTreeMap<ElementId, Value>) {
-        for (name, known) in &self.services {
-            let service = &known.object;
+        let Self { objects, frontends: owners, .. } = self;
+        for (name, holding) in objects.holdings() {
+            let Some(Known { object: service, .. }) = &holding.service else { continue };
             for port in &service.ports {
                 let mut lists = Lists::default();
                 let all = frontends(service, port, family).into_iter();
-                for (frontend, _) in all.filter(|(f, _)| self.frontends.owner(*f) == Some(name)) {
+                for (frontend, _) in all.filter(|(f, _)| owners.owner(*f) == Some(name)) {
                     let held = |slots| held_slots(elements, family, frontend, slots);
                     if lists.cluster.as_slice().is_empty() {
                         lists.cluster = held(0..FIRST_LOCAL_SLOT);
@@ -373,20 +367,30 @@ impl State {
                         lists.local = held(FIRST_LOCAL_SLOT..u16::MAX);
                     }
                 }
-                let key = (family, port.protocol, port.name.clone());
-                self.slots.entry(name.clone()).or_default().insert(key, lists);
+                *holding.slots.lists(family, port) = lists;
             }
         }
     }
 }
 
-fn slices_of<'a>(
-    service: &NamespacedName,
-    of: &BTreeMap<NamespacedName, BTreeSet<NamespacedName>>,
-    slices: &'a BTreeMap<NamespacedName, Known<EndpointSlice>>,
-) -> Vec<&'a EndpointSlice> {
-    let names = of.get(service).into_iter().flatten();
-    names.filter_map(|name| slices.get(name)).map(|known| &known.object).collect()
+fn has_udp(service: &Service) -> bool {
+    service.ports.iter().any(|port| port.protocol == Protocol::Udp)
+}
+
+/// The contribution of a Service, if there is one.
+fn of_service(
+    holding: &mut Holding,
+    node: &NodeFacts,
+    owners: &Frontends,
+) -> Option<(Contribution, Vec<Problem>)> {
+    // Taken out, since the slices are borrowed from the same place.
+    let mut slots = std::mem::take(&mut holding.slots);
+    let of = |known: &Known<Service>| {
+        contribution::of_service(&known.object, &holding.slices(), node, &mut slots, owners)
+    };
+    let found = holding.service.as_ref().map(of);
+    holding.slots = slots;
+    found
 }
 
 /// The backends of a frontend in these slots, numbered from the first of them.

@@ -26,10 +26,7 @@ pub fn of_service(
     slots: &mut PortSlots,
     owners: &Frontends,
 ) -> (Contribution, Vec<Problem>) {
-    slots.retain(|(family, protocol, name), _| {
-        service.cluster_ip(*family).is_some()
-            && service.ports.iter().any(|p| p.protocol == *protocol && p.name == *name)
-    });
+    slots.retain_ports_of(service);
     let mut building = Building {
         service,
         node,
@@ -44,7 +41,7 @@ pub fn of_service(
             building.add(family, SetName::ClusterIps, Key::Address(cluster_ip), Value::None);
         }
         for port in &service.ports {
-            let lists = slots.entry((family, port.protocol, port.name.clone())).or_default();
+            let lists = slots.lists(family, port);
             building.port(port, family, slices, lists, owners);
         }
     }

@@ -70,7 +70,7 @@ const RINGS: [Ring; 3] = [
             "src/frontend.rs",
             "src/contribution.rs",
             "src/ledger.rs",
-            "src/state.rs",
+            "src/state",
             "src/settings.rs",
             "src/conntrack/serving.rs",
             "src/conntrack/sweep.rs",
