@@ -389,6 +389,8 @@ impl<'a, 'b> Objects<'a, 'b> {
         let chain = ChainName::of_port(port, PortChain::Record(*memory, *timeout));
         let (key, protocol) = match self.frontend {
             Frontend::Address(address, protocol, port) => {
+                let key = Key::Address(address);
+                self.building.add(self.family, SetName::AffinityIps, key, Value::None);
                 (Key::AddressPort(address, port), protocol)
             }
             Frontend::NodePort(_, protocol, port) => (Key::Port(port), protocol),

@@ -141,7 +141,7 @@ fn base(name: &ChainName) -> Option<Base> {
 
 fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
     use Statement::{
-        CtStateNew, CtStatusDnat, Drop, Goto, In, Jump, MarkOr, Reject, ToLoopback, Vmap,
+        CtStateNew, CtStatusDnat, Drop, Goto, In, Jump, MarkOr, Reject, Return, ToLoopback, Vmap,
     };
     let mark = shape.options.masquerade_mark;
     let next = || Goto(name.next().expect("a chain that leads on"));
@@ -175,7 +175,14 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
             Rule::new([In(vec![Selector::Daddr], SetName::ServiceCidrs), Drop])
                 .comment("ClusterIP not allocated"),
         ],
-        ChainName::AffinityRecord => affinity_record(shape),
+        ChainName::AffinityRecord => affinity_record(Entry::Address).into(),
+        ChainName::AffinityRecordNodeport => affinity_record(Entry::NodePort).into(),
+        // What was translated goes to an endpoint, which no look-up below would find.
+        ChainName::Untranslated => vec![
+            Rule::new([CtStatusDnat, Return]),
+            Rule::new([Vmap(FRONTEND.into(), SetName::NoEndpoints)]),
+            Rule::new([Goto(ChainName::ClusterIpsCheck)]),
+        ],
         ChainName::FilterInput => {
             let mut node_port = vec![CtStateNew];
             node_port.extend(shape.to_node_port_address());
@@ -191,32 +198,33 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
             }
             rules
         }
-        ChainName::FilterForward | ChainName::FilterOutput => vec![
-            Rule::new([CtStateNew, Vmap(FRONTEND.into(), SetName::NoEndpoints)]),
-            Rule::new([CtStateNew, Jump(ChainName::ClusterIpsCheck)]),
-        ],
+        ChainName::FilterForward | ChainName::FilterOutput => {
+            vec![Rule::new([CtStateNew, Jump(ChainName::Untranslated)])]
+        }
         ChainName::NatPrerouting | ChainName::NatOutput => {
             vec![Rule::new([Jump(ChainName::Dispatch)])]
         }
         // A connection to a backend in the host's own network never reaches postrouting.
-        ChainName::NatInput => vec![Rule::new([CtStatusDnat, Jump(ChainName::AffinityRecord)])],
+        ChainName::NatInput => remembered(shape).into(),
         ChainName::NatPostrouting => postrouting(shape),
     }
 }
 
 /// The mark is taken off again, so that it asks for nothing once a tunnel has wrapped the packet.
 fn postrouting(shape: &Shape<'_>) -> Vec<Rule> {
-    use Statement::{CtStatusDnat, In, Jump, MarkClear, MarkXor, Masquerade, Return};
+    use Statement::{CtStatusDnat, In, MarkClear, MarkXor, Masquerade, Return};
     let mark = shape.options.masquerade_mark;
-    let mut rules = vec![
-        Rule::new([CtStatusDnat, Jump(ChainName::AffinityRecord)]),
+    let mut rules = Vec::from(remembered(shape));
+    rules.push(
         Rule::new([
+            // Others are masqueraded anyway.
+            MarkClear(mark),
             CtStatusDnat,
             In(vec![Selector::Saddr, Selector::Daddr], SetName::Hairpin),
             Masquerade,
         ])
         .comment("a pod that was given itself"),
-    ];
+    );
     if shape.localhost {
         let outside = Statement::NotToInterface(InterfaceName::Whole("lo".into()));
         rules.push(
@@ -311,7 +319,8 @@ fn dispatch(shape: &Shape<'_>) -> Vec<Rule> {
     if shape.options.masquerade_all {
         rules.push(Rule::new([to_cluster_ip, mark]));
     } else if let Some(from_elsewhere) = shape.is_not_from_pod() {
-        rules.push(Rule::new([to_cluster_ip, from_elsewhere, mark]));
+        // A pod's address is found among few.
+        rules.push(Rule::new([from_elsewhere, to_cluster_ip, mark]));
     }
     let services = Rule::new([Statement::Vmap(FRONTEND.into(), SetName::Services)]);
     let mut to_node_port = shape.to_node_port_address();
@@ -357,23 +366,28 @@ fn record(port: &PortName, memory: Memory, timeout: u32) -> Vec<Rule> {
 
 /// By the frontend that was dialled, which translation has left in the connection's original
 /// direction only.
-fn affinity_record(shape: &Shape<'_>) -> Vec<Rule> {
-    let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
-    let by_address = protocols.map(|protocol| {
-        let map = SetName::affinity_record(Entry::Address, protocol);
-        let key = vec![Selector::OriginalDaddr, Selector::OriginalDport];
+fn affinity_record(entry: Entry) -> [Rule; 3] {
+    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(|protocol| {
+        let map = SetName::affinity_record(entry, protocol);
+        let key = match entry {
+            Entry::Address => vec![Selector::OriginalDaddr, Selector::OriginalDport],
+            Entry::NodePort => vec![Selector::OriginalDport],
+        };
         Rule::new([Statement::L4Proto(protocol), Statement::Vmap(key, map)])
-    });
-    let by_node_port = protocols.map(|protocol| {
-        let map = SetName::affinity_record(Entry::NodePort, protocol);
-        let mut statements =
-            vec![Statement::L4Proto(protocol), Statement::Vmap(vec![Selector::OriginalDport], map)];
-        // Where all addresses serve node ports, what was translated came to one of them.
-        if shape.node_ports == NodePorts::Listed {
-            let dialled = Statement::In(vec![Selector::OriginalDaddr], SetName::NodeportIps);
-            statements.insert(0, dialled);
-        }
-        Rule::new(statements)
-    });
-    by_address.into_iter().chain(by_node_port).collect()
+    })
+}
+
+/// Remembers the backend of a new connection, if the Service asks for it. Almost none does, so that
+/// this is asked first.
+fn remembered(shape: &Shape<'_>) -> [Rule; 2] {
+    use Statement::{CtStatusDnat, In, Jump};
+    let dialled = |set| In(vec![Selector::OriginalDaddr], set);
+    let mut node_port = vec![CtStatusDnat];
+    // Where all addresses serve node ports, what was translated came to one of them.
+    if shape.node_ports == NodePorts::Listed {
+        node_port.push(dialled(SetName::NodeportIps));
+    }
+    node_port.push(Jump(ChainName::AffinityRecordNodeport));
+    let address = [CtStatusDnat, dialled(SetName::AffinityIps), Jump(ChainName::AffinityRecord)];
+    [Rule::new(address), Rule::new(node_port)]
 }
