@@ -12,6 +12,7 @@ use tracing::{error, info};
 use crate::app::{self, RunError};
 use crate::config::{self, Config, ConfigError, Flags, Source};
 use crate::host;
+use crate::metrics::Metrics;
 use crate::model::Family;
 use crate::nft::fake::FakeKernel;
 use crate::nft::kernel::{ApplyError, Kernel as _, LoadError};
@@ -295,7 +296,12 @@ fn diff(config: Config) -> Result<ExitCode, CliError> {
     let wanted = format!("{}, node {}", config.source, config.node_name);
     runtime()?.block_on(async {
         let (sender, mut events) = channel(64);
-        let source = tokio::spawn(app::watch(config.source, config.node_name, sender));
+        let source = tokio::spawn(app::watch(
+            config.source,
+            config.node_name,
+            sender,
+            Metrics::default().rest_client,
+        ));
         while !proxy.is_complete() {
             let Some(event) = events.recv().await else {
                 // A source that ended has not told everything: no difference follows from it.

@@ -6,6 +6,7 @@
 //! that ignores them would do something else than the user believes.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,6 +33,12 @@ pub struct Config {
     pub min_sync_period: Duration,
     /// Longest time between a failed commit and the next try.
     pub sync_period: Duration,
+    /// Where `/healthz` and `/livez` are served; None for nowhere.
+    pub healthz_bind_address: Option<SocketAddr>,
+    /// Where `/metrics` is served; None for nowhere.
+    pub metrics_bind_address: Option<SocketAddr>,
+    /// Whether it is fatal if that cannot be.
+    pub bind_address_hard_fail: bool,
 }
 
 /// Where objects come from.
@@ -132,6 +139,9 @@ struct File {
     node_port_addresses: Option<Vec<String>>,
     client_connection: ClientConnection,
     nftables: Nftables,
+    healthz_bind_address: String,
+    metrics_bind_address: String,
+    bind_address_hard_fail: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -215,6 +225,14 @@ pub fn resolve(flags: &Flags) -> Result<(Config, Vec<String>), ConfigError> {
             expected: "expected a duration like 1s or 1m30s".into(),
         }),
     };
+    let listen = |field: &str, text: &str, default: &str| {
+        let text = if text.is_empty() { default } else { text };
+        text.parse::<SocketAddr>().map_err(|_| ConfigError::Value {
+            origin: origin(field),
+            value: text.to_owned(),
+            expected: format!("expected an address and a port like {default}"),
+        })
+    };
     let nft = &file.nftables;
     let config = Config {
         node_name,
@@ -230,6 +248,17 @@ pub fn resolve(flags: &Flags) -> Result<(Config, Vec<String>), ConfigError> {
         min_sync_period: duration("nftables.minSyncPeriod", &nft.min_sync_period, Duration::ZERO)?,
         sync_period: duration("nftables.syncPeriod", &nft.sync_period, Duration::from_secs(30))?
             .max(Duration::from_secs(1)),
+        healthz_bind_address: Some(listen(
+            "healthzBindAddress",
+            &file.healthz_bind_address,
+            "0.0.0.0:10256",
+        )?),
+        metrics_bind_address: Some(listen(
+            "metricsBindAddress",
+            &file.metrics_bind_address,
+            "127.0.0.1:10249",
+        )?),
+        bind_address_hard_fail: file.bind_address_hard_fail,
     };
     Ok((config, remarks))
 }

@@ -1,8 +1,10 @@
 //! Frontends: what clients dial, and who owns it.
 //!
-//! A frontend follows from the Service object alone, so the registry of owners changes with Services
-//! and never with endpoints. Two Services may name the same frontend (an external IP, say): the older
-//! one keeps it, whatever order they were seen in, and the next takes over when it goes.
+//! A frontend follows from the Service object alone, so the registry of claims changes with Services;
+//! endpoints matter to it only where several Services name one frontend (an external IP, say). The
+//! older one keeps it, whatever order they were seen in, and the next takes over when it goes. One that
+//! has nobody to answer steps back for one that has: a Service that could be reached is never shadowed
+//! by one that could not (`SEMANTICS.md` row 102).
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -16,6 +18,17 @@ pub enum Frontend {
     Address(IpAddr, Protocol, u16),
     /// Any node-port address of the node.
     NodePort(Family, Protocol, u16),
+}
+
+impl Frontend {
+    /// The family whose packets it is dialled by.
+    #[must_use]
+    pub fn family(self) -> Family {
+        match self {
+            Self::Address(address, ..) => Family::of(address),
+            Self::NodePort(family, ..) => family,
+        }
+    }
 }
 
 impl std::fmt::Display for Frontend {
@@ -86,7 +99,7 @@ fn all(service: &Service) -> BTreeSet<Frontend> {
         .collect()
 }
 
-/// A Service that names a frontend; the least one owns it: the oldest, then the first by name.
+/// A Service that names a frontend. The least one comes first: the oldest, then the first by name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Claimant {
     created: i64,
@@ -96,9 +109,12 @@ struct Claimant {
 /// Who owns which frontend.
 #[derive(Debug, Default)]
 pub struct Frontends {
-    owner: HashMap<Frontend, Claimant>,
-    /// Those that come after the owner; few, or none, in a healthy cluster.
+    /// The first claimant of each.
+    oldest: HashMap<Frontend, Claimant>,
+    /// Those that come after it; few, or none, in a healthy cluster.
     waiting: BTreeSet<(Frontend, Claimant)>,
+    /// Claims on frontends of several Services that nobody could answer for.
+    idle: BTreeSet<(Frontend, NamespacedName)>,
 }
 
 impl Frontends {
@@ -117,6 +133,8 @@ impl Frontends {
         let rank_changed = before.map(claim) != after.map(claim);
         let old = before.map(all).unwrap_or_default();
         let new = after.map(all).unwrap_or_default();
+        let named: BTreeSet<Frontend> = old.union(&new).copied().collect();
+        affected.extend(self.rivals(&named));
         if let Some(before) = before {
             for &frontend in old.iter().filter(|f| rank_changed || !new.contains(f)) {
                 affected.extend(self.release(frontend, &claim(before)));
@@ -127,24 +145,72 @@ impl Frontends {
                 affected.extend(self.claim(frontend, claim(after)));
             }
         }
+        affected.extend(self.rivals(&named));
         let own = after.or(before).map(|service| &service.name);
         affected.retain(|name| Some(name) != own);
         affected
     }
 
-    /// The Service that serves a frontend.
+    /// The Service that serves a frontend: the oldest for which somebody could answer, or else the
+    /// oldest.
     #[must_use]
     pub fn owner(&self, frontend: Frontend) -> Option<&NamespacedName> {
-        self.owner.get(&frontend).map(|claimant| &claimant.service)
+        if self.idle.is_empty() {
+            return self.oldest.get(&frontend).map(|claimant| &claimant.service);
+        }
+        let is_idle = |name: &NamespacedName| self.idle.contains(&(frontend, name.clone()));
+        let mut claimants = self.claimants(frontend);
+        claimants.find(|name| !is_idle(name)).or_else(|| self.claimants(frontend).next())
+    }
+
+    /// The Services that name a frontend, the oldest first.
+    pub fn claimants(&self, frontend: Frontend) -> impl Iterator<Item = &NamespacedName> {
+        let oldest = self.oldest.get(&frontend).map(|claimant| &claimant.service);
+        let others = self.waiting_for(frontend).map(|claimant| &claimant.service);
+        oldest.into_iter().chain(others)
+    }
+
+    /// The frontends of a Service that others name, too.
+    #[must_use]
+    pub fn contested(&self, service: &Service) -> Vec<Frontend> {
+        if self.waiting.is_empty() {
+            return Vec::new();
+        }
+        let is_contested = |frontend: &Frontend| self.waiting_for(*frontend).next().is_some();
+        all(service).into_iter().filter(is_contested).collect()
+    }
+
+    /// Says whether nobody could answer for a Service at a frontend that others name, too.
+    pub fn set_idle(&mut self, frontend: Frontend, service: &NamespacedName, idle: bool) {
+        let claim = (frontend, service.clone());
+        if idle {
+            self.idle.insert(claim);
+        } else {
+            self.idle.remove(&claim);
+        }
+    }
+
+    /// Whoever may serve one of these frontends instead of another Service.
+    fn rivals(&self, frontends: &BTreeSet<Frontend>) -> BTreeSet<NamespacedName> {
+        if self.idle.is_empty() {
+            return BTreeSet::new();
+        }
+        frontends.iter().flat_map(|frontend| self.claimants(*frontend)).cloned().collect()
+    }
+
+    fn waiting_for(&self, frontend: Frontend) -> impl Iterator<Item = &Claimant> {
+        let first = Claimant { created: i64::MIN, service: NamespacedName::cluster_scoped("") };
+        let from_here = self.waiting.range((frontend, first)..);
+        from_here.take_while(move |(f, _)| *f == frontend).map(|(_, claimant)| claimant)
     }
 
     fn claim(&mut self, frontend: Frontend, claimant: Claimant) -> Option<NamespacedName> {
-        let Some(owner) = self.owner.get_mut(&frontend) else {
-            self.owner.insert(frontend, claimant);
+        let Some(oldest) = self.oldest.get_mut(&frontend) else {
+            self.oldest.insert(frontend, claimant);
             return None;
         };
-        if claimant < *owner {
-            let displaced = std::mem::replace(owner, claimant);
+        if claimant < *oldest {
+            let displaced = std::mem::replace(oldest, claimant);
             let name = displaced.service.clone();
             self.waiting.insert((frontend, displaced));
             Some(name)
@@ -155,20 +221,23 @@ impl Frontends {
     }
 
     fn release(&mut self, frontend: Frontend, claimant: &Claimant) -> Option<NamespacedName> {
-        if self.owner.get(&frontend) != Some(claimant) {
+        self.set_idle(frontend, &claimant.service, false);
+        let mut successor = None;
+        if self.oldest.get(&frontend) == Some(claimant) {
+            self.oldest.remove(&frontend);
+            let next = (frontend, self.waiting_for(frontend).next()?.clone());
+            self.waiting.remove(&next);
+            successor = Some(next.1.service.clone());
+            self.oldest.insert(frontend, next.1);
+        } else {
             self.waiting.remove(&(frontend, claimant.clone()));
-            return None;
         }
-        self.owner.remove(&frontend);
-        let first = Claimant { created: i64::MIN, service: NamespacedName::cluster_scoped("") };
-        let next = self.waiting.range((frontend, first)..).next()?;
-        if next.0 != frontend {
-            return None;
+        // The last one has no rival to step back for.
+        if self.waiting_for(frontend).next().is_none()
+            && let Some(last) = self.oldest.get(&frontend)
+        {
+            self.idle.remove(&(frontend, last.service.clone()));
         }
-        let next = next.clone();
-        self.waiting.remove(&next);
-        let name = next.1.service.clone();
-        self.owner.insert(frontend, next.1);
-        Some(name)
+        successor
     }
 }

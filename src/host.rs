@@ -30,6 +30,12 @@ pub fn node_name() -> Result<String, HostnameError> {
     if name.is_empty() { Err(HostnameError("it is empty".into())) } else { Ok(name) }
 }
 
+/// Whether this host has IPv6 at all.
+#[must_use]
+pub fn has_ipv6() -> bool {
+    std::path::Path::new("/proc/net/if_inet6").exists()
+}
+
 /// Node facts as far as the host knows them.
 #[must_use]
 pub fn node_facts(name: &str) -> NodeFacts {

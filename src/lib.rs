@@ -15,17 +15,21 @@
 //!   → nft::text (templates/, snapshots)  |  nft::netlink (one batch) → kernel
 //! ```
 //!
-//! Beside that way, `conntrack` removes UDP flows that a commit left without their endpoint.
+//! Beside that way, `conntrack` removes UDP flows that a commit left without their endpoint, and
+//! `account` keeps what health checks and metrics tell of the last commit: `status` hands it on to
+//! `server`, which answers by the rules of `health`.
 //!
 //! Read the modules in that order. Rings, checked by `tests/it/tidy.rs`: `model` knows nothing but
 //! plain values; everything from `state` to `nft::transaction` is pure (no I/O, clock, randomness or
-//! Kubernetes type); `watch`, `nft::netlink`, `conntrack` and `host` each touch one outside thing; `reconcile`,
-//! `app`, `config` and `cli` wire them up.
+//! Kubernetes type); `watch`, `nft::netlink`, `conntrack`, `host` and `server` each touch one outside
+//! thing; `reconcile`, `status`, `app`, `config` and `cli` wire them up.
 
 pub mod model;
 
+pub mod account;
 pub mod contribution;
 pub mod frontend;
+pub mod health;
 pub mod ledger;
 pub mod maglev;
 pub mod selection;
@@ -36,12 +40,16 @@ pub mod state;
 pub mod nft;
 
 pub mod conntrack;
+mod nlmsg;
 
 pub mod app;
 pub mod cli;
 pub mod config;
 pub mod drift;
 pub mod host;
+pub mod metrics;
 pub mod program;
 pub mod reconcile;
+pub mod server;
+pub mod status;
 pub mod watch;

@@ -19,6 +19,7 @@ use crate::model::{Event, Kind};
 use crate::nft::kernel::Kernel;
 use crate::nft::netlink::{Intrusion, NetlinkKernel};
 use crate::reconcile::{CommitError, Committed, Proxy};
+use crate::status::Reporter;
 
 /// A commit is followed by a pause of this many times what it took.
 const PAUSE: u32 = 5;
@@ -49,6 +50,7 @@ pub struct Program {
     /// From the first commit on: that one would only fill it.
     intrusions: Option<Receiver<Intrusion>>,
     repairs: Repairs,
+    reporter: Reporter,
 }
 
 /// What there is to do next.
@@ -63,10 +65,15 @@ enum Input {
 impl Program {
     /// Nothing done yet.
     #[must_use]
-    pub fn new(proxy: Proxy<NetlinkKernel>, sweeper: Sweeper, pacing: Pacing) -> Self {
+    pub fn new(
+        proxy: Proxy<NetlinkKernel>,
+        sweeper: Sweeper,
+        pacing: Pacing,
+        reporter: Reporter,
+    ) -> Self {
         let clock = Clock::new(pacing);
         let repairs = Repairs::new(clock.started);
-        Self { proxy, sweeper, clock, intrusions: None, repairs }
+        Self { proxy, sweeper, clock, intrusions: None, repairs, reporter }
     }
 
     /// Takes in events and commits, until the sender is gone.
@@ -82,13 +89,16 @@ impl Program {
         runtime.block_on(async {
             let mut open = true;
             while open {
-                match self.next(&mut events).await {
+                let input = self.next(&mut events).await;
+                let came = Instant::now();
+                match input {
                     Input::Event(event) => self.proxy.observe(event),
                     Input::Intrusion(intrusion) => self.repairs.add(intrusion),
                     Input::Due => {}
                     Input::Closed => open = false,
                 }
                 open &= self.take_queued(&mut events);
+                self.reporter.took_in(&mut self.proxy, came);
                 self.act();
             }
         });
@@ -137,9 +147,10 @@ impl Program {
         let began = Instant::now();
         if self.repairs.due().is_some_and(|due| began >= due) {
             let outcome = self.proxy.repair();
+            self.reporter.repaired(&mut self.proxy, began.elapsed(), &outcome);
             self.repairs.done(began, Instant::now(), &outcome);
         }
-        self.clock.act(&mut self.proxy);
+        self.clock.act(&mut self.proxy, &mut self.reporter);
         if let Some(sweep) = self.proxy.take_sweep() {
             self.sweeper.sweep(sweep);
         }
@@ -209,7 +220,7 @@ impl Clock {
     }
 
     /// Does what is due.
-    fn act<K: Kernel>(&mut self, proxy: &mut Proxy<K>) {
+    fn act<K: Kernel>(&mut self, proxy: &mut Proxy<K>, reporter: &mut Reporter) {
         let now = Instant::now();
         if !proxy.is_complete() {
             if now >= self.said_waiting + WAITING {
@@ -220,11 +231,14 @@ impl Clock {
         } else if proxy.is_stale() {
             if now >= self.next {
                 let outcome = proxy.commit();
+                reporter.committed(proxy, now.elapsed(), &outcome);
                 self.committed(now, outcome, proxy.state().count(Kind::Service));
             }
         } else if proxy.has_idle() && now >= self.last_commit + COLLECT_AFTER {
             self.last_commit = now;
-            if let Err(error) = proxy.collect_idle() {
+            let outcome = proxy.collect_idle();
+            reporter.collected(proxy, &outcome);
+            if let Err(error) = outcome {
                 debug!(%error, "idle chains stay for now");
             }
         }

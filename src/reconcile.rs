@@ -10,11 +10,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tracing::{debug, error, info, warn};
 
+use crate::account::{Account, count_elements};
 use crate::conntrack::{Serving, Sweep};
 use crate::contribution::{Contribution, Contributor};
 use crate::frontend::Frontend;
 use crate::ledger::{Ledger, Staged};
-use crate::model::{Event, Problem};
+use crate::model::{Event, NamespacedName, Problem};
 use crate::nft::dataplane::Options;
 use crate::nft::diff::{diff, foreign};
 use crate::nft::element::{ElementId, Key};
@@ -42,6 +43,8 @@ pub struct Proxy<K> {
     set_aside: BTreeSet<Contributor>,
     /// Who answers every UDP frontend as of the last commit.
     serving: Serving,
+    /// What the last commit amounts to.
+    account: Account,
     /// What was last said about a contributor, so that it is said once.
     reported: BTreeMap<Contributor, Vec<Problem>>,
 }
@@ -84,6 +87,7 @@ impl<K: Kernel> Proxy<K> {
             kernel,
             ledger: None,
             serving: Serving::default(),
+            account: Account::default(),
             set_aside: BTreeSet::new(),
             reported: BTreeMap::new(),
         }
@@ -106,7 +110,12 @@ impl<K: Kernel> Proxy<K> {
     }
 
     fn take_in(&mut self, event: Event) {
-        for contributor in self.state.observe(event) {
+        let waiting = self.account.observe(&event);
+        let touched = self.state.observe(event);
+        if let Some(waiting) = waiting.filter(|_| !touched.is_empty()) {
+            self.account.waits(waiting);
+        }
+        for contributor in touched {
             // It changed: what the kernel refused may be gone.
             self.set_aside.remove(&contributor);
         }
@@ -128,6 +137,17 @@ impl<K: Kernel> Proxy<K> {
     #[must_use]
     pub fn state(&self) -> &State {
         &self.state
+    }
+
+    /// What the last commit amounts to.
+    pub fn account_mut(&mut self) -> &mut Account {
+        &mut self.account
+    }
+
+    /// How many objects the kernel refuses to change.
+    #[must_use]
+    pub fn set_aside_count(&self) -> usize {
+        self.set_aside.len()
     }
 
     /// The kernel, for tests and benches.
@@ -154,6 +174,7 @@ impl<K: Kernel> Proxy<K> {
                     let ledger = self.ledger.as_mut().expect("borrowed above");
                     ledger.accept(staged);
                     self.state.settle();
+                    self.account.apply(&transaction.ops);
                     self.serve(contributors);
                     return Ok(done);
                 }
@@ -225,13 +246,16 @@ impl<K: Kernel> Proxy<K> {
         let mut set_aside = 0;
         loop {
             let staged = self.stage_all();
-            let mut transaction = diff(&loaded, staged.ruleset(self.options.clone()));
+            let ruleset = staged.ruleset(self.options.clone());
+            let elements = count_elements(ruleset.elements.iter().map(|(id, _)| id));
+            let mut transaction = diff(&loaded, ruleset);
             match apply(&mut self.kernel, &mut transaction) {
                 Ok(done) => {
                     let mut ledger = Ledger::default();
                     ledger.accept(staged);
                     self.ledger = Some(ledger);
                     self.state.settle();
+                    self.account.set_elements(elements);
                     self.serve_all(&loaded);
                     return Ok(Committed { set_aside, adopted: true, ..done });
                 }
@@ -261,23 +285,31 @@ impl<K: Kernel> Proxy<K> {
 
     /// Takes note of what contributors have committed.
     fn serve(&mut self, contributors: impl IntoIterator<Item = Contributor>) {
-        self.serving.set_node_port_addresses(self.state.node_port_addresses());
+        self.account.settle();
         for contributor in contributors {
-            if let Contributor::Service(name) = contributor {
-                self.serving.update(&name, self.state.udp_frontends(&name));
+            match contributor {
+                Contributor::Node => {
+                    self.serving.set_node_port_addresses(self.state.node_port_addresses());
+                }
+                Contributor::Service(name) => {
+                    self.account.update(&name, self.state.local(&name));
+                    self.serving.update(&name, self.state.udp_frontends(&name));
+                }
             }
         }
     }
 
     /// The same after everything was committed over tables that were found.
     fn serve_all(&mut self, loaded: &Loaded) {
-        let services = self.state.udp_services().cloned().map(Contributor::Service);
-        let services: Vec<_> = services.filter(|name| !self.set_aside.contains(name)).collect();
-        self.serve(services);
-        let Self { state, set_aside, serving, .. } = self;
-        serving.retain(|name| {
-            state.is_udp_service(name) || set_aside.contains(&Contributor::Service(name.clone()))
-        });
+        let accountable = self.state.accountable();
+        let accountable: Vec<_> = accountable.filter(|c| !self.set_aside.contains(c)).collect();
+        self.serve(accountable);
+        let Self { state, set_aside, serving, account, .. } = self;
+        let counts = |name: &NamespacedName| {
+            state.is_accountable(name) || set_aside.contains(&Contributor::Service(name.clone()))
+        };
+        account.retain(counts);
+        serving.retain(counts);
         let found = loaded.tables.values().filter(|table| foreign(table).is_none());
         serving.found(found.flat_map(|table| table.elements.keys()).filter_map(frontend_of));
     }

@@ -58,6 +58,11 @@ impl Mention<'_> {
         [e.terminating, !e.ready, !e.serving, !e.local]
     }
 
+    /// Whether new connections may go there at all, if only for want of others.
+    fn can_answer(&self) -> bool {
+        self.endpoint.ready || ending(self.endpoint)
+    }
+
     fn candidate(&self) -> Candidate {
         let Endpoint { local, weight, .. } = *self.endpoint;
         Candidate { backend: self.backend, local, weight }
@@ -77,7 +82,6 @@ pub fn select<'a>(
     let chosen = |usable: &dyn Fn(&Endpoint) -> bool| -> Vec<Candidate> {
         mentions.iter().filter(|m| usable(m.endpoint)).map(Mention::candidate).collect()
     };
-    let ending = |endpoint: &Endpoint| endpoint.serving && endpoint.terminating;
     let first = |preferred: Vec<Candidate>, otherwise: &dyn Fn(&Endpoint) -> bool| {
         if preferred.is_empty() { chosen(otherwise) } else { preferred }
     };
@@ -92,9 +96,23 @@ pub fn select<'a>(
         let here = chosen(&|endpoint| endpoint.local && endpoint.ready);
         selection.local = first(here, &|endpoint| endpoint.local && ending(endpoint));
     }
-    selection.any = !selection.cluster.is_empty()
-        || uses.local && mentions.iter().any(|m| m.endpoint.ready || ending(m.endpoint));
+    selection.any =
+        !selection.cluster.is_empty() || uses.local && mentions.iter().any(Mention::can_answer);
     selection
+}
+
+/// Whether anybody anywhere could answer for the port, whatever its policies are.
+#[must_use]
+pub fn anybody<'a>(
+    port: &ServicePort,
+    family: Family,
+    slices: impl Iterator<Item = &'a EndpointSlice>,
+) -> bool {
+    mentions(port, family, slices).iter().any(Mention::can_answer)
+}
+
+fn ending(endpoint: &Endpoint) -> bool {
+    endpoint.serving && endpoint.terminating
 }
 
 /// Every endpoint once, sorted.
@@ -184,7 +202,14 @@ mod tests {
     fn slice(endpoints: Vec<Endpoint>) -> EndpointSlice {
         let name = NamespacedName::new("default", "web");
         let ports = vec![SlicePort { name: "".into(), protocol: Protocol::Tcp, port: 8080 }];
-        EndpointSlice { name: name.clone(), service: name, family: Family::V4, ports, endpoints }
+        EndpointSlice {
+            name: name.clone(),
+            service: name,
+            family: Family::V4,
+            ports,
+            endpoints,
+            last_change_trigger: None,
+        }
     }
 
     fn node() -> NodeFacts {

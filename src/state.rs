@@ -6,9 +6,11 @@
 mod objects;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::ops::Range;
 
 use self::objects::{Holding, Known, Objects};
+use crate::account::{self, Local};
 use crate::conntrack::{Endpoints, NodePortAddresses, udp_frontends};
 use crate::contribution::{self, Contribution, Contributor, Lists};
 use crate::frontend::{Frontend, Frontends, frontends};
@@ -19,6 +21,7 @@ use crate::model::{
 use crate::nft::dataplane::{FIRST_LOCAL_SLOT, Options};
 use crate::nft::element::{ElementId, Key, Value};
 use crate::nft::names::SetName;
+use crate::selection::anybody;
 use crate::settings::Settings;
 use crate::slots::Slots;
 
@@ -31,6 +34,8 @@ pub struct State {
     host: HostFacts,
     /// Whether the Node object names addresses.
     registered: bool,
+    /// Whether there is a Node object.
+    seen: bool,
     objects: Objects,
     cidrs: BTreeMap<NamespacedName, Known<ServiceCidr>>,
     frontends: Frontends,
@@ -57,6 +62,7 @@ impl State {
                 interfaces: node.interfaces.clone(),
             },
             registered: false,
+            seen: false,
             node,
             objects: Objects::default(),
             cidrs: BTreeMap::new(),
@@ -104,7 +110,7 @@ impl State {
 
     /// Takes in an event. Returns whose contributions it touched.
     pub fn observe(&mut self, event: Event) -> BTreeSet<Contributor> {
-        let touched = match event {
+        let mut touched = match event {
             Event::Listing(kind) => {
                 self.listings.entry(kind).or_default().number += 1;
                 BTreeSet::new()
@@ -123,6 +129,7 @@ impl State {
             }
             Event::Node(node) => {
                 self.registered = !node.addresses.is_empty();
+                self.seen = true;
                 self.node(node)
             }
             Event::Host(host) => {
@@ -135,8 +142,45 @@ impl State {
             }
             Event::Gone(kind, name) => self.gone(kind, &name),
         };
+        let mut others = BTreeSet::new();
+        for contributor in &touched {
+            if let Contributor::Service(name) = contributor {
+                others.extend(self.contest(name));
+            }
+        }
+        touched.extend(others.into_iter().map(Contributor::Service));
         self.stale.extend(touched.iter().cloned());
         touched
+    }
+
+    /// Finds out anew who serves the frontends of a Service that others name, too. Returns those that
+    /// gained or lost one by it, and their rivals.
+    fn contest(&mut self, name: &NamespacedName) -> BTreeSet<NamespacedName> {
+        let mut affected = BTreeSet::new();
+        let Some((_, service)) = self.objects.service(name) else { return affected };
+        for frontend in self.frontends.contested(service) {
+            let claimants: Vec<_> = self.frontends.claimants(frontend).cloned().collect();
+            let before = self.frontends.owner(frontend).cloned();
+            for claimant in &claimants {
+                let idle = !self.can_answer(claimant, frontend);
+                self.frontends.set_idle(frontend, claimant, idle);
+            }
+            if self.frontends.owner(frontend) != before.as_ref() {
+                affected.extend(claimants);
+            }
+        }
+        affected
+    }
+
+    /// Whether there is an endpoint anywhere that could answer for a Service at a frontend of its own.
+    fn can_answer(&self, name: &NamespacedName, frontend: Frontend) -> bool {
+        let Some((holding, service)) = self.objects.service(name) else { return false };
+        let slices = holding.slices();
+        let family = frontend.family();
+        service.ports.iter().any(|port| {
+            frontends(service, port, family).iter().any(|(own, _)| *own == frontend)
+                && anybody(port, family, slices.iter().copied())
+        })
     }
 
     fn listing(&self, kind: Kind) -> u32 {
@@ -205,7 +249,9 @@ impl State {
         let name = service.name.clone();
         let before = self.objects.service(&name).map(|(_, service)| service);
         if before == Some(&service) {
-            self.objects.service_listing(&name).into_iter().for_each(|known| *known = listing);
+            if let Some(known) = self.objects.service_listing(&name) {
+                *known = listing;
+            }
             return BTreeSet::new();
         }
         let others = self.frontends.update(before, Some(&service));
@@ -219,7 +265,9 @@ impl State {
         if let Some(known) = self.objects.slice(&slice.name) {
             if *known == slice {
                 let known = self.objects.slice_listing(&slice.name);
-                known.into_iter().for_each(|known| *known = listing);
+                if let Some(known) = known {
+                    *known = listing;
+                }
                 return touched;
             }
             if known.service != slice.service {
@@ -256,7 +304,10 @@ impl State {
                 let removed = self.cidrs.remove(name);
                 removed.into_iter().map(|_| Contributor::Node).collect()
             }
-            Kind::Node => BTreeSet::new(),
+            Kind::Node => {
+                self.seen = false;
+                BTreeSet::new()
+            }
         }
     }
 
@@ -280,7 +331,9 @@ impl State {
                 None => gone.push(name.clone()),
             }
         }
-        gone.iter().for_each(|name| self.objects.tidy(name));
+        for name in &gone {
+            self.objects.tidy(name);
+        }
         all
     }
 
@@ -289,15 +342,18 @@ impl State {
         self.stale.clear();
     }
 
-    /// The names of all Services that have a UDP port.
-    pub fn udp_services(&self) -> impl Iterator<Item = &NamespacedName> {
-        self.objects.services().filter(|(.., service)| has_udp(service)).map(|(name, ..)| name)
+    /// Those whose commits are told to others than the kernel: the node, then the few Services of which
+    /// [`Self::local`] or [`Self::udp_frontends`] can have something to say.
+    pub fn accountable(&self) -> impl Iterator<Item = Contributor> {
+        let services = self.objects.services().filter(|(.., service)| is_accountable(service));
+        let services = services.map(|(name, ..)| Contributor::Service(name.clone()));
+        std::iter::once(Contributor::Node).chain(services)
     }
 
-    /// Whether this is one of them.
+    /// Whether a Service is one of them.
     #[must_use]
-    pub fn is_udp_service(&self, name: &NamespacedName) -> bool {
-        self.objects.service(name).is_some_and(|(_, service)| has_udp(service))
+    pub fn is_accountable(&self, name: &NamespacedName) -> bool {
+        self.objects.service(name).is_some_and(|(_, service)| is_accountable(service))
     }
 
     fn has_service(&self, name: &NamespacedName) -> bool {
@@ -315,11 +371,34 @@ impl State {
         }
     }
 
+    /// What about a Service concerns this node alone; nothing if there is no such Service.
+    #[must_use]
+    pub fn local(&self, name: &NamespacedName) -> Local {
+        match self.objects.service(name) {
+            Some((holding, service)) if has_local(service) => {
+                account::local(service, &holding.slices(), &self.node)
+            }
+            _ => Local::default(),
+        }
+    }
+
+    /// The Node object, if there is one.
+    #[must_use]
+    pub fn node_object(&self) -> Option<&NodeFacts> {
+        self.seen.then_some(&self.node)
+    }
+
+    /// The addresses of a family that node ports are served on; None stands for all of them.
+    #[must_use]
+    pub fn node_port_ips(&self, family: Family) -> Option<Vec<IpAddr>> {
+        self.settings.node_port_ips(&self.node, family)
+    }
+
     /// The addresses of this host that node ports are served on.
     #[must_use]
     pub fn node_port_addresses(&self) -> NodePortAddresses {
         let of = |family| {
-            self.settings.node_port_ips(&self.node, family).unwrap_or_else(|| {
+            self.node_port_ips(family).unwrap_or_else(|| {
                 let all = self.node.interfaces.iter().copied();
                 all.filter(|a| Family::of(*a) == family && !a.is_loopback()).collect()
             })
@@ -375,6 +454,14 @@ impl State {
 
 fn has_udp(service: &Service) -> bool {
     service.ports.iter().any(|port| port.protocol == Protocol::Udp)
+}
+
+fn has_local(service: &Service) -> bool {
+    service.health_check_node_port.is_some() || service.is_local()
+}
+
+fn is_accountable(service: &Service) -> bool {
+    has_udp(service) || has_local(service)
 }
 
 /// The contribution of a Service, if there is one.

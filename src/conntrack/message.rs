@@ -7,13 +7,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::sweep::{Filter, Flow, Tuple};
 use crate::model::{Family, Protocol};
+use crate::nlmsg::{self, DONE, DUMP_INTERRUPTED, ERROR, GENMSG, HEADER, attributes, number};
 
-const HEADER: usize = 16;
 const REQUEST: u16 = 0x1;
 const DUMP: u16 = 0x300;
-const DUMP_INTERRUPTED: u16 = 0x10;
-const ERROR: u16 = 2;
-const DONE: u16 = 3;
 
 /// `NFNL_SUBSYS_CTNETLINK << 8`
 const CTNETLINK: u16 = 1 << 8;
@@ -63,15 +60,11 @@ pub(super) enum Message {
 }
 
 /// The messages of a datagram, and for each whether it says that the listing is not consistent.
-pub(super) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = (Message, bool)> {
-    std::iter::from_fn(move || {
-        let len = u32::from_ne_bytes(number(datagram, 0)?) as usize;
-        let kind = u16::from_ne_bytes(number(datagram, 4)?);
-        let flags = u16::from_ne_bytes(number(datagram, 6)?);
-        let body = datagram.get(HEADER..len)?;
-        datagram = datagram.get(len.next_multiple_of(4)..).unwrap_or_default();
+pub(super) fn messages(datagram: &[u8]) -> impl Iterator<Item = (Message, bool)> {
+    nlmsg::messages(datagram).map(|message| {
+        let body = &message[HEADER..];
         let errno = || number(body, 0).map_or(libc::EBADMSG, |raw| -i32::from_ne_bytes(raw));
-        let message = match kind {
+        let content = match nlmsg::kind(message) {
             NEW => flow(body).map_or(Message::Other, Message::Flow),
             // Old kernels end with an empty message.
             DONE if body.is_empty() => Message::Done(0),
@@ -82,7 +75,7 @@ pub(super) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = (Message, bo
             }
             _ => Message::Other,
         };
-        Some((message, flags & DUMP_INTERRUPTED != 0))
+        (content, nlmsg::flags(message) & DUMP_INTERRUPTED != 0)
     })
 }
 
@@ -203,7 +196,7 @@ fn nested_as(bytes: &mut Vec<u8>, kind: u16, body: impl FnOnce(&mut Vec<u8>)) {
 /// Reads a listed flow, behind the message header.
 fn flow(body: &[u8]) -> Option<Flow> {
     let (mut original, mut reply, mut id, mut zone) = (None, None, None, 0);
-    for (kind, value) in attributes(body.get(4..)?) {
+    for (kind, value) in attributes(body.get(GENMSG..)?) {
         match kind {
             TUPLE_ORIG => original = Some(read_tuple(value)?),
             TUPLE_REPLY => reply = Some(read_tuple(value)?),
@@ -274,21 +267,6 @@ fn v4(value: &[u8]) -> Option<IpAddr> {
 
 fn v6(value: &[u8]) -> Option<IpAddr> {
     Some(Ipv6Addr::from(<[u8; 16]>::try_from(value).ok()?).into())
-}
-
-/// The attributes in a buffer: type without flags, and value.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let len = usize::from(u16::from_ne_bytes(number(bytes, 0)?));
-        let kind = u16::from_ne_bytes(number(bytes, 2)?) & 0x3fff;
-        let value = bytes.get(4..len)?;
-        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, value))
-    })
-}
-
-fn number<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
-    bytes.get(at..at + N)?.try_into().ok()
 }
 
 #[cfg(test)]

@@ -21,4 +21,4 @@ mod sweeper;
 pub use flows::SweepError;
 pub use serving::{Serving, serving_endpoints, udp_frontends};
 pub use sweep::{Culprit, Endpoints, Filter, Flow, NodePortAddresses, Sweep, Tuple, endpoints};
-pub use sweeper::{Counters, Sweeper};
+pub use sweeper::{Counters, Pass, Sweeper};

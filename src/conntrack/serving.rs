@@ -378,6 +378,7 @@ mod tests {
                 endpoint(3, false, false),
                 endpoint(4, true, false),
             ],
+            last_change_trigger: None,
         };
         let port =
             ServicePort { name: "dns".into(), protocol: Protocol::Udp, port: 53, node_port: None };
@@ -422,6 +423,7 @@ mod tests {
             family: Family::V4,
             ports: vec![SlicePort { name: "dns".into(), protocol: Protocol::Udp, port: 53 }],
             endpoints: vec![endpoint(1), endpoint(2)],
+            last_change_trigger: None,
         };
         let dns = service("dns", ["10.96.0.10", "fd00:10:96::10"], 2);
         let older = service("older", ["10.96.0.11", "fd00:10:96::11"], 1);

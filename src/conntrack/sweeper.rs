@@ -42,6 +42,21 @@ pub struct Counters {
     pub deleted: [u64; 2],
 }
 
+/// One listing of a family's flows, when it is over.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass {
+    /// The family.
+    pub family: Family,
+    /// How long it took, deletions included.
+    pub took: Duration,
+    /// Flows the kernel listed.
+    pub listed: u64,
+    /// Flows deleted.
+    pub deleted: u64,
+    /// Whether it went to the end.
+    pub complete: bool,
+}
+
 #[derive(Debug, Default)]
 struct Shared {
     waiting: Mutex<Waiting>,
@@ -79,8 +94,14 @@ impl Sweeper {
     /// Starts the thread, in the network namespace of the calling one. Whether the kernel lets it
     /// list flows shows at the first sweep, in the log: a proxy without this is still one.
     pub fn start() -> io::Result<Self> {
+        Self::start_reporting(|_| {})
+    }
+
+    /// The same, with somebody who is told of every pass.
+    pub fn start_reporting(report: impl Fn(Pass) + Send + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
-        let work = Work { shared: shared.clone(), flows: None, failing: None };
+        let report = Box::new(report);
+        let work = Work { shared: shared.clone(), flows: None, failing: None, report };
         let thread = std::thread::Builder::new().name("conntrack".into());
         let thread = thread.spawn(move || work.run())?;
         Ok(Self { shared, thread: Some(thread) })
@@ -132,6 +153,7 @@ struct Work {
     flows: Option<Flows>,
     /// The next pause, while sweeps fail.
     failing: Option<Duration>,
+    report: Box<dyn Fn(Pass) + Send>,
 }
 
 impl Work {
@@ -222,10 +244,18 @@ impl Work {
                 let waiting = self.shared.lock();
                 batch.retain(|(flow, culprit)| !waiting.sweep.acquits(flow, *culprit));
             };
-            let mut found = Found::default();
+            let (mut found, pass_began) = (Found::default(), now());
             let passed = flows.pass(sweep, &filter, &spare, &mut found);
             self.shared.listed.fetch_add(found.listed, Ordering::Relaxed);
-            counter.fetch_add(found.deleted.values().sum(), Ordering::Relaxed);
+            let removed: u64 = found.deleted.values().sum();
+            counter.fetch_add(removed, Ordering::Relaxed);
+            (self.report)(Pass {
+                family,
+                took: pass_began.elapsed(),
+                listed: found.listed,
+                deleted: removed,
+                complete: passed.is_ok(),
+            });
             for (culprit, count) in &found.deleted {
                 *deleted.entry(culprit.to_string()).or_default() += count;
             }

@@ -118,7 +118,7 @@ impl Building<'_> {
                 }
                 owner => {
                     let owner = owner.map_or_else(|| "nobody".into(), ToString::to_string);
-                    self.report("", format!("{frontend} stays with Service {owner}, which is older; this one takes over when that goes"));
+                    self.report("", format!("{frontend} is served by Service {owner}, which is older, or which alone has endpoints; this one takes over when that goes"));
                 }
             }
         }

@@ -18,6 +18,9 @@ pub struct EndpointSlice {
     pub ports: Vec<SlicePort>,
     /// The endpoints.
     pub endpoints: Vec<Endpoint>,
+    /// When the change that led to this was made, in milliseconds since the epoch, if the object says
+    /// so: annotation `endpoints.kubernetes.io/last-change-trigger-time`.
+    pub last_change_trigger: Option<u64>,
 }
 
 /// A port of an EndpointSlice: it serves the Service port of the same name and protocol.

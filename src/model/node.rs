@@ -19,6 +19,9 @@ pub struct NodeFacts {
     pub pod_cidrs: Vec<IpNet>,
     /// Label `topology.kubernetes.io/zone`.
     pub zone: Option<String>,
+    /// The Node is being deleted, or about to be: it has a deletion timestamp or the taint
+    /// `ToBeDeletedByClusterAutoscaler`.
+    pub leaving: bool,
 }
 
 impl NodeFacts {

@@ -48,6 +48,12 @@ impl Service {
         self.cluster_ips.iter().copied().find(|&ip| Family::of(ip) == family)
     }
 
+    /// Whether a policy keeps some traffic on this node.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        [self.internal_traffic_policy, self.external_traffic_policy].contains(&TrafficPolicy::Local)
+    }
+
     /// The source ranges of a family. Without any, its load-balancer addresses are open to all.
     pub fn source_ranges_of(&self, family: Family) -> impl Iterator<Item = IpNet> + '_ {
         self.source_ranges.iter().copied().filter(move |range| Family::of(range.addr()) == family)

@@ -102,7 +102,7 @@ impl Elements {
 impl FromIterator<(ElementId, Value)> for Elements {
     fn from_iter<I: IntoIterator<Item = (ElementId, Value)>>(elements: I) -> Self {
         let mut list: Vec<_> = elements.into_iter().collect();
-        list.sort_by(|(a, _), (b, _)| a.cmp(b));
+        list.sort_by_key(|(id, _)| *id);
         list.dedup_by(|(next, value), (id, kept)| {
             let same = next == id;
             if same {

@@ -28,7 +28,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use self::connect::observed;
-pub use self::connect::{ClientError, client};
+pub use self::connect::{ClientError, client, measured_client};
 use self::incoming::Incoming;
 use self::outage::{Connection, Report, Trouble};
 use super::convert::{HEADLESS_LABEL, PROXY_NAME_LABEL, name_of, one_line};

@@ -33,6 +33,8 @@ const SCHEDULER_ANNOTATION: &str = "nftproxy.dev/scheduler";
 const WEIGHTS_ANNOTATION: &str = "nftproxy.dev/weights";
 /// On a Node: its zone.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+/// On a Node: the cluster autoscaler is about to remove it. Any value and effect counts.
+const TO_BE_DELETED_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 
 /// Problems of one object that are listed one by one.
 const LISTED_PROBLEMS: usize = 20;
@@ -215,6 +217,10 @@ pub fn node(object: &Node) -> (Option<NodeFacts>, Vec<Problem>) {
             .and_then(|labels| labels.get(ZONE_LABEL))
             .filter(|zone| !zone.is_empty())
             .cloned(),
+        leaving: object.metadata.deletion_timestamp.is_some()
+            || spec
+                .and_then(|spec| spec.taints.as_ref())
+                .is_some_and(|taints| taints.iter().any(|t| t.key == TO_BE_DELETED_TAINT)),
     };
     (Some(facts), problems.into_problems())
 }

@@ -8,6 +8,7 @@
 pub mod api;
 pub mod convert;
 pub mod manifests;
+pub mod notices;
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -131,6 +131,7 @@ fn slice(index: usize, per_service: usize, first: usize, count: usize) -> Endpoi
         family: Family::V4,
         ports: vec![SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }],
         endpoints: (first..first + count).map(endpoint).collect(),
+        last_change_trigger: None,
     }
 }
 

@@ -2,7 +2,7 @@
 //! and what it says when it cannot do what it was asked.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::namespace::{in_namespace, nft};
+use crate::namespace::{in_namespace, nft, own_table};
 use crate::net::wait_until;
 use crate::objects::{CLUSTER, Svc, slice};
 use crate::parity::{listed, listed_by};
@@ -258,14 +258,7 @@ fn cleanup_removes_our_tables_and_no_others() {
 fn cleanup_goes_on_when_a_table_cannot_be_removed() {
     in_namespace(|| {
         // A table that another program owns, for as long as it lives.
-        let mut owner = Command::new("nft")
-            .arg("-i")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut stdin = owner.stdin.take().unwrap();
-        writeln!(stdin, "add table ip nftproxy {{ flags owner; }}").unwrap();
+        let (mut owner, stdin) = own_table(Command::new("nft"));
         wait_until("the owned table", || {
             nft(&["list", "tables"], "").contains("table ip nftproxy")
         });

@@ -31,15 +31,15 @@ const REMOTE: &str = "10.244.2.9";
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A node, a control plane, and what asks it.
-struct Cluster<'a> {
-    net: &'a Net,
-    plane: ControlPlane,
-    runtime: Runtime,
+pub(crate) struct Cluster<'a> {
+    pub(crate) net: &'a Net,
+    pub(crate) plane: ControlPlane,
+    pub(crate) runtime: Runtime,
 }
 
 /// Runs `body` in the namespace of the outside client, with a control plane there. None, said loudly,
 /// where there can be no namespaces or are no programs.
-fn with_cluster(body: impl FnOnce(&mut Cluster<'_>) + Send) {
+pub(crate) fn with_cluster(body: impl FnOnce(&mut Cluster<'_>) + Send) {
     let Some(net) = Net::new() else { return };
     for program in ["etcd", "kube-apiserver"] {
         if let Err(reason) = control_plane::find(program) {
@@ -55,7 +55,7 @@ fn with_cluster(body: impl FnOnce(&mut Cluster<'_>) + Send) {
 }
 
 impl Cluster<'_> {
-    fn apply(&self, yaml: &str) {
+    pub(crate) fn apply(&self, yaml: &str) {
         self.runtime.block_on(self.plane.apply(yaml));
     }
 
@@ -63,7 +63,7 @@ impl Cluster<'_> {
         self.runtime.block_on(self.plane.delete(kind, "default", name));
     }
 
-    fn endpoints(&self, service: &str, endpoints: &[&str]) {
+    pub(crate) fn endpoints(&self, service: &str, endpoints: &[&str]) {
         self.apply(&slice(service, "4", &HTTP, endpoints));
     }
 
@@ -83,7 +83,7 @@ impl Cluster<'_> {
     }
 
     /// Starts the program as a user and waits until it has synced.
-    fn start(&self, user: User) -> Daemon {
+    pub(crate) fn start(&self, user: User) -> Daemon {
         let daemon = self.spawn(user);
         said(&daemon, "synced");
         daemon

@@ -2,12 +2,11 @@
 //! is enormous, and its tables are made or unmade by somebody else. Connections go on all the while.
 
 use std::fs;
-use std::io::Write as _;
 use std::net::SocketAddr;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::namespace::nft;
+use crate::namespace::{nft, own_table};
 use crate::net::{CLIENT, Daemon, Net, in_netns, ip, wait_until};
 use crate::objects::{CLUSTER, Svc, slice};
 use crate::serve::{Outcome, tcp};
@@ -251,14 +250,9 @@ fn a_table_that_someone_else_owns_is_waited_for() {
     let Some(net) = Net::new() else { return };
     net.write("web.yaml", &web("10.244.1.5!", "fd00:10:244:1::5!"));
     // The kernel lets nobody else touch it, for as long as the owner lives.
-    let mut owner = Command::new("ip")
-        .args(["netns", "exec", &net.name("node"), "nft", "-i"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
-    let mut stdin = owner.stdin.take().unwrap();
-    writeln!(stdin, "add table ip nftproxy {{ flags owner; }}").unwrap();
+    let mut nft_there = Command::new("ip");
+    nft_there.args(["netns", "exec", &net.name("node"), "nft"]);
+    let (mut owner, stdin) = own_table(nft_there);
     let tables = || in_netns(&net.name("node"), || nft(&["list", "tables"], ""));
     wait_until("the owned table", || tables().contains("nftproxy"));
     let arguments = arguments(&net);
@@ -299,25 +293,4 @@ fn what_someone_else_did_to_our_table_is_undone_by_a_restart() {
         assert_eq!(listed(&net, "ip"), wanted, "{damage}");
         daemon.kill9();
     }
-}
-
-#[test]
-fn a_flushed_ruleset_is_back_with_the_next_commit() {
-    let Some(net) = Net::new() else { return };
-    net.write("web.yaml", &web("10.244.1.5!", "fd00:10:244:1::5!"));
-    let daemon = start(&net);
-    assert_eq!(answer(&net, VIPS[1]), by("a", 1));
-    in_netns(&net.name("node"), || nft(&["flush", "ruleset"], ""));
-    assert_ne!(answer(&net, VIPS[0]), by("a", 0));
-    // One Service changes; everything is repaired.
-    let text = web("10.244.1.6!", "fd00:10:244:1::5!");
-    net.write("web.yaml", &text);
-    until_answered(&net, VIPS[0], &by("b", 0));
-    assert_eq!(answer(&net, VIPS[1]), by("a", 1));
-    daemon.wait_for("synced again");
-    daemon.terminate();
-    let repaired = ["ip", "ip6"].map(|family| listed(&net, family));
-    in_netns(&net.name("node"), || nft(&["flush", "ruleset"], ""));
-    let _daemon = start(&net);
-    assert_eq!(["ip", "ip6"].map(|family| listed(&net, family)), repaired);
 }

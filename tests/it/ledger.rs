@@ -124,6 +124,7 @@ fn any_slice() -> impl Strategy<Value = EndpointSlice> {
                     port("", Protocol::Udp),
                 ],
                 endpoints,
+                last_change_trigger: None,
             }
         },
     )
@@ -389,6 +390,20 @@ fn the_older_service_keeps_a_contested_frontend_and_the_next_takes_over() {
     // The younger one changing does not matter.
     proxy.observe(claim("young", "10.96.0.2", 20));
     proxy.observe(endpoint("young", "10.244.0.3"));
+    assert_eq!(answer(&mut proxy), backend(1));
+    // While nobody could answer for the older one, the younger one serves.
+    let none = |name: &str| Event::EndpointSlice(slice(name, "4", &[], &[]));
+    proxy.observe(none("old"));
+    assert_eq!(answer(&mut proxy), backend(3));
+    proxy.observe(none("young"));
+    assert_eq!(answer(&mut proxy), None);
+    proxy.observe(endpoint("young", "10.244.0.3"));
+    assert_eq!(answer(&mut proxy), backend(3));
+    proxy.observe(Event::Gone(Kind::Service, name("young")));
+    assert_eq!(answer(&mut proxy), None);
+    proxy.observe(claim("young", "10.96.0.2", 20));
+    assert_eq!(answer(&mut proxy), backend(3));
+    proxy.observe(endpoint("old", "10.244.0.1"));
     assert_eq!(answer(&mut proxy), backend(1));
     proxy.observe(Event::Gone(Kind::Service, name("old")));
     assert_eq!(answer(&mut proxy), backend(3));

@@ -72,6 +72,7 @@ pub(crate) fn slice(
             .map(|&(name, protocol, port)| SlicePort { name: name.into(), protocol, port })
             .collect(),
         endpoints,
+        last_change_trigger: None,
     }
 }
 

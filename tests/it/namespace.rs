@@ -4,7 +4,7 @@
 //! goes with the thread. Programs started from that thread are in it, too.
 
 use std::io::Write as _;
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 
 use nix::sched::{CloneFlags, unshare};
 
@@ -45,4 +45,14 @@ pub(crate) fn nft(arguments: &[&str], input: &str) -> String {
         String::from_utf8_lossy(&output.stderr)
     );
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// Makes a table `ip nftproxy` that another program owns: an `nft`, given as it is to be started. It
+/// owns the table until its input is closed.
+pub(crate) fn own_table(mut nft: Command) -> (Child, ChildStdin) {
+    let mut owner =
+        nft.arg("-i").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("nft starts");
+    let mut stdin = owner.stdin.take().unwrap();
+    writeln!(stdin, "add table ip nftproxy {{ flags owner; }}").unwrap();
+    (owner, stdin)
 }

@@ -96,6 +96,18 @@ fn compare(ruleset: &Ruleset) {
     assert_ne!(by_text, Value::Null);
 }
 
+/// Newer kernels refuse the swap of a one-byte number, and with it the whole table.
+#[test]
+fn no_instruction_swaps_bytes() {
+    in_namespace(|| {
+        let transaction = diff(&Loaded::default(), wanted(example()));
+        NetlinkKernel::open().unwrap().apply(&transaction).unwrap();
+        let instructions = nft(&["--debug=netlink", "list", "ruleset"], "");
+        assert!(instructions.contains("set source-ranges"), "{instructions}");
+        assert!(!instructions.contains("byteorder"), "{instructions}");
+    });
+}
+
 #[test]
 fn a_dump_reads_back_what_either_of_them_made() {
     let ruleset = wanted(example());

@@ -29,7 +29,7 @@ pub(crate) fn wanted(manifests: &str, settings: Settings) -> (Ruleset, Vec<Strin
     (proxy.wanted(), problems.iter().map(ToString::to_string).collect())
 }
 
-fn snapshots() -> insta::Settings {
+pub(crate) fn snapshots() -> insta::Settings {
     let mut settings = insta::Settings::clone_current();
     settings.set_snapshot_path(concat!(env!("CARGO_MANIFEST_DIR"), "/snapshots"));
     settings.set_prepend_module_to_snapshot(false);

@@ -35,21 +35,10 @@ pub(crate) enum Outcome {
 
 /// Starts the servers of one pod on threads in its namespace; they are listening on return.
 pub(crate) fn start(netns: &str, who: &str) {
-    let (sender, ready) = std::sync::mpsc::channel();
     for port in PORTS {
-        let (netns, who, sender) = (netns.to_owned(), who.to_owned(), sender.clone());
-        std::thread::spawn(move || {
-            enter(&netns);
-            let tcp = TcpListener::bind(("::", port)).unwrap();
-            let udp = UdpSocket::bind(("::", port)).unwrap();
-            let name = who.clone();
-            std::thread::spawn(move || answer_udp(&udp, &name, port));
-            sender.send(()).unwrap();
-            for stream in tcp.incoming().flatten() {
-                answer_tcp(stream, &who, port);
-            }
-        });
+        listen(netns, who, port);
     }
+    let (sender, ready) = std::sync::mpsc::channel();
     for family in [Domain::IPV4, Domain::IPV6] {
         let (netns, who, sender) = (netns.to_owned(), who.to_owned(), sender.clone());
         std::thread::spawn(move || {
@@ -59,9 +48,27 @@ pub(crate) fn start(netns: &str, who: &str) {
             answer_sctp(&socket, family, &who);
         });
     }
-    for _ in 0..PORTS.len() + 2 {
+    for _ in 0..2 {
         ready.recv_timeout(Duration::from_secs(5)).expect("the servers of a pod start");
     }
+}
+
+/// Starts a TCP and a UDP server on a port of all addresses; they are listening on return.
+pub(crate) fn listen(netns: &str, who: &str, port: u16) {
+    let (sender, ready) = std::sync::mpsc::channel();
+    let (netns, who) = (netns.to_owned(), who.to_owned());
+    std::thread::spawn(move || {
+        enter(&netns);
+        let tcp = TcpListener::bind(("::", port)).unwrap();
+        let udp = UdpSocket::bind(("::", port)).unwrap();
+        let name = who.clone();
+        std::thread::spawn(move || answer_udp(&udp, &name, port));
+        sender.send(()).unwrap();
+        for stream in tcp.incoming().flatten() {
+            answer_tcp(stream, &who, port);
+        }
+    });
+    ready.recv_timeout(Duration::from_secs(5)).expect("a server starts");
 }
 
 fn greeting(who: &str, port: u16, peer: SocketAddr) -> String {
@@ -115,7 +122,18 @@ pub(crate) fn tcp(netns: &str, to: SocketAddr) -> Outcome {
 
 /// Opens a connection from the namespace this thread is in.
 pub(crate) fn tcp_here(to: SocketAddr) -> Outcome {
+    tcp_from(None, to)
+}
+
+/// Opens a connection from the namespace this thread is in, and from one of its addresses.
+pub(crate) fn tcp_from(source: Option<IpAddr>, to: SocketAddr) -> Outcome {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
+    if let Some(source) = source {
+        socket.bind(&SockAddr::from(SocketAddr::new(source, 0))).unwrap();
+    }
+    // Ends with a reset, so that no server is left with a TIME-WAIT. Masquerading picks ports at
+    // random: a SYN that meets the TIME-WAIT of another client can be lost without anybody's fault.
+    socket.set_linger(Some(Duration::ZERO)).unwrap();
     // Where all namespaces are on one machine, a refusal can be there before `connect` has let go of
     // the socket. TCP then takes it for a passing fault and tries again a second later; the error
     // queue holds it at once.
@@ -152,12 +170,15 @@ pub(crate) fn tcp_here(to: SocketAddr) -> Outcome {
 
 /// Sends a datagram from a new socket in a namespace.
 pub(crate) fn udp(netns: &str, to: SocketAddr) -> Outcome {
-    in_netns(netns, || {
-        let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-        let socket = UdpSocket::bind(any).unwrap();
-        socket.connect(to).unwrap();
-        udp_on(&socket)
-    })
+    in_netns(netns, || udp_on(&udp_socket(to)))
+}
+
+/// A connected socket in the namespace this thread is in.
+pub(crate) fn udp_socket(to: SocketAddr) -> UdpSocket {
+    let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = UdpSocket::bind(any).unwrap();
+    socket.connect(to).unwrap();
+    socket
 }
 
 /// Sends a datagram on a connected socket.
@@ -171,6 +192,40 @@ pub(crate) fn udp_on(socket: &UdpSocket) -> Outcome {
         Ok(len) => parsed(std::str::from_utf8(&text[..len]).unwrap()),
         Err(error) => outcome_of(&error),
     }
+}
+
+/// Sends an ICMP echo request from the namespace this thread is in.
+pub(crate) fn echo_here(to: SocketAddr) -> Outcome {
+    let (domain, protocol, request) = match to {
+        SocketAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4, 8),
+        SocketAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6, 128),
+    };
+    let socket = Socket::new(domain, Type::RAW, Some(protocol)).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    // Connected, it is told of errors.
+    socket.connect(&SockAddr::from(SocketAddr::new(to.ip(), 0))).unwrap();
+    // Type, code, checksum (for IPv6 the kernel writes it), identifier, number.
+    let mut packet = [request, 0, 0, 0, 0x5e, 0xed, 0, 1];
+    if to.is_ipv4() {
+        let words = packet.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+        let sum: u32 = words.sum();
+        let folded = u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+        packet[2..4].copy_from_slice(&(!folded).to_be_bytes());
+    }
+    if let Err(error) = socket.send(&packet) {
+        return outcome_of(&error);
+    }
+    let mut buffer = [0; 128];
+    loop {
+        // A raw IPv4 socket sees the IP header, too.
+        match (&socket).read(&mut buffer) {
+            Ok(len) if to.is_ipv4() && len >= 28 && buffer[20] == 0 => break,
+            Ok(len) if to.is_ipv6() && len >= 8 && buffer[0] == 129 => break,
+            Ok(_) => {}
+            Err(error) => return outcome_of(&error),
+        }
+    }
+    Outcome::Answered { by: "echo".into(), port: 0, seen: to.ip() }
 }
 
 const INIT: u8 = 1;

@@ -83,6 +83,17 @@ pub(super) fn backends(
     Ok(held)
 }
 
+/// How many entries a map has, by counting them.
+pub(super) fn count(
+    socket: &mut NetlinkSocket,
+    family: Family,
+    name: &AffinityName,
+) -> Result<usize, LoadError> {
+    let mut count = 0;
+    entries(socket, family, name, |_, _| count += 1)?;
+    Ok(count)
+}
+
 /// Hands on every entry: its key as the kernel has it, and the backend.
 fn entries(
     socket: &mut NetlinkSocket,

@@ -5,7 +5,7 @@ use std::ffi::c_char;
 use nftnl::NlMsg;
 use nftnl::nftnl_sys::{self as sys};
 
-use super::socket::{HEADER, attributes};
+use crate::nlmsg::{GENMSG, HEADER, attributes};
 
 /// A batch being written.
 pub(super) struct Batch {
@@ -21,8 +21,6 @@ struct Position {
     elements: bool,
 }
 
-/// Length of `struct nfgenmsg`.
-const GENMSG: usize = 4;
 const ELEMENT_LIST: u16 = 3;
 
 /// The begin message's number; the others follow it.

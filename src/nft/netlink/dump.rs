@@ -160,15 +160,7 @@ impl Dump<'_> {
     }
 
     fn sets(&mut self, family: Family, table: &mut LoadedTable) -> Result<(), LoadError> {
-        let mut filter = Set::new();
-        filter.set_str(sys::NFTNL_SET_TABLE, TABLE);
-        let all = request(libc::NFT_MSG_GETSET, nfproto(family), libc::NLM_F_DUMP, |header| {
-            #[expect(unsafe_code, reason = "libnftnl writes the request")]
-            // SAFETY: the header stands in a buffer from `Batch::write`.
-            unsafe {
-                filter.build(header);
-            }
-        });
+        let all = sets_request(family);
         let mut ours = Vec::new();
         let mut affinities = Vec::new();
         self.run("list sets", &all, |message| {
@@ -241,6 +233,19 @@ impl Dump<'_> {
     }
 }
 
+/// Asks for the sets of our table.
+pub(super) fn sets_request(family: Family) -> Vec<u8> {
+    let mut filter = Set::new();
+    filter.set_str(sys::NFTNL_SET_TABLE, TABLE);
+    request(libc::NFT_MSG_GETSET, nfproto(family), libc::NLM_F_DUMP, |header| {
+        #[expect(unsafe_code, reason = "libnftnl writes the request")]
+        // SAFETY: the header stands in a buffer from `Batch::write`.
+        unsafe {
+            filter.build(header);
+        }
+    })
+}
+
 /// Asks for the elements of a set.
 pub(super) fn elements_request(family: Family, mut filter: Set) -> Vec<u8> {
     request(libc::NFT_MSG_GETSETELEM, nfproto(family), libc::NLM_F_DUMP, |header| {
@@ -270,8 +275,16 @@ struct RuleText {
 impl RuleText {
     fn of(rule: &Rule) -> Self {
         let comment = rule.get_data(sys::NFTNL_RULE_USERDATA).and_then(|data| comment(&data));
-        Self { instructions: rule.instructions(), comment }
+        let mut instructions = rule.instructions();
+        instructions.retain(|instruction| !swaps_one_byte(instruction));
+        Self { instructions, comment }
     }
+}
+
+/// Whether an instruction swaps the bytes of a number of one byte, which does nothing. nft puts it
+/// behind the protocol in a key of ranges; we do not, as newer kernels (6.12.117) refuse it.
+fn swaps_one_byte(instruction: &str) -> bool {
+    instruction.contains(" = hton(") && instruction.ends_with(", 1)")
 }
 
 fn compare(chain: &Chain, found: &[RuleText], wanted: &WantedChain, family: Family) -> ChainState {

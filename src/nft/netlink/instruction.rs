@@ -181,9 +181,6 @@ fn lower_statement(statement: &Statement, family: Family) -> Vec<Instruction> {
         ],
         Statement::In(key, set) => {
             let mut list = load(key, family);
-            if set.is_interval() && key.len() > 1 {
-                order_protocol(key, family, &mut list);
-            }
             list.push(lookup(set.as_str(), None, 0));
             list
         }
@@ -260,23 +257,6 @@ fn load(selectors: &[Selector], family: Family) -> Vec<Instruction> {
         offset += padded_len(family, field);
     }
     list
-}
-
-/// What nft puts behind the protocol in a key of ranges: swapping the bytes of a number of one byte
-/// does nothing, but a table loaded from text has it.
-fn order_protocol(key: &[Selector], family: Family, list: &mut Vec<Instruction>) {
-    let Some(index) = key.iter().position(|selector| *selector == Selector::L4Proto) else {
-        return;
-    };
-    let addresses = u32::try_from(index).unwrap_or(0); // only addresses stand before it
-    let protocol = register(addresses * padded_len(family, KeyField::Address));
-    let order = Instruction::new(c"byteorder")
-        .number(sys::NFTNL_EXPR_BYTEORDER_SREG, protocol)
-        .number(sys::NFTNL_EXPR_BYTEORDER_DREG, protocol)
-        .constant(sys::NFTNL_EXPR_BYTEORDER_OP, libc::NFT_BYTEORDER_HTON)
-        .number(sys::NFTNL_EXPR_BYTEORDER_LEN, 1)
-        .number(sys::NFTNL_EXPR_BYTEORDER_SIZE, 2);
-    list.insert(index + 1, order);
 }
 
 fn load_one(selector: Selector, family: Family, register: u32) -> Instruction {

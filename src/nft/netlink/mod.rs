@@ -10,6 +10,7 @@ mod batch;
 mod dump;
 mod encode;
 mod ffi;
+mod fill;
 mod instruction;
 mod monitor;
 mod socket;
@@ -19,6 +20,7 @@ use std::io;
 
 use tracing::{debug, warn};
 
+pub use self::fill::{AffinityFill, affinity_fill};
 pub use self::monitor::{Intrusion, Monitor};
 pub use self::socket::OpenError;
 

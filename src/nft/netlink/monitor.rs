@@ -14,8 +14,9 @@ use nix::sys::socket::{
     socket, sockopt,
 };
 
-use super::socket::{HEADER, OpenError, attributes, kind};
+use super::socket::OpenError;
 use crate::nft::names::TABLE;
+use crate::nlmsg::{GENMSG, HEADER, attributes, kind, messages, number};
 
 /// Room for the notifications of our own commits, which come here, too.
 const QUEUE: usize = 8 << 20;
@@ -26,8 +27,6 @@ const RECEIVE: usize = 64 << 10;
 /// `NFNLGRP_NFTABLES` as a bit.
 const GROUP: u32 = 1 << (libc::NFNLGRP_NFTABLES - 1);
 
-/// Length of `struct nfgenmsg`.
-const GENMSG: usize = 4;
 /// The table's name is the first attribute of every kind of object.
 const OBJECT_TABLE: u16 = 1;
 const GEN_PROCESS: u16 = 2;
@@ -93,13 +92,11 @@ impl Monitor {
     }
 
     /// Takes in some messages. Of several commits of others the last one is named.
-    fn read(&mut self, mut bytes: &[u8]) -> Option<Intrusion> {
+    fn read(&mut self, bytes: &[u8]) -> Option<Intrusion> {
         let mut found: Option<Intrusion> = None;
-        while let Some(len) = bytes.get(..4).and_then(|len| len.try_into().ok()) {
-            let len = u32::from_ne_bytes(len) as usize;
-            let Some(message) = bytes.get(..len).filter(|_| len >= HEADER + GENMSG) else { break };
-            bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
-            let mut content = attributes(&message[HEADER + GENMSG..]);
+        for message in messages(bytes) {
+            let Some(content) = message.get(HEADER + GENMSG..) else { break };
+            let mut content = attributes(content);
             if u32::from(kind(message)) & 0xff == libc::NFT_MSG_NEWGEN.cast_unsigned() {
                 let changes = std::mem::take(&mut self.changes);
                 if changes > 0 && sender(message) != self.own {
@@ -120,7 +117,7 @@ fn is_ours(name: &[u8]) -> bool {
 
 /// `nlmsg_pid`: the socket that asked for what is told.
 fn sender(message: &[u8]) -> u32 {
-    message[12..HEADER].try_into().map_or(0, u32::from_ne_bytes)
+    number(message, 12).map_or(0, u32::from_ne_bytes)
 }
 
 fn author<'a>(attributes: impl Iterator<Item = (u16, &'a [u8])>) -> Intrusion {

@@ -12,6 +12,8 @@ use mnl::mnl_sys;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{NetlinkAddr, getsockname, setsockopt, sockopt};
 
+use crate::nlmsg::{DONE, DUMP_INTERRUPTED, ERROR, HEADER, attributes, flags, kind, number};
+
 /// Largest single receive: netlink dumps come in pieces of at most 32 KiB, answers are small.
 const RECEIVE: usize = 64 << 10;
 
@@ -20,9 +22,6 @@ const SEND: usize = 4 << 20;
 
 /// Receive buffer: room for tens of thousands of refusals.
 const RECEIVE_QUEUE: usize = 8 << 20;
-
-/// Offset of the payload in a netlink message.
-pub(super) const HEADER: usize = 16;
 
 /// The socket could not be opened or set up.
 #[derive(Debug, thiserror::Error)]
@@ -176,8 +175,8 @@ impl NetlinkSocket {
             let received = self.receive(|message| {
                 consistent &= flags(message) & DUMP_INTERRUPTED == 0;
                 match kind(message) {
-                    MESSAGE_DONE => done = true,
-                    MESSAGE_ERROR => {
+                    DONE => done = true,
+                    ERROR => {
                         done = true;
                         error = answer(message).map_or(libc::EBADMSG, |answer| answer.errno);
                     }
@@ -196,28 +195,12 @@ impl NetlinkSocket {
     }
 }
 
-const MESSAGE_ERROR: u16 = 2;
-const MESSAGE_DONE: u16 = 3;
-const DUMP_INTERRUPTED: u16 = 0x10;
 const CAPPED: u16 = 0x100;
 const HAS_TLVS: u16 = 0x200;
 
-fn number<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
-    bytes.get(at..at + N)?.try_into().ok()
-}
-
-/// `nlmsg_type`.
-pub(super) fn kind(message: &[u8]) -> u16 {
-    number(message, 4).map_or(0, u16::from_ne_bytes)
-}
-
-fn flags(message: &[u8]) -> u16 {
-    number(message, 6).map_or(0, u16::from_ne_bytes)
-}
-
 /// Reads an `NLMSG_ERROR` message: `struct nlmsgerr`, then TLVs if the flags say so.
 fn answer(message: &[u8]) -> Option<Answer> {
-    if kind(message) != MESSAGE_ERROR {
+    if kind(message) != ERROR {
         return None;
     }
     let errno = i32::from_ne_bytes(number(message, HEADER)?);
@@ -246,17 +229,6 @@ fn answer(message: &[u8]) -> Option<Answer> {
     Some(answer)
 }
 
-/// The attributes in a buffer: type without flags, and value.
-pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let len = usize::from(u16::from_ne_bytes(number(bytes, 0)?));
-        let kind = u16::from_ne_bytes(number(bytes, 2)?) & 0x3fff;
-        let value = bytes.get(4..len)?;
-        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, value))
-    })
-}
-
 /// The buffer as bytes that start on an eight-byte boundary.
 #[expect(unsafe_code, reason = "there is no safe view of integers as bytes in std")]
 fn align_to_bytes(words: &mut [u64]) -> (&mut [u64], &mut [u8], &mut [u64]) {
@@ -275,7 +247,7 @@ mod tests {
         fn any_answer_is_read_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..128)) {
             let mut bytes = bytes;
             if bytes.len() >= 8 {
-                bytes[4..6].copy_from_slice(&MESSAGE_ERROR.to_ne_bytes());
+                bytes[4..6].copy_from_slice(&ERROR.to_ne_bytes());
             }
             let _ = answer(&bytes);
             let _ = attributes(&bytes).count();

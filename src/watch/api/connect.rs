@@ -16,6 +16,7 @@ use thiserror::Error;
 use tokio::time::Instant;
 
 use super::outage::{Report, locked};
+use crate::metrics::RestClient;
 use crate::watch::convert::{one_line, shown};
 
 /// A watch that a server ends sooner than this after granting it is begun again with growing pauses.
@@ -62,6 +63,37 @@ pub async fn client(
     kubeconfig: Option<&Path>,
     master: Option<&str>,
 ) -> Result<Client, ClientError> {
+    client_for(config(kubeconfig, master).await?)
+}
+
+/// The same, with every request counted.
+pub async fn measured_client(
+    kubeconfig: Option<&Path>,
+    master: Option<&str>,
+    metrics: RestClient,
+) -> Result<Client, ClientError> {
+    let config = config(kubeconfig, master).await?;
+    let host: Arc<str> = config.cluster_url.authority().map_or("", |host| host.as_str()).into();
+    let client = client_for(config)?;
+    let namespace = client.default_namespace().to_owned();
+    let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
+        let (client, metrics, host) = (client.clone(), metrics.clone(), host.clone());
+        async move {
+            let (method, began) = (request.method().clone(), Instant::now());
+            let answer = client.send(request).await;
+            let code = answer.as_ref().ok().map(|response| response.status().as_u16());
+            metrics.observe(method.as_str(), &host, code, began.elapsed());
+            answer
+        }
+    });
+    Ok(Client::new(service, namespace))
+}
+
+fn client_for(config: Config) -> Result<Client, ClientError> {
+    Client::try_from(config).map_err(|error| ClientError::Build(Box::new(error)))
+}
+
+async fn config(kubeconfig: Option<&Path>, master: Option<&str>) -> Result<Config, ClientError> {
     let mut config = match (kubeconfig, master) {
         (None, None) => Config::incluster().map_err(ClientError::InCluster)?,
         (None, Some(master)) => Config::new(server(master)?),
@@ -88,7 +120,7 @@ pub async fn client(
     config.reset_reader_on_write = true;
     // The client's own retries go on for minutes without a word; the watch loop has its own.
     config.default_retry = false;
-    Client::try_from(config).map_err(|error| ClientError::Build(Box::new(error)))
+    Ok(config)
 }
 
 /// Without the excerpt of the file that the parser adds: a kubeconfig holds secrets, and the log is

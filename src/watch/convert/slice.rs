@@ -16,6 +16,9 @@ use crate::model::{self, Endpoint, Family, Hints, Kind, NamespacedName, Problem,
 /// Largest weight of an endpoint: each is an element in the kernel.
 const MAX_WEIGHT: u16 = 1000;
 
+/// On an EndpointSlice: when the change was made that it was last written for.
+const TRIGGER_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+
 /// On an EndpointSlice: the Service it belongs to.
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
@@ -70,9 +73,16 @@ pub fn endpoint_slice(
             .enumerate()
             .filter_map(|(i, e)| endpoint(e, i, family, node_name, &weights, &mut problems))
             .collect(),
+        last_change_trigger: last_change_trigger(object),
         name,
     };
     (Some(slice), problems.into_problems())
+}
+
+/// Nothing but a measurement depends on it, so that an unreadable one is as good as none.
+fn last_change_trigger(object: &EndpointSlice) -> Option<u64> {
+    let time: jiff::Timestamp = annotation(&object.metadata, TRIGGER_ANNOTATION)?.parse().ok()?;
+    u64::try_from(time.as_millisecond()).ok()
 }
 
 /// The weights that the annotation gives to addresses. An address that is not in the slice is no

@@ -148,7 +148,7 @@ pub(crate) fn throughput<const N: usize>(
             for _ in 0..rounds {
                 for (to, seen) in to.iter().zip(&mut seen) {
                     let mut stream = TcpStream::connect(to).expect("a connection by the Service");
-                    let (data, mut sent, began) = ([0; 128 << 10], 0_u64, Instant::now());
+                    let (data, mut sent, began) = (vec![0; 128 << 10], 0_u64, Instant::now());
                     while began.elapsed() < each {
                         sent += stream.write(&data).expect("writing") as u64;
                     }

@@ -1,0 +1,102 @@
+//! The program's HTTP servers: probes, metrics, and what load balancers ask about single Services.
+//!
+//! Every answer is made of what is in memory, at once. A server whose port cannot be bound keeps
+//! trying and says so once: a proxy without its health port still moves packets, so that this is
+//! never a reason to stop it, unless the user wants that (`bindAddressHardFail`). Anybody can reach
+//! most of these ports, so a client gets neither the time nor the number of connections to do harm.
+
+mod health;
+mod health_check;
+mod listener;
+mod metrics;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::task::JoinSet;
+
+pub use health_check::{ListenFailure, serve as serve_health_checks};
+pub use listener::BindError;
+
+use crate::status::{HealthCheckChange, Status};
+
+/// Where to listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listen {
+    /// `/healthz` and `/livez`; None for nowhere.
+    pub healthz: Option<SocketAddr>,
+    /// `/metrics`; None for nowhere.
+    pub metrics: Option<SocketAddr>,
+    /// Whether the program ends if it cannot.
+    pub hard_fail: bool,
+}
+
+/// Serves until it is aborted; returns only if a port cannot be bound and that is a reason to end.
+/// `configz` is the text of `/configz`.
+pub async fn serve(
+    listen: Listen,
+    status: Arc<Status>,
+    configz: String,
+    changes: UnboundedReceiver<HealthCheckChange>,
+    failures: impl FnMut(ListenFailure) + Send + 'static,
+) -> BindError {
+    let Listen { healthz, metrics, hard_fail } = listen;
+    let mut servers = JoinSet::new();
+    if let Some(address) = healthz {
+        let pages = health::Pages { status: status.clone() };
+        servers.spawn(listener::keep("health", address, hard_fail, Arc::new(pages)));
+    }
+    if let Some(address) = metrics {
+        let pages = self::metrics::Pages::new(status.clone(), configz, address);
+        servers.spawn(listener::keep("metrics", address, hard_fail, Arc::new(pages)));
+    }
+    let health_checks = serve_health_checks(status, changes, failures);
+    servers.spawn(async move {
+        health_checks.await;
+        std::future::pending().await
+    });
+    loop {
+        match servers.join_next().await {
+            Some(Ok(error)) => return error,
+            Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Some(Err(_)) => {}
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// An answer: status, header lines, body.
+#[derive(Debug)]
+struct Reply {
+    code: u16,
+    headers: Vec<(&'static str, String)>,
+    body: String,
+}
+
+impl Reply {
+    fn new(code: u16, content_type: &str, body: impl Into<String>) -> Self {
+        let headers = vec![
+            ("content-type", content_type.to_owned()),
+            ("x-content-type-options", "nosniff".to_owned()),
+        ];
+        Self { code, headers, body: body.into() }
+    }
+
+    fn text(body: impl Into<String>) -> Self {
+        Self::new(200, "text/plain; charset=utf-8", body)
+    }
+
+    fn answer(answer: crate::health::Answer) -> Self {
+        Self::new(if answer.good { 200 } else { 503 }, "application/json", answer.body)
+    }
+
+    fn not_found() -> Self {
+        Self::new(404, "text/plain; charset=utf-8", "404 page not found\n")
+    }
+}
+
+/// What a server answers with. The method does not matter.
+trait Answers: Send + Sync + 'static {
+    fn reply(&self, path: &str) -> Reply;
+}

@@ -1,0 +1,78 @@
+//! Port 10249: metrics, and what dashboards and tests of kube-proxy ask beside them.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tracing::debug;
+
+use super::{Answers, Reply};
+use crate::metrics::CONTENT_TYPE;
+use crate::model::Family;
+use crate::nft::netlink::affinity_fill;
+use crate::status::Status;
+
+/// The kernel's maps are not looked at more often than this, however many scrape.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// How long it may take to look at them.
+const LOOK_FOR: Duration = Duration::from_millis(100);
+
+pub(super) struct Pages {
+    status: Arc<Status>,
+    /// None where others than this host could read it.
+    configz: Option<String>,
+    looked: Mutex<Option<Instant>>,
+}
+
+impl Pages {
+    pub(super) fn new(status: Arc<Status>, configz: String, address: SocketAddr) -> Self {
+        let configz = address.ip().is_loopback().then_some(configz);
+        Self { status, configz, looked: Mutex::new(None) }
+    }
+
+    fn metrics(&self) -> String {
+        // Whoever comes while somebody looks gets what was seen last.
+        if let Ok(mut looked) = self.looked.try_lock()
+            && looked.is_none_or(|at| at.elapsed() >= LOOK_EVERY)
+        {
+            *looked = Some(Instant::now());
+            self.look();
+        }
+        self.status.metrics.text()
+    }
+
+    /// Looks at what only the kernel knows.
+    fn look(&self) {
+        let int = |count| i64::try_from(count).unwrap_or(i64::MAX);
+        match affinity_fill(LOOK_FOR) {
+            Ok(fills) => {
+                for (family, fill) in Family::BOTH.into_iter().zip(fills) {
+                    let gauges = self.status.metrics.own.affinity.of(family);
+                    gauges.maps.set(int(fill.maps));
+                    gauges.entries.set(int(fill.entries));
+                    gauges.fullest.set(fill.ratio());
+                }
+            }
+            Err(error) => debug!(%error, "the affinity maps cannot be looked at"),
+        }
+    }
+}
+
+impl Answers for Pages {
+    fn reply(&self, path: &str) -> Reply {
+        match path {
+            // A hundred kilobytes of text: not on the time of the watches.
+            "/metrics" => {
+                Reply::new(200, CONTENT_TYPE, tokio::task::block_in_place(|| self.metrics()))
+            }
+            "/healthz" => Reply::text("ok"),
+            "/proxyMode" => Reply::text("nftables"),
+            "/configz" => self.configz.as_ref().map_or_else(Reply::not_found, |text| {
+                Reply::new(200, "application/json", text.clone())
+            }),
+            _ => Reply::not_found(),
+        }
+    }
+}

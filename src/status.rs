@@ -1,0 +1,326 @@
+//! What the programming thread tells the rest of the program, without ever waiting for it.
+//!
+//! [`Status`] is shared: atomics, written by that thread and read by whoever answers a probe or a
+//! scrape. [`Reporter`] is that thread's own side; it looks at the proxy after every turn of the
+//! loop and passes on what is new.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::Instant;
+
+use crate::account::{Changes, HealthCheck};
+use crate::conntrack::Pass;
+use crate::health::{self, Answer, Progress};
+use crate::metrics::Metrics;
+use crate::model::{Family, Kind, NamespacedName};
+use crate::nft::kernel::Kernel;
+use crate::reconcile::{CommitError, Committed, Proxy};
+
+/// How far programming is, and all metrics.
+#[derive(Debug)]
+pub struct Status {
+    /// Everything that is counted.
+    pub metrics: Metrics,
+    families: Vec<Family>,
+    patience: Duration,
+    started: Instant,
+    started_at: Timestamp,
+    /// Milliseconds from the start to when the oldest waiting change came, plus one; 0 if none waits.
+    waiting_since: AtomicU64,
+    /// Microseconds since the epoch; 0 for never.
+    committed: AtomicI64,
+    eligible: AtomicBool,
+}
+
+impl Status {
+    /// Nothing has happened yet. `families` are those the host has.
+    #[must_use]
+    pub fn new(families: Vec<Family>, sync_period: Duration) -> Self {
+        Self {
+            metrics: Metrics::default(),
+            families,
+            patience: health::patience(sync_period),
+            started: Instant::now(),
+            started_at: Timestamp::now(),
+            waiting_since: AtomicU64::new(0),
+            committed: AtomicI64::new(0),
+            eligible: AtomicBool::new(false),
+        }
+    }
+
+    /// The families the host has.
+    #[must_use]
+    pub fn families(&self) -> &[Family] {
+        &self.families
+    }
+
+    /// Both families are one transaction, and so as far as each other.
+    fn progress(&self) -> Progress {
+        let waiting = self
+            .waiting_since
+            .load(Ordering::Relaxed)
+            .checked_sub(1)
+            .map(|since| self.started.elapsed().saturating_sub(Duration::from_millis(since)));
+        let committed = match self.committed.load(Ordering::Relaxed) {
+            0 => None,
+            at => Timestamp::from_microsecond(at).ok(),
+        };
+        Progress { waiting, committed }
+    }
+
+    /// Something is not in force that should be, since then or longer.
+    fn waits_since(&self, then: Instant) {
+        let since = then.saturating_duration_since(self.started).as_millis();
+        let since = u64::try_from(since).unwrap_or(u64::MAX - 1) + 1;
+        // Only one thread writes.
+        if self.waiting_since.load(Ordering::Relaxed) == 0 {
+            self.waiting_since.store(since, Ordering::Relaxed);
+        }
+    }
+
+    /// The answer of `/healthz`.
+    #[must_use]
+    pub fn healthz(&self) -> Answer {
+        let eligible = self.eligible.load(Ordering::Relaxed);
+        self.answer(Some(eligible), &self.metrics.kube_proxy.healthz)
+    }
+
+    /// The answer of `/livez`.
+    #[must_use]
+    pub fn livez(&self) -> Answer {
+        self.answer(None, &self.metrics.kube_proxy.livez)
+    }
+
+    fn answer(&self, eligible: Option<bool>, codes: &[prometheus::IntCounter; 2]) -> Answer {
+        let progress = self.progress();
+        let families: Vec<_> = self.families.iter().map(|family| (*family, progress)).collect();
+        let answer = health::answer(&families, self.patience, eligible, Timestamp::now());
+        codes[usize::from(!answer.good)].inc();
+        answer
+    }
+
+    /// The answer on a Service's health-check node port.
+    #[must_use]
+    pub fn service(&self, service: &NamespacedName, endpoints: usize) -> Answer {
+        let healthy = self.progress().is_healthy(self.patience);
+        health::service_answer(service, endpoints, healthy)
+    }
+
+    /// Flows of a family were searched for stale ones.
+    pub fn swept(&self, pass: Pass) {
+        let Metrics { kube_proxy, own, .. } = &self.metrics;
+        kube_proxy.conntrack.of(pass.family).observe(pass.took.as_secs_f64());
+        kube_proxy.conntrack_deleted.of(pass.family).inc_by(pass.deleted);
+        own.flows_listed.inc_by(pass.listed);
+        if pass.complete {
+            own.sweeps.inc();
+        } else {
+            own.sweep_failures.inc();
+        }
+    }
+}
+
+/// What health-check node ports have to be, as it changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HealthCheckChange {
+    /// A Service's health check is this now; None if it has none.
+    Service(NamespacedName, Option<HealthCheck>),
+    /// The addresses to serve on, in the order of [`Family::BOTH`]; None stands for all of a family.
+    Addresses(Addresses),
+}
+
+/// Addresses of each family, in the order of [`Family::BOTH`]; None stands for all of them.
+pub type Addresses = [Option<Vec<std::net::IpAddr>>; 2];
+
+/// The programming thread's side.
+#[derive(Debug)]
+pub struct Reporter {
+    status: Arc<Status>,
+    changes: UnboundedSender<HealthCheckChange>,
+    addresses: Option<Addresses>,
+    seen: Changes,
+    /// When the oldest event came that is not in force.
+    oldest: Option<Instant>,
+    /// The last repair failed: what is in force is not what should be, whatever else is committed.
+    broken: bool,
+}
+
+impl Reporter {
+    /// A reporter, and what it will say of health-check node ports.
+    #[must_use]
+    pub fn new(status: Arc<Status>) -> (Self, UnboundedReceiver<HealthCheckChange>) {
+        let (changes, receiver) = unbounded_channel();
+        let seen = Changes::default();
+        (Self { status, changes, addresses: None, seen, oldest: None, broken: false }, receiver)
+    }
+
+    /// Events were taken in that came at this time.
+    pub fn took_in<K: Kernel>(&mut self, proxy: &mut Proxy<K>, came: Instant) {
+        let status = &*self.status;
+        let eligible = health::is_eligible(proxy.state().node_object());
+        status.eligible.store(eligible, Ordering::Relaxed);
+        let Metrics { kube_proxy, own, .. } = &status.metrics;
+        let account = proxy.account_mut();
+        let seen = account.seen();
+        kube_proxy.service_changes.inc_by(seen.services - self.seen.services);
+        kube_proxy.endpoint_changes.inc_by(seen.endpoint_slices - self.seen.endpoint_slices);
+        let fresh = seen != self.seen;
+        self.seen = seen;
+        self.waiting(account.waiting());
+        own.services.set(int(proxy.state().count(Kind::Service)));
+        // Before the first complete lists there is nothing to be late with.
+        if !proxy.is_complete() || !proxy.is_stale() {
+            return;
+        }
+        if fresh || self.oldest.is_none() {
+            let now = seconds(Timestamp::now());
+            kube_proxy.last_queued.iter().for_each(|gauge| gauge.set(now));
+        }
+        if self.oldest.is_none() {
+            self.oldest = Some(came);
+            status.waits_since(came);
+        }
+    }
+
+    /// A commit was tried.
+    pub fn committed<K: Kernel>(
+        &mut self,
+        proxy: &mut Proxy<K>,
+        took: Duration,
+        outcome: &Result<Committed, CommitError>,
+    ) {
+        let Metrics { kube_proxy, own, .. } = &self.status.metrics;
+        let observe = |histograms: &crate::metrics::ByFamily<prometheus::Histogram>| {
+            histograms.iter().for_each(|histogram| histogram.observe(took.as_secs_f64()));
+        };
+        observe(&kube_proxy.sync);
+        own.commit_seconds.observe(took.as_secs_f64());
+        own.set_aside.set(int(proxy.set_aside_count()));
+        match outcome {
+            Err(_) => {
+                // Nothing may be waiting: it may be a repair that fails.
+                self.status.waits_since(Instant::now());
+                observe(&kube_proxy.full_sync);
+                own.commit_failures.inc();
+                kube_proxy.sync_failures.iter().for_each(prometheus::IntCounter::inc);
+            }
+            Ok(done) => {
+                self.broken &= !done.adopted;
+                let kind = if done.adopted {
+                    observe(&kube_proxy.full_sync);
+                    &own.adoptions
+                } else {
+                    observe(&kube_proxy.partial_sync);
+                    &own.commits
+                };
+                if done.operations > 0 {
+                    kind.inc();
+                }
+                self.batch(done);
+                self.in_force(proxy);
+            }
+        }
+    }
+
+    /// A repair of what others changed was tried.
+    pub fn repaired<K: Kernel>(
+        &mut self,
+        proxy: &mut Proxy<K>,
+        took: Duration,
+        outcome: &Result<Committed, CommitError>,
+    ) {
+        self.broken = outcome.is_err();
+        self.committed(proxy, took, outcome);
+        if outcome.as_ref().is_ok_and(|done| done.operations > 0) {
+            self.status.metrics.own.drift_repairs.inc();
+        }
+    }
+
+    /// What nobody uses any more was removed, or could not be.
+    pub fn collected<K: Kernel>(
+        &mut self,
+        proxy: &mut Proxy<K>,
+        outcome: &Result<Committed, CommitError>,
+    ) {
+        let Metrics { kube_proxy, own, .. } = &self.status.metrics;
+        match outcome {
+            Ok(done) => {
+                own.collections.inc();
+                self.batch(done);
+                own.set_elements(proxy.account_mut().take_elements());
+            }
+            Err(_) => kube_proxy.cleanup_failures.iter().for_each(prometheus::IntCounter::inc),
+        }
+    }
+
+    fn batch(&self, done: &Committed) {
+        let own = &self.status.metrics.own;
+        if done.operations > 0 {
+            own.operations.observe(float(done.operations));
+            own.bytes.observe(float(done.applied.bytes));
+        }
+    }
+
+    /// Everything that was waiting is in force.
+    fn in_force<K: Kernel>(&mut self, proxy: &mut Proxy<K>) {
+        let status = &*self.status;
+        let Metrics { kube_proxy, own, .. } = &status.metrics;
+        let now = Timestamp::now();
+        if !self.broken {
+            status.waiting_since.store(0, Ordering::Relaxed);
+        }
+        status.committed.store(now.as_microsecond(), Ordering::Relaxed);
+        kube_proxy.last_sync.iter().for_each(|gauge| gauge.set(seconds(now)));
+        if let Some(oldest) = self.oldest.take() {
+            own.event_to_kernel.observe(oldest.elapsed().as_secs_f64());
+        }
+
+        let account = proxy.account_mut();
+        own.set_elements(account.take_elements());
+        for (family, without) in Family::BOTH.into_iter().zip(account.without_endpoints()) {
+            kube_proxy.no_local_internal.of(family).set(int(without.internal));
+            kube_proxy.no_local_external.of(family).set(int(without.external));
+        }
+        for (family, at) in account.take_triggers() {
+            let at = Timestamp::from_millisecond(i64::try_from(at).unwrap_or(i64::MAX));
+            // What was changed before this began did not wait for this.
+            if let Some(at) = at.ok().filter(|at| *at > status.started_at) {
+                let took = now.duration_since(at).as_secs_f64().max(0.0);
+                kube_proxy.network_programming.of(family).observe(took);
+            }
+        }
+        // Nobody listens if there is no server, and that is as well.
+        for (name, check) in account.take_health_checks() {
+            drop(self.changes.send(HealthCheckChange::Service(name, check)));
+        }
+        let waiting = account.waiting();
+        self.waiting(waiting);
+        let addresses = Family::BOTH.map(|family| proxy.state().node_port_ips(family));
+        if self.addresses.as_ref() != Some(&addresses) {
+            self.addresses = Some(addresses.clone());
+            drop(self.changes.send(HealthCheckChange::Addresses(addresses)));
+        }
+    }
+
+    fn waiting(&self, waiting: Changes) {
+        let kube_proxy = &self.status.metrics.kube_proxy;
+        kube_proxy.service_changes_pending.set(waiting.services.cast_signed());
+        kube_proxy.endpoint_changes_pending.set(waiting.endpoint_slices.cast_signed());
+    }
+}
+
+fn int(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+fn float(count: usize) -> f64 {
+    u32::try_from(count).map_or(f64::from(u32::MAX), f64::from)
+}
+
+fn seconds(at: Timestamp) -> f64 {
+    at.as_duration().as_secs_f64()
+}

@@ -1,0 +1,371 @@
+//! The rows of the scenario table that are about changes: connections and flows that are there while
+//! objects change, clients that are held to an endpoint, and what the next connection meets.
+//!
+//! All of them change at once, so that there is little to wait for. What must change is waited for;
+//! what must stay is looked at after the changes beside it have come about.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use super::Finding;
+use super::asking::words;
+use super::proxies::Proxy;
+use super::services::UDP_NUMBER;
+use super::table::Target;
+use super::world::{BEHIND_ONE, HOST_BEYOND, Objects, SOURCES, Setting, source};
+use crate::namespace::nft;
+use crate::net::{CLIENT, NODE, Net, in_netns, ip};
+use crate::serve::{Outcome, PATIENCE, tcp_from, tcp_here, udp_on, udp_socket};
+
+/// The proxy has had its time to do what it should not.
+const AFTERWARDS: Duration = Duration::from_secs(1);
+
+pub(crate) struct Changes<'a> {
+    pub(crate) net: &'a Net,
+    pub(crate) proxy: &'a mut dyn Proxy,
+    pub(crate) objects: Objects,
+    pub(crate) findings: Vec<(u8, Finding)>,
+}
+
+/// A connection, and who is at its other end.
+struct Lasting {
+    stream: TcpStream,
+    lines: std::io::Lines<BufReader<TcpStream>>,
+}
+
+impl Lasting {
+    fn open(net: &Net, to: SocketAddr) -> Self {
+        let stream = in_netns(&net.name("client"), || TcpStream::connect(to).unwrap());
+        stream.set_read_timeout(Some(PATIENCE * 5)).unwrap();
+        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+        lines.next().unwrap().unwrap();
+        Self { stream, lines }
+    }
+
+    /// Who answers now.
+    fn ask(&mut self) -> String {
+        let sent = (&self.stream).write_all(b"?\n");
+        match sent.and_then(|()| self.lines.next().expect("the connection is open")) {
+            Ok(line) => line.split(' ').next().unwrap().to_owned(),
+            Err(error) => format!("cut: {error}"),
+        }
+    }
+}
+
+fn by(outcome: &Outcome) -> String {
+    match outcome {
+        Outcome::Answered { by, .. } => by.clone(),
+        Outcome::Refused => "refused".into(),
+        Outcome::TimedOut => "lost".into(),
+    }
+}
+
+const FAMILIES: [usize; 2] = [0, 1];
+
+/// A flow of UDP datagrams of pod `b`, what happens to its Service, and who answers.
+struct Flow {
+    row: u8,
+    service: &'static str,
+    to: Target,
+    before: &'static str,
+    /// What endpoints the Service has then.
+    endpoints: &'static [&'static str],
+    /// Who answers another flow then.
+    new: &'static str,
+    /// Who answers this one then.
+    after: &'static str,
+}
+
+const fn flow(
+    row: u8,
+    service: &'static str,
+    before: &'static str,
+    endpoints: &'static [&'static str],
+    [new, after]: [&'static str; 2],
+) -> Flow {
+    Flow { row, service, to: Target::Vip(service), before, endpoints, new, after }
+}
+
+impl Flow {
+    const fn to(self, to: Target) -> Self {
+        Self { to, ..self }
+    }
+
+    fn address(&self, family: usize) -> SocketAddr {
+        self.to.address(family)
+    }
+
+    fn case(&self, when: &str) -> String {
+        match self.to {
+            Target::NodePort(..) => format!("NP, {when}"),
+            _ => when.to_owned(),
+        }
+    }
+}
+
+const FLOWS: [Flow; 7] = [
+    flow(111, "udp-leaves", "a", &["remote"], ["remote", "remote"]),
+    flow(111, "udp-leaves", "a", &["remote"], ["remote", "remote"])
+        .to(Target::NodePort("udp-leaves", NODE)),
+    flow(112, "udp-ends", "a", &["a serving terminating", "remote"], ["remote", "a"]),
+    flow(113, "udp-none", "a", &[], ["refused", "refused"]),
+    flow(113, "udp-none", "a", &[], ["refused", "refused"]).to(Target::NodePort("udp-none", NODE)),
+    flow(114, "udp-late", "refused", &["a"], ["a", "a"]),
+    flow(115, "udp-number", "beyond", &["remote"], ["beyond", "beyond"])
+        .to(Target::Address(HOST_BEYOND, UDP_NUMBER)),
+];
+/// That all of them make the same choices twice has a likelihood of 3^-24.
+const SOME: Range<u8> = 0..SOURCES / 2;
+const ENDPOINTS: [&str; 3] = ["a", "b", "remote"];
+
+fn vip(name: &'static str, family: usize) -> SocketAddr {
+    Target::Vip(name).address(family)
+}
+
+impl Changes<'_> {
+    pub(crate) fn run(mut self) -> Vec<(u8, Finding)> {
+        self.flows();
+        self.affinity();
+        self.findings
+    }
+
+    fn found(&mut self, number: u8, family: usize, case: &str, expected: &str, seen: &str) {
+        self.found_if(number, family, case, expected, seen, expected == seen);
+    }
+
+    fn found_if(
+        &mut self,
+        number: u8,
+        family: usize,
+        case: &str,
+        expected: &str,
+        seen: &str,
+        right: bool,
+    ) {
+        let (case, expected, seen) = (case.to_owned(), expected.to_owned(), seen.to_owned());
+        let (setting, family) = (Setting::Base, Some(family));
+        self.findings.push((number, Finding { case, setting, family, expected, seen, right }));
+    }
+
+    /// Asks until the answer is the expected one or time is up; the last answer.
+    fn eventually(&self, expected: &str, mut ask: impl FnMut() -> String) -> String {
+        let until = Instant::now() + self.proxy.patience();
+        loop {
+            let seen = ask();
+            if seen == expected || Instant::now() > until {
+                return seen;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// What one connection from a namespace meets.
+    fn meets(&self, from: &str, to: SocketAddr) -> String {
+        let met = in_netns(&self.net.name(from), || tcp_here(to));
+        words(&BTreeSet::from([met]), from, to)
+    }
+
+    /// 17, 96, 110 to 115.
+    fn flows(&mut self) {
+        self.count_new_flows(UDP_NUMBER);
+        let mut established = BTreeMap::new();
+        let mut sockets = Vec::new();
+        for family in FAMILIES {
+            let met = self.meets("b", vip("deleted", family));
+            self.found(17, family, "before", "a own", &met);
+            let ranged = Target::Balancer("ranges-change").address(family);
+            established.insert((96, family), Lasting::open(self.net, ranged));
+            let leaving = Lasting::open(self.net, vip("tcp-leaves", family));
+            established.insert((110, family), leaving);
+            for flow in &FLOWS {
+                let socket = in_netns(&self.net.name("b"), || udp_socket(flow.address(family)));
+                let met = by(&udp_on(&socket));
+                self.found(flow.row, family, &flow.case("before"), flow.before, &met);
+                sockets.push((flow, family, socket));
+            }
+        }
+
+        self.objects.remove("deleted");
+        self.objects.restrict("ranges-change", &["198.18.99.0/24", "fd00:198:99::/64"]);
+        for family in FAMILIES {
+            self.objects.set("tcp-leaves", family, &["remote"]);
+            for flow in &FLOWS {
+                self.objects.set(flow.service, family, flow.endpoints);
+            }
+        }
+        self.proxy.update(&self.objects);
+
+        for family in FAMILIES {
+            // What new connections meet.
+            let gone = vip("deleted", family);
+            let met = self.eventually("lost", || self.meets("b", gone));
+            self.found(17, family, "after", "lost", &met);
+            let ranged = Target::Balancer("ranges-change").address(family);
+            let met = self.eventually("lost", || self.meets("client", ranged));
+            self.found(96, family, "new connection", "lost", &met);
+            let leaving = vip("tcp-leaves", family);
+            let elsewhere = "remote:8081 masq";
+            let met = self.eventually(elsewhere, || self.meets("client", leaving));
+            self.found(110, family, "new connection", elsewhere, &met);
+            for flow in FLOWS.iter().filter(|flow| flow.row != 115) {
+                let to = flow.address(family);
+                let new = || by(&in_netns(&self.net.name("b"), || udp_on(&udp_socket(to))));
+                let met = self.eventually(flow.new, new);
+                self.found(flow.row, family, &flow.case("another flow"), flow.new, &met);
+            }
+        }
+        std::thread::sleep(AFTERWARDS);
+        for ((row, family), connection) in &mut established {
+            let answer = connection.ask();
+            self.found(*row, *family, "established", "a", &answer);
+        }
+        for (flow, family, socket) in sockets {
+            let met = self.eventually(flow.after, || by(&udp_on(&socket)));
+            self.found(flow.row, family, &flow.case("the flow"), flow.after, &met);
+        }
+        // Its entry may be deleted: another is made in its place.
+        for family in FAMILIES {
+            let new = self.new_flows(family);
+            let seen = if new > 1 { "deleted" } else { "kept" };
+            self.found_if(115, family, "entry", "deleted or kept", seen, new > 0);
+        }
+    }
+
+    /// Lets the node count flows to a UDP port before anybody translates them.
+    fn count_new_flows(&self, port: u16) {
+        let rules = ["ip", "ip6"].map(|table| {
+            format!(
+                "table {table} watch {{\nchain flows {{\n\
+                 type filter hook prerouting priority -150\n\
+                 iifname \"pod-b\" udp dport {port} ct state new counter\n}}\n}}\n"
+            )
+        });
+        in_netns(&self.net.name("node"), || nft(&["-f", "-"], &rules.concat()));
+    }
+
+    fn new_flows(&self, family: usize) -> u64 {
+        let list = ["list", "table", ["ip", "ip6"][family], "watch"];
+        let text = in_netns(&self.net.name("node"), || nft(&list, ""));
+        let count = text.split("packets ").nth(1).and_then(|rest| rest.split(' ').next());
+        count.unwrap().parse().unwrap()
+    }
+
+    /// Who answers connections from the client, from an address or from its own.
+    fn who(&self, from: Option<&str>, to: SocketAddr, times: usize) -> BTreeSet<String> {
+        in_netns(&self.net.name("client"), || {
+            (0..times).map(|_| by(&tcp_from(from.map(ip), to))).collect()
+        })
+    }
+
+    /// Who answers each of some of the client's further addresses.
+    fn choices(&self, to: SocketAddr, family: usize, sources: Range<u8>) -> Vec<String> {
+        let sources = sources.map(|number| source(number, family));
+        sources.map(|source| list(&self.who(Some(&source), to, 1))).collect()
+    }
+
+    /// 103 to 109.
+    fn affinity(&mut self) {
+        let mut kept = Vec::new();
+        for family in FAMILIES {
+            let web = vip("sticky", family);
+            let again = self.who(None, web, 12);
+            self.one(103, family, "VIP", &again);
+            let all = [
+                web,
+                Target::NodePort("sticky", NODE).address(family),
+                Target::Balancer("sticky").address(family),
+                Target::External("sticky").address(family),
+            ];
+            let everywhere: BTreeSet<_> =
+                all.iter().flat_map(|to| self.who(None, *to, 6)).collect();
+            self.one(104, family, "all frontends", &everywhere);
+            let second = Target::VipAt("sticky", 443).address(family);
+            let differ = self.choices(web, family, SOME) != self.choices(second, family, SOME);
+            let seen = if differ { "independent" } else { "the same" };
+            self.found(105, family, "24 clients", "independent", seen);
+            let pair = BEHIND_ONE[family].map(|source| self.who(Some(source), web, 6));
+            self.one(106, family, "both", &pair.into_iter().flatten().collect());
+            kept.push(list(&again));
+        }
+
+        // 108
+        self.proxy.restart();
+        for family in FAMILIES {
+            let seen = list(&self.who(None, vip("sticky", family), 12));
+            let right = seen == kept[family];
+            let seen = if right { "kept".to_owned() } else { seen };
+            self.found_if(108, family, "client", "kept", &seen, right);
+        }
+
+        // 107: the endpoint is not ready, and then it is again.
+        for family in FAMILIES {
+            let endpoints = ENDPOINTS.map(|name| match name {
+                name if name != kept[family] => name,
+                "a" => "a serving",
+                "b" => "b serving",
+                _ => "remote serving",
+            });
+            self.objects.set("sticky", family, &endpoints);
+        }
+        self.proxy.update(&self.objects);
+        let mut moved = Vec::new();
+        for family in FAMILIES {
+            let web = vip("sticky", family);
+            let other = self.eventually("another", || {
+                let all = self.who(None, web, 1);
+                if all.contains(&kept[family]) { list(&all) } else { "another".into() }
+            });
+            self.found(107, family, "unready", "another", &other);
+            let again = self.who(None, web, 12);
+            self.one(107, family, "then", &again);
+            moved.push(list(&again));
+            self.objects.set("sticky", family, &ENDPOINTS);
+        }
+        self.proxy.update(&self.objects);
+        std::thread::sleep(AFTERWARDS);
+        for family in FAMILIES {
+            let web = vip("sticky", family);
+            // Clients that have not been here before.
+            let all = self.choices(web, family, SOURCES / 2..SOURCES);
+            let seen = if all.contains(&kept[family]) { "there" } else { "not there" };
+            self.found(107, family, "ready again, others", "there", seen);
+            let seen = list(&self.who(None, web, 12));
+            let right = seen == moved[family];
+            let seen = if right { "kept".to_owned() } else { seen };
+            self.found_if(107, family, "ready again", "kept", &seen, right);
+        }
+
+        // 109, and that use renews it (103).
+        let mut before = Vec::new();
+        let mut used = [BTreeSet::new(), BTreeSet::new()];
+        for family in FAMILIES {
+            before.push(self.choices(vip("sticky-short", family), family, SOME));
+        }
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(4) {
+            for family in FAMILIES {
+                used[family].extend(self.who(Some(CLIENT[family]), vip("sticky-short", family), 1));
+            }
+            std::thread::sleep(Duration::from_millis(400));
+        }
+        for (family, used) in used.iter().enumerate() {
+            self.one(103, family, "used for longer than the timeout", used);
+            let changed = self.choices(vip("sticky-short", family), family, SOME) != before[family];
+            let seen = if changed { "chosen anew" } else { "kept" };
+            self.found(109, family, "24 clients", "chosen anew", seen);
+        }
+    }
+
+    fn one(&mut self, number: u8, family: usize, case: &str, seen: &BTreeSet<String>) {
+        let one = seen.len() == 1 && ENDPOINTS.contains(&list(seen).as_str());
+        let seen = if one { "one endpoint".to_owned() } else { list(seen) };
+        self.found(number, family, case, "one endpoint", &seen);
+    }
+}
+
+fn list(set: &BTreeSet<String>) -> String {
+    set.iter().cloned().collect::<Vec<_>>().join(", ")
+}
