@@ -105,6 +105,16 @@ impl Shape<'_> {
             NodePorts::All => vec![Statement::ToThisHost, Statement::NotToLoopback],
         }
     }
+
+    /// Matches connections that were dialled at such an address and translated, as far as that can be
+    /// told by then: where all addresses of the host serve node ports, by not being a ClusterIP.
+    fn dialled_node_port_address(&self) -> Vec<Statement> {
+        let dialled = vec![Selector::OriginalDaddr];
+        match self.node_ports {
+            NodePorts::Listed => vec![Statement::In(dialled, SetName::NodeportIps)],
+            NodePorts::All => vec![Statement::NotIn(dialled, SetName::ClusterIps)],
+        }
+    }
 }
 
 const FRONTEND: [Selector; 3] = [Selector::Daddr, Selector::L4Proto, Selector::Dport];
@@ -140,9 +150,7 @@ fn base(name: &ChainName) -> Option<Base> {
 }
 
 fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
-    use Statement::{
-        CtStateNew, CtStatusDnat, Drop, Goto, In, Jump, MarkOr, Reject, Return, ToLoopback, Vmap,
-    };
+    use Statement::{CtStateNew, Drop, Goto, In, Jump, MarkOr, Reject, ToLoopback, Vmap};
     let mark = shape.options.masquerade_mark;
     let next = || Goto(name.next().expect("a chain that leads on"));
     match name {
@@ -175,11 +183,16 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
             Rule::new([In(vec![Selector::Daddr], SetName::ServiceCidrs), Drop])
                 .comment("ClusterIP not allocated"),
         ],
-        ChainName::AffinityRecord => affinity_record(Entry::Address).into(),
+        ChainName::AffinityRecord => {
+            let mut rules = Vec::from(affinity_record(Entry::Address));
+            let mut node_port = shape.dialled_node_port_address();
+            node_port.push(Goto(ChainName::AffinityRecordNodeport));
+            rules.push(Rule::new(node_port));
+            rules
+        }
         ChainName::AffinityRecordNodeport => affinity_record(Entry::NodePort).into(),
-        // What was translated goes to an endpoint, which no look-up below would find.
-        ChainName::Untranslated => vec![
-            Rule::new([CtStatusDnat, Return]),
+        // Translated or not: an endpoint can be a ClusterIP, and is refused as one.
+        ChainName::NewConnection => vec![
             Rule::new([Vmap(FRONTEND.into(), SetName::NoEndpoints)]),
             Rule::new([Goto(ChainName::ClusterIpsCheck)]),
         ],
@@ -199,7 +212,7 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
             rules
         }
         ChainName::FilterForward | ChainName::FilterOutput => {
-            vec![Rule::new([CtStateNew, Jump(ChainName::Untranslated)])]
+            vec![Rule::new([CtStateNew, Jump(ChainName::NewConnection)])]
         }
         ChainName::NatPrerouting | ChainName::NatOutput => {
             vec![Rule::new([Jump(ChainName::Dispatch)])]
@@ -378,16 +391,16 @@ fn affinity_record(entry: Entry) -> [Rule; 3] {
 }
 
 /// Remembers the backend of a new connection, if the Service asks for it. Almost none does, so that
-/// this is asked first.
+/// this is asked first. An address can be both a Service's and one that serves node ports: what is
+/// dialled there is a node port only if it is no frontend of the address.
 fn remembered(shape: &Shape<'_>) -> [Rule; 2] {
-    use Statement::{CtStatusDnat, In, Jump};
-    let dialled = |set| In(vec![Selector::OriginalDaddr], set);
+    use Statement::{CtStatusDnat, In, Jump, NotIn};
+    let dialled = || vec![Selector::OriginalDaddr];
+    let address =
+        vec![CtStatusDnat, In(dialled(), SetName::AffinityIps), Jump(ChainName::AffinityRecord)];
     let mut node_port = vec![CtStatusDnat];
-    // Where all addresses serve node ports, what was translated came to one of them.
-    if shape.node_ports == NodePorts::Listed {
-        node_port.push(dialled(SetName::NodeportIps));
-    }
+    node_port.extend(shape.dialled_node_port_address());
+    node_port.push(NotIn(dialled(), SetName::AffinityIps));
     node_port.push(Jump(ChainName::AffinityRecordNodeport));
-    let address = [CtStatusDnat, dialled(SetName::AffinityIps), Jump(ChainName::AffinityRecord)];
     [Rule::new(address), Rule::new(node_port)]
 }

@@ -106,8 +106,8 @@ pub enum ChainName {
     AffinityRecord,
     /// The same for clients of node ports.
     AffinityRecordNodeport,
-    /// Looks at new connections that were not translated.
-    Untranslated,
+    /// Looks at the destinations of new connections once they are translated.
+    NewConnection,
     /// Base chain, filter input.
     FilterInput,
     /// Base chain, filter forward.
@@ -137,7 +137,7 @@ impl ChainName {
         Self::ClusterIpsCheck,
         Self::AffinityRecord,
         Self::AffinityRecordNodeport,
-        Self::Untranslated,
+        Self::NewConnection,
         Self::FilterInput,
         Self::FilterForward,
         Self::FilterOutput,
@@ -161,7 +161,7 @@ impl ChainName {
             Self::ClusterIpsCheck => "cluster-ips-check",
             Self::AffinityRecord => "affinity-record",
             Self::AffinityRecordNodeport => "affinity-record-nodeport",
-            Self::Untranslated => "untranslated",
+            Self::NewConnection => "new-connection",
             Self::FilterInput => "filter-input",
             Self::FilterForward => "filter-forward",
             Self::FilterOutput => "filter-output",
