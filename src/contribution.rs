@@ -7,12 +7,10 @@
 mod node;
 mod service;
 
-use std::collections::BTreeMap;
-
 pub use node::of_node;
 pub use service::of_service;
 
-use crate::model::{Family, NamespacedName, Protocol};
+use crate::model::{Family, NamespacedName, Protocol, Service, ServicePort};
 use crate::nft::element::{Backend, ElementId, Value};
 use crate::nft::names::{AffinityName, ChainName};
 use crate::slots::Slots;
@@ -72,8 +70,41 @@ impl Contribution {
     }
 }
 
-/// The numbering of the backends of every port of a Service, by family, protocol and port name.
-pub type PortSlots = BTreeMap<(Family, Protocol, Box<str>), Lists>;
+/// The numbering of the backends of every port of a Service, by family, protocol and port name. A list,
+/// since almost every Service has one port or two, and there are tens of thousands of Services.
+#[derive(Clone, Debug, Default)]
+pub struct PortSlots(Vec<(PortKey, Lists)>);
+
+type PortKey = (Family, Protocol, Box<str>);
+
+impl PortSlots {
+    /// The lists of a port, empty if it had none so far.
+    pub fn lists(&mut self, family: Family, port: &ServicePort) -> &mut Lists {
+        let key = (family, port.protocol, &*port.name);
+        let found = self.0.iter().position(|((f, p, name), _)| (*f, *p, &**name) == key);
+        let index = found.unwrap_or_else(|| {
+            let key = (family, port.protocol, port.name.clone());
+            self.0.reserve_exact(1);
+            self.0.push((key, Lists::default()));
+            self.0.len() - 1
+        });
+        &mut self.0[index].1
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Forgets the ports that are not the Service's.
+    fn retain_ports_of(&mut self, service: &Service) {
+        self.0.retain(|((family, protocol, name), _)| {
+            service.cluster_ip(*family).is_some()
+                && service.ports.iter().any(|p| p.protocol == *protocol && p.name == *name)
+        });
+    }
+}
 
 /// The numberings of one port: each list has slots of its own, shared by all its frontends.
 #[derive(Clone, Debug, Default)]

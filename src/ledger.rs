@@ -54,7 +54,8 @@ struct AffinityMap {
 #[derive(Debug, Default)]
 pub struct Staged {
     contributions: Vec<(Contributor, Contribution)>,
-    elements: BTreeMap<ElementId, Change>,
+    /// What changes; sorted.
+    elements: Vec<(ElementId, Change)>,
     shared: BTreeMap<ElementId, i64>,
     chains: BTreeMap<(Family, ChainName), i64>,
     new_chains: Vec<(Family, ChainName)>,
@@ -79,26 +80,29 @@ impl Ledger {
                 if item.set.is_shared() {
                     *staged.shared.entry(item).or_default() += step(left, came);
                 } else {
-                    let change = staged.elements.entry(item).or_default();
-                    change.from = left.cloned().or(change.from.take());
-                    change.to = came.cloned().or(change.to.take());
+                    let change = Change { from: left.cloned(), to: came.cloned() };
+                    staged.elements.push((item, change));
                 }
             }
-            for chain in before.chains.iter().filter(|&c| after.chains.binary_search(c).is_err()) {
-                *staged.chains.entry(chain.clone()).or_default() -= 1;
-            }
-            for chain in after.chains.iter().filter(|&c| before.chains.binary_search(c).is_err()) {
-                *staged.chains.entry(chain.clone()).or_default() += 1;
-            }
-            self.stage_affinities(&before.affinities, &after.affinities, &mut staged);
+            self.stage_rest(before, after, &mut staged);
         }
         for (&id, &delta) in &staged.shared {
             let before = self.shared.get(&id).copied().unwrap_or(0);
             let exists = |count: u32| (count > 0).then_some(Value::None);
             let change = Change { from: exists(before), to: exists(moved(before, delta)) };
-            staged.elements.insert(id, change);
+            staged.elements.push((id, change));
         }
-        staged.elements.retain(|_, change| change.from != change.to);
+        // One that goes from a contributor to another is one change.
+        staged.elements.sort_by_key(|(id, _)| *id);
+        staged.elements.dedup_by(|(next, change), (id, kept)| {
+            let same = next == id;
+            if same {
+                kept.from = change.from.take().or(kept.from.take());
+                kept.to = change.to.take().or(kept.to.take());
+            }
+            same
+        });
+        staged.elements.retain(|(_, change)| change.from != change.to);
         staged.new_chains = staged
             .chains
             .keys()
@@ -107,6 +111,36 @@ impl Ledger {
             .collect();
         staged.contributions = contributions;
         staged
+    }
+
+    /// Everything there is, on a ledger that has nothing: [`Staged::ruleset`] says what is wanted.
+    /// Elements stay where they are, as there can be hundreds of thousands.
+    #[must_use]
+    pub fn stage_all(contributions: Vec<(Contributor, Contribution)>) -> Staged {
+        let mut staged = Staged::default();
+        let nothing = Contribution::default();
+        let mut shared = Vec::new();
+        for (_, after) in &contributions {
+            shared.extend(after.elements.iter().map(|(id, _)| *id).filter(|id| id.set.is_shared()));
+            Self::default().stage_rest(&nothing, after, &mut staged);
+        }
+        shared.sort_unstable();
+        let claims = shared.chunk_by(|a, b| a == b).map(|claims| (claims[0], count(claims.len())));
+        staged.shared = claims.collect();
+        staged.new_chains = staged.chains.keys().cloned().collect();
+        staged.contributions = contributions;
+        staged
+    }
+
+    /// Chains and affinity maps of one contributor.
+    fn stage_rest(&self, before: &Contribution, after: &Contribution, staged: &mut Staged) {
+        for chain in before.chains.iter().filter(|&c| after.chains.binary_search(c).is_err()) {
+            *staged.chains.entry(chain.clone()).or_default() -= 1;
+        }
+        for chain in after.chains.iter().filter(|&c| before.chains.binary_search(c).is_err()) {
+            *staged.chains.entry(chain.clone()).or_default() += 1;
+        }
+        self.stage_affinities(&before.affinities, &after.affinities, staged);
     }
 
     /// An affinity map belongs to one Service port, so that there is nothing to count.
@@ -161,14 +195,13 @@ impl Ledger {
 
     /// Moves on to what the kernel has accepted.
     pub fn accept(&mut self, staged: Staged) {
-        for (id, delta) in staged.shared {
-            let count = moved(self.shared.get(&id).copied().unwrap_or(0), delta);
-            if count == 0 {
-                self.shared.remove(&id);
-            } else {
-                self.shared.insert(id, count);
-            }
+        if self.shared.is_empty() {
+            let counts = staged.shared.iter().map(|(id, delta)| (*id, moved(0, *delta)));
+            self.shared = counts.filter(|(_, count)| *count > 0).collect();
+        } else {
+            self.move_shared(staged.shared);
         }
+
         for (chain, delta) in staged.chains {
             let count = self.chains.entry(chain.clone()).or_default();
             *count = moved(*count, delta);
@@ -194,11 +227,28 @@ impl Ledger {
             self.open_affinities.remove(&key);
             self.affinities.remove(&key);
         }
-        for (contributor, contribution) in staged.contributions {
+        let mut contributions = staged.contributions;
+        if self.contributions.is_empty() {
+            contributions.retain(|(_, contribution)| *contribution != Contribution::default());
+            self.contributions = contributions.into_iter().collect();
+            return;
+        }
+        for (contributor, contribution) in contributions {
             if contribution == Contribution::default() {
                 self.contributions.remove(&contributor);
             } else {
                 self.contributions.insert(contributor, contribution);
+            }
+        }
+    }
+
+    fn move_shared(&mut self, shared: BTreeMap<ElementId, i64>) {
+        for (id, delta) in shared {
+            let count = moved(self.shared.get(&id).copied().unwrap_or(0), delta);
+            if count == 0 {
+                self.shared.remove(&id);
+            } else {
+                self.shared.insert(id, count);
             }
         }
     }
@@ -230,11 +280,10 @@ impl Staged {
         transaction
     }
 
-    /// Everything that is wanted, if this was staged on an empty ledger. Takes the elements out, of
-    /// which there can be hundreds of thousands; what is left can still be accepted.
+    /// Everything that is wanted, if this came from [`Ledger::stage_all`].
     #[must_use]
-    pub fn take_ruleset(&mut self, options: Options) -> Ruleset {
-        let elements = std::mem::take(&mut self.elements);
+    pub fn ruleset(&self, options: Options) -> Ruleset {
+        let elements = self.contributions.iter().flat_map(|(_, c)| c.elements.iter().cloned());
         Ruleset {
             options,
             shared_chains: self.new_chains.iter().cloned().collect(),
@@ -243,7 +292,7 @@ impl Staged {
                 .iter()
                 .filter_map(|(key, map)| Some((key.clone(), map.backends.clone()?)))
                 .collect(),
-            elements: elements.into_iter().filter_map(|(id, c)| Some((id, c.to?))).collect(),
+            elements: elements.collect(),
         }
     }
 
@@ -264,6 +313,10 @@ impl Staged {
         };
         self.contributions.iter().find(|(_, contribution)| asks(contribution)).map(|(c, _)| c)
     }
+}
+
+fn count(claims: usize) -> i64 {
+    i64::try_from(claims).unwrap_or(i64::MAX)
 }
 
 /// A count after a change. Counts below zero would mean that a claim was removed twice.

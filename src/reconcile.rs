@@ -218,7 +218,7 @@ impl<K: Kernel> Proxy<K> {
     pub fn wanted(&mut self) -> Ruleset {
         let all = self.state.all_contributions();
         let all = accepted(all, &mut self.reported, &self.set_aside);
-        Ledger::default().stage(all).take_ruleset(self.state.options())
+        Ledger::stage_all(all).ruleset(self.state.options())
     }
 
     /// What a commit would do now, if the kernel was read back for it; and for whom, as far as one
@@ -227,8 +227,8 @@ impl<K: Kernel> Proxy<K> {
         let options = self.state.options();
         let loaded = self.kernel.load(&options)?;
         self.adopt_slots(&loaded);
-        let mut staged = self.stage_all();
-        let transaction = diff(&loaded, &staged.take_ruleset(options));
+        let staged = self.stage_all();
+        let transaction = diff(&loaded, staged.ruleset(options));
         let named = |op: Op| {
             let contributor = staged.contributor(&op).cloned();
             (op, contributor)
@@ -252,11 +252,10 @@ impl<K: Kernel> Proxy<K> {
         }
         let mut set_aside = 0;
         loop {
-            let mut staged = self.stage_all();
-            let ruleset = staged.take_ruleset(self.options.clone());
-            let mut transaction = diff(&loaded, &ruleset);
-            let elements = count_elements(ruleset.elements.keys());
-            drop(ruleset);
+            let staged = self.stage_all();
+            let ruleset = staged.ruleset(self.options.clone());
+            let elements = count_elements(ruleset.elements.iter().map(|(id, _)| id));
+            let mut transaction = diff(&loaded, ruleset);
             match apply(&mut self.kernel, &mut transaction) {
                 Ok(done) => {
                     let mut ledger = Ledger::default();
@@ -309,15 +308,15 @@ impl<K: Kernel> Proxy<K> {
 
     /// The same after everything was committed over tables that were found.
     fn serve_all(&mut self, loaded: &Loaded) {
-        let all = self.state.contributors();
-        let all: Vec<_> = all.filter(|name| !self.set_aside.contains(name)).collect();
-        self.serve(all);
+        let accountable = self.state.accountable();
+        let accountable: Vec<_> = accountable.filter(|c| !self.set_aside.contains(c)).collect();
+        self.serve(accountable);
         let Self { state, set_aside, serving, account, .. } = self;
-        let exists = |name: &NamespacedName| {
-            state.has_service(name) || set_aside.contains(&Contributor::Service(name.clone()))
+        let counts = |name: &NamespacedName| {
+            state.is_accountable(name) || set_aside.contains(&Contributor::Service(name.clone()))
         };
-        account.retain(exists);
-        serving.retain(exists);
+        account.retain(counts);
+        serving.retain(counts);
         let found = loaded.tables.values().filter(|table| foreign(table).is_none());
         serving.found(found.flat_map(|table| table.elements.keys()).filter_map(frontend_of));
     }
@@ -332,7 +331,7 @@ impl<K: Kernel> Proxy<K> {
             });
             all.extend(kept);
         }
-        Ledger::default().stage(all)
+        Ledger::stage_all(all)
     }
 
     /// Whose operations were refused, each said once. Nobody's, if the table itself was refused:

@@ -79,6 +79,7 @@ impl Slots {
         for slot in vacant {
             self.0.swap_remove(slot);
         }
+        self.0.reserve_exact(coming.len());
         self.0.extend(coming);
         self.0.shrink_to(self.0.len() * 2);
     }

@@ -3,17 +3,20 @@
 //! Events change this state and mark what they touch; contributions are computed only when they are
 //! about to be committed, so that ten changes of one Service between two commits cost one.
 
+mod objects;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::ops::Range;
 
+use self::objects::{Holding, Known, Objects};
 use crate::account::{self, Local};
 use crate::conntrack::{Endpoints, NodePortAddresses, udp_frontends};
-use crate::contribution::{self, Contribution, Contributor, Lists, PortSlots};
+use crate::contribution::{self, Contribution, Contributor, Lists};
 use crate::frontend::{Frontend, Frontends, frontends};
 use crate::model::{
-    EndpointSlice, Event, Family, HostFacts, Kind, NamespacedName, NodeFacts, Problem, Service,
-    ServiceCidr,
+    EndpointSlice, Event, Family, HostFacts, Kind, NamespacedName, NodeFacts, Problem, Protocol,
+    Service, ServiceCidr,
 };
 use crate::nft::dataplane::{FIRST_LOCAL_SLOT, Options};
 use crate::nft::element::{ElementId, Key, Value};
@@ -33,22 +36,11 @@ pub struct State {
     registered: Vec<IpAddr>,
     /// Whether there is a Node object.
     seen: bool,
-    services: BTreeMap<NamespacedName, Known<Service>>,
-    slices: BTreeMap<NamespacedName, Known<EndpointSlice>>,
-    /// Slices by the Service they belong to; a slice can arrive before its Service.
-    slices_of: BTreeMap<NamespacedName, BTreeSet<NamespacedName>>,
+    objects: Objects,
     cidrs: BTreeMap<NamespacedName, Known<ServiceCidr>>,
-    slots: BTreeMap<NamespacedName, PortSlots>,
     frontends: Frontends,
     stale: BTreeSet<Contributor>,
     listings: BTreeMap<Kind, Listing>,
-}
-
-/// An object and the listing that named it last.
-#[derive(Debug)]
-struct Known<T> {
-    object: T,
-    listing: u32,
 }
 
 #[derive(Debug, Default)]
@@ -72,11 +64,8 @@ impl State {
             registered: Vec::new(),
             seen: false,
             node: NodeFacts::default(),
-            services: BTreeMap::new(),
-            slices: BTreeMap::new(),
-            slices_of: BTreeMap::new(),
+            objects: Objects::default(),
             cidrs: BTreeMap::new(),
-            slots: BTreeMap::new(),
             frontends: Frontends::default(),
             stale: BTreeSet::from([Contributor::Node]),
             listings: BTreeMap::new(),
@@ -131,8 +120,8 @@ impl State {
     #[must_use]
     pub fn count(&self, kind: Kind) -> usize {
         match kind {
-            Kind::Service => self.services.len(),
-            Kind::EndpointSlice => self.slices.len(),
+            Kind::Service => self.objects.service_count(),
+            Kind::EndpointSlice => self.objects.slice_count(),
             Kind::ServiceCidr => self.cidrs.len(),
             Kind::Node => 1,
         }
@@ -187,8 +176,8 @@ impl State {
     /// gained or lost one by it, and their rivals.
     fn contest(&mut self, name: &NamespacedName) -> BTreeSet<NamespacedName> {
         let mut affected = BTreeSet::new();
-        let Some(service) = self.services.get(name) else { return affected };
-        for frontend in self.frontends.contested(&service.object) {
+        let Some((_, service)) = self.objects.service(name) else { return affected };
+        for frontend in self.frontends.contested(service) {
             let claimants: Vec<_> = self.frontends.claimants(frontend).cloned().collect();
             let before = self.frontends.owner(frontend).cloned();
             for claimant in &claimants {
@@ -204,8 +193,8 @@ impl State {
 
     /// Whether there is an endpoint anywhere that could answer for a Service at a frontend of its own.
     fn can_answer(&self, name: &NamespacedName, frontend: Frontend) -> bool {
-        let Some(Known { object: service, .. }) = self.services.get(name) else { return false };
-        let slices = slices_of(name, &self.slices_of, &self.slices);
+        let Some((holding, service)) = self.objects.service(name) else { return false };
+        let slices = holding.slices();
         let family = frontend.family();
         service.ports.iter().any(|port| {
             frontends(service, port, family).iter().any(|(own, _)| *own == frontend)
@@ -221,8 +210,8 @@ impl State {
     fn keep(&mut self, kind: Kind, name: &NamespacedName) {
         let listing = self.listing(kind);
         let known = match kind {
-            Kind::Service => self.services.get_mut(name).map(|known| &mut known.listing),
-            Kind::EndpointSlice => self.slices.get_mut(name).map(|known| &mut known.listing),
+            Kind::Service => self.objects.service_listing(name),
+            Kind::EndpointSlice => self.objects.slice_listing(name),
             Kind::ServiceCidr => self.cidrs.get_mut(name).map(|known| &mut known.listing),
             Kind::Node => None,
         };
@@ -237,8 +226,8 @@ impl State {
         listing.settled = true;
         let number = listing.number;
         let unnamed: Vec<NamespacedName> = match kind {
-            Kind::Service => unnamed(&self.services, number),
-            Kind::EndpointSlice => unnamed(&self.slices, number),
+            Kind::Service => self.objects.unnamed_services(number),
+            Kind::EndpointSlice => self.objects.unnamed_slices(number),
             Kind::ServiceCidr => unnamed(&self.cidrs, number),
             // A Node that is away for a moment must not take the node's addresses along.
             Kind::Node => Vec::new(),
@@ -263,17 +252,17 @@ impl State {
         }
         if (&before.zone, &before.name) != (&self.node.zone, &self.node.name) {
             // One of two events that concern many Services: those whose endpoints are for some zones.
-            let hinted =
-                self.slices.values().map(|known| &known.object).filter(|slice| {
-                    slice.endpoints.iter().any(|endpoint| endpoint.hints.is_some())
-                });
+            let hinted = self
+                .objects
+                .slices()
+                .filter(|slice| slice.endpoints.iter().any(|endpoint| endpoint.hints.is_some()));
             touched.extend(hinted.map(|slice| Contributor::Service(slice.service.clone())));
         }
         if Family::BOTH.map(|f| before.primary(f)) != Family::BOTH.map(|f| self.node.primary(f)) {
             // A load balancer's source ranges may contain the node.
-            let services = self.services.values().map(|known| &known.object);
-            let restricted = services.filter(|service| !service.source_ranges.is_empty());
-            touched.extend(restricted.map(|service| Contributor::Service(service.name.clone())));
+            let services = self.objects.services();
+            let restricted = services.filter(|(.., service)| !service.source_ranges.is_empty());
+            touched.extend(restricted.map(|(name, ..)| Contributor::Service(name.clone())));
         }
         touched
     }
@@ -281,61 +270,59 @@ impl State {
     fn service(&mut self, service: Service) -> BTreeSet<Contributor> {
         let listing = self.listing(Kind::Service);
         let name = service.name.clone();
-        if let Some(known) = self.services.get_mut(&name)
-            && known.object == service
-        {
-            known.listing = listing;
+        let before = self.objects.service(&name).map(|(_, service)| service);
+        if before == Some(&service) {
+            if let Some(known) = self.objects.service_listing(&name) {
+                *known = listing;
+            }
             return BTreeSet::new();
         }
-        let before = self.services.get(&name).map(|known| &known.object);
         let others = self.frontends.update(before, Some(&service));
-        self.services.insert(name.clone(), Known { object: service, listing });
+        self.objects.put_service(service, listing);
         others.into_iter().chain([name]).map(Contributor::Service).collect()
     }
 
     fn slice(&mut self, slice: EndpointSlice) -> BTreeSet<Contributor> {
         let listing = self.listing(Kind::EndpointSlice);
         let mut touched = BTreeSet::new();
-        if let Some(known) = self.slices.get_mut(&slice.name) {
-            if known.object == slice {
-                known.listing = listing;
+        if let Some(known) = self.objects.slice(&slice.name) {
+            if *known == slice {
+                let known = self.objects.slice_listing(&slice.name);
+                if let Some(known) = known {
+                    *known = listing;
+                }
                 return touched;
             }
-            let owner = known.object.service.clone();
-            if owner != slice.service {
-                touched.extend(self.detach(&owner, &slice.name));
+            if known.service != slice.service {
+                touched.extend(self.take_slice(&slice.name));
             }
         }
-        self.slices_of.entry(slice.service.clone()).or_default().insert(slice.name.clone());
-        if self.services.contains_key(&slice.service) {
-            touched.insert(Contributor::Service(slice.service.clone()));
-        }
-        self.slices.insert(slice.name.clone(), Known { object: slice, listing });
+        touched.extend(self.contributor(slice.service.clone()));
+        self.objects.put_slice(slice, listing);
         touched
     }
 
-    /// Takes a slice from a Service.
-    fn detach(&mut self, owner: &NamespacedName, slice: &NamespacedName) -> Option<Contributor> {
-        if let Some(slices) = self.slices_of.get_mut(owner) {
-            slices.remove(slice);
-            if slices.is_empty() {
-                self.slices_of.remove(owner);
-            }
-        }
-        self.services.contains_key(owner).then(|| Contributor::Service(owner.clone()))
+    /// Takes a slice from its Service.
+    fn take_slice(&mut self, slice: &NamespacedName) -> Option<Contributor> {
+        let owner = self.objects.take_slice(slice)?;
+        self.contributor(owner)
+    }
+
+    /// A Service as contributor, if there is one of the name.
+    fn contributor(&self, name: NamespacedName) -> Option<Contributor> {
+        self.has_service(&name).then_some(Contributor::Service(name))
     }
 
     fn gone(&mut self, kind: Kind, name: &NamespacedName) -> BTreeSet<Contributor> {
         match kind {
             Kind::Service => {
-                let Some(known) = self.services.remove(name) else { return BTreeSet::new() };
-                let others = self.frontends.update(Some(&known.object), None);
+                let Some(service) = self.objects.take_service(name) else {
+                    return BTreeSet::new();
+                };
+                let others = self.frontends.update(Some(&service), None);
                 others.into_iter().chain([name.clone()]).map(Contributor::Service).collect()
             }
-            Kind::EndpointSlice => {
-                let Some(known) = self.slices.remove(name) else { return BTreeSet::new() };
-                self.detach(&known.object.service, name).into_iter().collect()
-            }
+            Kind::EndpointSlice => self.take_slice(name).into_iter().collect(),
             Kind::ServiceCidr => {
                 let removed = self.cidrs.remove(name);
                 removed.into_iter().map(|_| Contributor::Node).collect()
@@ -355,8 +342,22 @@ impl State {
 
     /// Every contribution, computed now.
     pub fn all_contributions(&mut self) -> Vec<(Contributor, Contribution, Vec<Problem>)> {
-        let all: Vec<_> = self.contributors().collect();
-        all.into_iter().map(|contributor| self.contribution(contributor)).collect()
+        let mut all = Vec::with_capacity(1 + self.objects.service_count());
+        all.push(self.contribution(Contributor::Node));
+        let Self { objects, node, frontends, .. } = self;
+        let mut gone = Vec::new();
+        for (name, holding) in objects.holdings() {
+            match of_service(holding, node, frontends) {
+                Some((contribution, problems)) => {
+                    all.push((Contributor::Service(name.clone()), contribution, problems));
+                }
+                None => gone.push(name.clone()),
+            }
+        }
+        for name in &gone {
+            self.objects.tidy(name);
+        }
+        all
     }
 
     /// Everything stale was committed.
@@ -364,27 +365,29 @@ impl State {
         self.stale.clear();
     }
 
-    /// Everybody who asks for something: the node, then the Services by name.
-    pub fn contributors(&self) -> impl Iterator<Item = Contributor> {
-        let services = self.services.keys().cloned().map(Contributor::Service);
+    /// Those whose commits are told to others than the kernel: the node, then the few Services of which
+    /// [`Self::local`] or [`Self::udp_frontends`] can have something to say.
+    pub fn accountable(&self) -> impl Iterator<Item = Contributor> {
+        let services = self.objects.services().filter(|(.., service)| is_accountable(service));
+        let services = services.map(|(name, ..)| Contributor::Service(name.clone()));
         std::iter::once(Contributor::Node).chain(services)
     }
 
     /// All Services, by name.
     pub fn services(&self) -> impl Iterator<Item = &Service> {
-        self.services.values().map(|known| &known.object)
+        self.objects.services().map(|(_, _, service)| service)
     }
 
     /// The Service of this name.
     #[must_use]
     pub fn service_named(&self, name: &NamespacedName) -> Option<&Service> {
-        self.services.get(name).map(|known| &known.object)
+        self.objects.service(name).map(|(_, service)| service)
     }
 
     /// The slices of a Service.
     #[must_use]
     pub fn slices_of(&self, service: &NamespacedName) -> Vec<&EndpointSlice> {
-        slices_of(service, &self.slices_of, &self.slices)
+        self.objects.service(service).map_or_else(Vec::new, |(holding, _)| holding.slices())
     }
 
     /// The Service that serves a frontend.
@@ -399,29 +402,36 @@ impl State {
         &self.node
     }
 
-    /// Whether there is such a Service.
+    /// Whether a Service is one of them.
     #[must_use]
-    pub fn has_service(&self, name: &NamespacedName) -> bool {
-        self.services.contains_key(name)
+    pub fn is_accountable(&self, name: &NamespacedName) -> bool {
+        self.objects.service(name).is_some_and(|(_, service)| is_accountable(service))
+    }
+
+    fn has_service(&self, name: &NamespacedName) -> bool {
+        self.objects.service(name).is_some()
     }
 
     /// The UDP frontends a Service owns, with the endpoints whose flows are to stay.
     #[must_use]
     pub fn udp_frontends(&self, name: &NamespacedName) -> Vec<(Frontend, Endpoints)> {
-        let Some(service) = self.services.get(name) else { return Vec::new() };
-        let slices = slices_of(name, &self.slices_of, &self.slices);
-        udp_frontends(&service.object, &slices, &self.frontends)
+        match self.objects.service(name) {
+            Some((holding, service)) if has_udp(service) => {
+                udp_frontends(service, &holding.slices(), &self.frontends)
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// What about a Service concerns this node alone; nothing if there is no such Service.
     #[must_use]
     pub fn local(&self, name: &NamespacedName) -> Local {
-        let Some(service) = self.services.get(name) else { return Local::default() };
-        let service = &service.object;
-        if service.health_check_node_port.is_none() && !service.is_local() {
-            return Local::default();
+        match self.objects.service(name) {
+            Some((holding, service)) if has_local(service) => {
+                account::local(service, &holding.slices(), &self.node)
+            }
+            _ => Local::default(),
         }
-        account::local(service, &slices_of(name, &self.slices_of, &self.slices), &self.node)
     }
 
     /// The Node object, if there is one.
@@ -457,23 +467,15 @@ impl State {
                 let cidrs = self.cidrs.values().map(|known| &known.object);
                 (contribution::of_node(&self.node, &self.settings, cidrs), Vec::new())
             }
-            Contributor::Service(name) => match self.services.get(name) {
-                None => {
-                    self.slots.remove(name);
+            Contributor::Service(name) => {
+                let Self { objects, node, frontends, .. } = self;
+                let holding = objects.holding(name);
+                let found = holding.and_then(|holding| of_service(holding, node, frontends));
+                found.unwrap_or_else(|| {
+                    objects.tidy(name);
                     (Contribution::default(), Vec::new())
-                }
-                Some(service) => {
-                    let slices = slices_of(name, &self.slices_of, &self.slices);
-                    let slots = self.slots.entry(name.clone()).or_default();
-                    contribution::of_service(
-                        &service.object,
-                        &slices,
-                        &self.node,
-                        slots,
-                        &self.frontends,
-                    )
-                }
-            },
+                })
+            }
         };
         (contributor, contribution, problems)
     }
@@ -481,12 +483,13 @@ impl State {
     /// Takes over the numbering of backends that the kernel holds in a family, so that a restart
     /// renumbers nothing. All frontends of a port share its lists; the first that has one in the kernel tells.
     pub fn adopt_slots(&mut self, family: Family, elements: &BTreeMap<ElementId, Value>) {
-        for (name, known) in &self.services {
-            let service = &known.object;
+        let Self { objects, frontends: owners, .. } = self;
+        for (name, holding) in objects.holdings() {
+            let Some(Known { object: service, .. }) = &holding.service else { continue };
             for port in &service.ports {
                 let mut lists = Lists::default();
                 let all = frontends(service, port, family).into_iter();
-                for (frontend, _) in all.filter(|(f, _)| self.frontends.owner(*f) == Some(name)) {
+                for (frontend, _) in all.filter(|(f, _)| owners.owner(*f) == Some(name)) {
                     let held = |slots| held_slots(elements, family, frontend, slots);
                     if lists.cluster.as_slice().is_empty() {
                         lists.cluster = held(0..FIRST_LOCAL_SLOT);
@@ -495,20 +498,38 @@ impl State {
                         lists.local = held(FIRST_LOCAL_SLOT..u16::MAX);
                     }
                 }
-                let key = (family, port.protocol, port.name.clone());
-                self.slots.entry(name.clone()).or_default().insert(key, lists);
+                *holding.slots.lists(family, port) = lists;
             }
         }
     }
 }
 
-fn slices_of<'a>(
-    service: &NamespacedName,
-    of: &BTreeMap<NamespacedName, BTreeSet<NamespacedName>>,
-    slices: &'a BTreeMap<NamespacedName, Known<EndpointSlice>>,
-) -> Vec<&'a EndpointSlice> {
-    let names = of.get(service).into_iter().flatten();
-    names.filter_map(|name| slices.get(name)).map(|known| &known.object).collect()
+fn has_udp(service: &Service) -> bool {
+    service.ports.iter().any(|port| port.protocol == Protocol::Udp)
+}
+
+fn has_local(service: &Service) -> bool {
+    service.health_check_node_port.is_some() || service.is_local()
+}
+
+fn is_accountable(service: &Service) -> bool {
+    has_udp(service) || has_local(service)
+}
+
+/// The contribution of a Service, if there is one.
+fn of_service(
+    holding: &mut Holding,
+    node: &NodeFacts,
+    owners: &Frontends,
+) -> Option<(Contribution, Vec<Problem>)> {
+    // Taken out, since the slices are borrowed from the same place.
+    let mut slots = std::mem::take(&mut holding.slots);
+    let of = |known: &Known<Service>| {
+        contribution::of_service(&known.object, &holding.slices(), node, &mut slots, owners)
+    };
+    let found = holding.service.as_ref().map(of);
+    holding.slots = slots;
+    found
 }
 
 /// The backends of a frontend in these slots, numbered from the first of them.

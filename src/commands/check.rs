@@ -150,7 +150,8 @@ fn of_tables(tables: &mut Tables) -> Vec<Finding> {
             } else if let Some(changed) = tables.changed(family) {
                 findings.push(Finding::attention("tables", changed, "see `nftproxy diff`"));
             } else {
-                let of_family = tables.ruleset.elements.keys().filter(|id| id.family == family);
+                let of_family =
+                    tables.ruleset.elements.iter().filter(|(id, _)| id.family == family);
                 let elements = count(of_family.count(), "element");
                 let found = format!("{family} {TABLE} is as nftproxy makes it, with {elements}");
                 findings.push(Finding::good("tables", found));

@@ -102,8 +102,9 @@ fn guesses(options: &Options, loaded: &Loaded) -> Vec<Options> {
 
 fn ruleset(loaded: &Loaded, options: Options) -> Ruleset {
     let mut ruleset = Ruleset { options, ..Ruleset::default() };
+    let mut elements = Vec::new();
     for (&family, table) in loaded.tables.iter().filter(|(_, table)| foreign(table).is_none()) {
-        ruleset.elements.extend(table.elements.iter().map(|(id, value)| (*id, value.clone())));
+        elements.extend(table.elements.iter().map(|(id, value)| (*id, value.clone())));
         let names = table.chains.keys().filter_map(|name| name.parse::<ChainName>().ok());
         ruleset.shared_chains.extend(names.filter(ChainName::is_shared).map(|name| (family, name)));
         let affinities = table.affinities.iter();
@@ -112,5 +113,6 @@ fn ruleset(loaded: &Loaded, options: Options) -> Ruleset {
             .collect();
         ruleset.affinities.extend(affinities);
     }
+    ruleset.elements = elements.into_iter().collect();
     ruleset
 }

@@ -26,10 +26,7 @@ pub fn of_service(
     slots: &mut PortSlots,
     owners: &Frontends,
 ) -> (Contribution, Vec<Problem>) {
-    slots.retain(|(family, protocol, name), _| {
-        service.cluster_ip(*family).is_some()
-            && service.ports.iter().any(|p| p.protocol == *protocol && p.name == *name)
-    });
+    slots.retain_ports_of(service);
     let mut building = Building {
         service,
         node,
@@ -44,7 +41,7 @@ pub fn of_service(
             building.add(family, SetName::ClusterIps, Key::Address(cluster_ip), Value::None);
         }
         for port in &service.ports {
-            let lists = slots.entry((family, port.protocol, port.name.clone())).or_default();
+            let lists = slots.lists(family, port);
             building.port(port, family, slices, lists, owners);
         }
     }
@@ -392,6 +389,8 @@ impl<'a, 'b> Objects<'a, 'b> {
         let chain = ChainName::of_port(port, PortChain::Record(*memory, *timeout));
         let (key, protocol) = match self.frontend {
             Frontend::Address(address, protocol, port) => {
+                let key = Key::Address(address);
+                self.building.add(self.family, SetName::AffinityIps, key, Value::None);
                 (Key::AddressPort(address, port), protocol)
             }
             Frontend::NodePort(_, protocol, port) => (Key::Port(port), protocol),

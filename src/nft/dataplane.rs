@@ -126,6 +126,16 @@ impl Shape<'_> {
             NodePorts::All => vec![Statement::ToThisHost, Statement::NotToLoopback],
         }
     }
+
+    /// Matches connections that were dialled at such an address and translated, as far as that can be
+    /// told by then: where all addresses of the host serve node ports, by not being a ClusterIP.
+    fn dialled_node_port_address(&self) -> Vec<Statement> {
+        let dialled = vec![Selector::OriginalDaddr];
+        match self.node_ports {
+            NodePorts::Listed => vec![Statement::In(dialled, SetName::NodeportIps)],
+            NodePorts::All => vec![Statement::NotIn(dialled, SetName::ClusterIps)],
+        }
+    }
 }
 
 const FRONTEND: [Selector; 3] = [Selector::Daddr, Selector::L4Proto, Selector::Dport];
@@ -164,9 +174,7 @@ fn base(name: &ChainName) -> Option<Base> {
 }
 
 fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
-    use Statement::{
-        CtStateNew, CtStatusDnat, Drop, Goto, In, Jump, MarkOr, Reject, ToLoopback, Vmap,
-    };
+    use Statement::{CtStateNew, Drop, Goto, In, Jump, MarkOr, Reject, ToLoopback, Vmap};
     let mark = shape.options.masquerade_mark;
     let next = || Goto(name.next().expect("a chain that leads on"));
     match name {
@@ -199,7 +207,19 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
             Rule::new([In(vec![Selector::Daddr], SetName::ServiceCidrs), Drop])
                 .comment("ClusterIP not allocated"),
         ],
-        ChainName::AffinityRecord => affinity_record(shape),
+        ChainName::AffinityRecord => {
+            let mut rules = Vec::from(affinity_record(Entry::Address));
+            let mut node_port = shape.dialled_node_port_address();
+            node_port.push(Goto(ChainName::AffinityRecordNodeport));
+            rules.push(Rule::new(node_port));
+            rules
+        }
+        ChainName::AffinityRecordNodeport => affinity_record(Entry::NodePort).into(),
+        // Translated or not: an endpoint can be a ClusterIP, and is refused as one.
+        ChainName::NewConnection => vec![
+            Rule::new([Vmap(FRONTEND.into(), SetName::NoEndpoints)]),
+            Rule::new([Goto(ChainName::ClusterIpsCheck)]),
+        ],
         ChainName::FilterInput => {
             let mut node_port = vec![CtStateNew];
             node_port.extend(shape.to_node_port_address());
@@ -217,32 +237,33 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
             }
             rules
         }
-        ChainName::FilterForward | ChainName::FilterOutput => vec![
-            Rule::new([CtStateNew, Vmap(FRONTEND.into(), SetName::NoEndpoints)]),
-            Rule::new([CtStateNew, Jump(ChainName::ClusterIpsCheck)]),
-        ],
+        ChainName::FilterForward | ChainName::FilterOutput => {
+            vec![Rule::new([CtStateNew, Jump(ChainName::NewConnection)])]
+        }
         ChainName::NatPrerouting | ChainName::NatOutput => {
             vec![Rule::new([Jump(ChainName::Dispatch)])]
         }
         // A connection to a backend in the host's own network never reaches postrouting.
-        ChainName::NatInput => vec![Rule::new([CtStatusDnat, Jump(ChainName::AffinityRecord)])],
+        ChainName::NatInput => remembered(shape).into(),
         ChainName::NatPostrouting => postrouting(shape),
     }
 }
 
 /// The mark is taken off again, so that it asks for nothing once a tunnel has wrapped the packet.
 fn postrouting(shape: &Shape<'_>) -> Vec<Rule> {
-    use Statement::{CtStatusDnat, In, Jump, MarkClear, MarkXor, Masquerade, Return};
+    use Statement::{CtStatusDnat, In, MarkClear, MarkXor, Masquerade, Return};
     let mark = shape.options.masquerade_mark;
-    let mut rules = vec![
-        Rule::new([CtStatusDnat, Jump(ChainName::AffinityRecord)]),
+    let mut rules = Vec::from(remembered(shape));
+    rules.push(
         Rule::new([
+            // Others are masqueraded anyway.
+            MarkClear(mark),
             CtStatusDnat,
             In(vec![Selector::Saddr, Selector::Daddr], SetName::Hairpin),
             Masquerade,
         ])
         .comment("a pod that was given itself"),
-    ];
+    );
     if shape.loopback == Loopback::NodePorts {
         let outside = Statement::NotToInterface(InterfaceName::Whole("lo".into()));
         rules.push(
@@ -337,7 +358,8 @@ fn dispatch(shape: &Shape<'_>) -> Vec<Rule> {
     if shape.options.masquerade_all {
         rules.push(Rule::new([to_cluster_ip, mark]));
     } else if let Some(from_elsewhere) = shape.is_not_from_pod() {
-        rules.push(Rule::new([to_cluster_ip, from_elsewhere, mark]));
+        // A pod's address is found among few.
+        rules.push(Rule::new([from_elsewhere, to_cluster_ip, mark]));
     }
     let services = Rule::new([Statement::Vmap(FRONTEND.into(), SetName::Services)]);
     let mut to_node_port = shape.to_node_port_address();
@@ -386,23 +408,28 @@ fn record(port: &PortName, memory: Memory, timeout: u32) -> Vec<Rule> {
 
 /// By the frontend that was dialled, which translation has left in the connection's original
 /// direction only.
-fn affinity_record(shape: &Shape<'_>) -> Vec<Rule> {
-    let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
-    let by_address = protocols.map(|protocol| {
-        let map = SetName::affinity_record(Entry::Address, protocol);
-        let key = vec![Selector::OriginalDaddr, Selector::OriginalDport];
+fn affinity_record(entry: Entry) -> [Rule; 3] {
+    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(|protocol| {
+        let map = SetName::affinity_record(entry, protocol);
+        let key = match entry {
+            Entry::Address => vec![Selector::OriginalDaddr, Selector::OriginalDport],
+            Entry::NodePort => vec![Selector::OriginalDport],
+        };
         Rule::new([Statement::L4Proto(protocol), Statement::Vmap(key, map)])
-    });
-    let by_node_port = protocols.map(|protocol| {
-        let map = SetName::affinity_record(Entry::NodePort, protocol);
-        let mut statements =
-            vec![Statement::L4Proto(protocol), Statement::Vmap(vec![Selector::OriginalDport], map)];
-        // Where all addresses serve node ports, what was translated came to one of them.
-        if shape.node_ports == NodePorts::Listed {
-            let dialled = Statement::In(vec![Selector::OriginalDaddr], SetName::NodeportIps);
-            statements.insert(0, dialled);
-        }
-        Rule::new(statements)
-    });
-    by_address.into_iter().chain(by_node_port).collect()
+    })
+}
+
+/// Remembers the backend of a new connection, if the Service asks for it. Almost none does, so that
+/// this is asked first. An address can be both a Service's and one that serves node ports: what is
+/// dialled there is a node port only if it is no frontend of the address.
+fn remembered(shape: &Shape<'_>) -> [Rule; 2] {
+    use Statement::{CtStatusDnat, In, Jump, NotIn};
+    let dialled = || vec![Selector::OriginalDaddr];
+    let address =
+        vec![CtStatusDnat, In(dialled(), SetName::AffinityIps), Jump(ChainName::AffinityRecord)];
+    let mut node_port = vec![CtStatusDnat];
+    node_port.extend(shape.dialled_node_port_address());
+    node_port.push(NotIn(dialled(), SetName::AffinityIps));
+    node_port.push(Jump(ChainName::AffinityRecordNodeport));
+    [Rule::new(address), Rule::new(node_port)]
 }

@@ -52,7 +52,7 @@ pub fn foreign(table: &LoadedTable) -> Option<Foreign> {
 
 /// The operations that turn `loaded` into `wanted`.
 #[must_use]
-pub fn diff(loaded: &Loaded, wanted: &Ruleset) -> Transaction {
+pub fn diff(loaded: &Loaded, wanted: Ruleset) -> Transaction {
     let mut transaction = Transaction::default();
     let mut held: BTreeMap<Family, &BTreeMap<ElementId, Value>> = BTreeMap::new();
     let mut chains = Vec::new();
@@ -112,18 +112,22 @@ pub fn diff(loaded: &Loaded, wanted: &Ruleset) -> Transaction {
     transaction.add_chains(chains.into_iter(), &wanted.options);
     for (family, chain) in refill {
         transaction.ops.push(Op::FlushChain(family, chain.name.to_string()));
-        transaction.ops.push(Op::AddRules(family, chain));
+        transaction.ops.push(Op::AddRules(family, Box::new(chain)));
     }
-    let holds = |id: &ElementId| held.get(&id.family).and_then(|elements| elements.get(id));
+    let holds = |id: &ElementId| held.get(&id.family)?.get(id);
     for (&id, value) in held.values().copied().flatten() {
         if wanted.elements.get(&id) != Some(value) {
             transaction.ops.push(Op::DeleteElement(id, value.clone()));
         }
     }
-    for (&id, value) in &wanted.elements {
-        if holds(&id) != Some(value) {
-            transaction.ops.push(Op::AddElement(id, value.clone()));
-        }
+    let missing = wanted.elements.into_iter().filter(|(id, value)| holds(id) != Some(value));
+    // Made in the place of the list, which is most of what there is.
+    let added: Vec<Op> = missing.map(|(id, value)| Op::AddElement(id, value)).collect();
+    if transaction.ops.len() < added.len() {
+        let before = std::mem::replace(&mut transaction.ops, added);
+        transaction.ops.splice(..0, before);
+    } else {
+        transaction.ops.extend(added);
     }
     transaction.delete_chains(leftover.into_iter());
     last.sort_by_key(|op| matches!(op, Op::Forget(..)));

@@ -61,6 +61,77 @@ pub enum Value {
     Backend(Backend),
 }
 
+/// Many elements, by their keys. A list and no tree: it is made at once, of hundreds of thousands, and
+/// then read in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Elements(Vec<(ElementId, Value)>);
+
+impl Elements {
+    /// The value of an element.
+    #[must_use]
+    pub fn get(&self, id: &ElementId) -> Option<&Value> {
+        let index = self.0.binary_search_by(|(other, _)| other.cmp(id)).ok()?;
+        Some(&self.0[index].1)
+    }
+
+    /// The elements from this one on, in order.
+    #[must_use]
+    pub fn from(&self, first: &ElementId) -> &[(ElementId, Value)] {
+        &self.0[self.0.partition_point(|(id, _)| id < first)..]
+    }
+
+    /// All of them, in order.
+    pub fn iter(&self) -> std::slice::Iter<'_, (ElementId, Value)> {
+        self.0.iter()
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// Of several values for one key, the last one counts.
+impl FromIterator<(ElementId, Value)> for Elements {
+    fn from_iter<I: IntoIterator<Item = (ElementId, Value)>>(elements: I) -> Self {
+        let mut list: Vec<_> = elements.into_iter().collect();
+        list.sort_by_key(|(id, _)| *id);
+        list.dedup_by(|(next, value), (id, kept)| {
+            let same = next == id;
+            if same {
+                std::mem::swap(value, kept);
+            }
+            same
+        });
+        Self(list)
+    }
+}
+
+impl IntoIterator for Elements {
+    type Item = (ElementId, Value);
+    type IntoIter = std::vec::IntoIter<Self::Item>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+impl<'a> IntoIterator for &'a Elements {
+    type Item = &'a (ElementId, Value);
+    type IntoIter = std::slice::Iter<'a, (ElementId, Value)>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
 /// Where a connection is sent: address and port of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Backend {

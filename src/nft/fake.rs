@@ -104,7 +104,7 @@ impl FakeKernel {
             }
             Op::AddChain(family, chain) => {
                 let table = tables.get_mut(family).ok_or(libc::ENOENT)?;
-                let empty = (Chain { rules: Vec::new(), ..chain.clone() }, Vec::new());
+                let empty = (Chain { rules: Vec::new(), ..(**chain).clone() }, Vec::new());
                 match table.chains.insert(chain.name.to_string(), empty) {
                     None => Ok(()),
                     Some(_) => Err(libc::EEXIST),

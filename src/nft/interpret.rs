@@ -413,7 +413,7 @@ impl Interpreter<'_> {
                 let lowest = IpNet::new(lowest.addr(), 0).unwrap_or(lowest);
                 let key = Key::Sources(a, protocol, port, lowest);
                 let id = ElementId { family: self.family, set, key };
-                let mut of_frontend = ruleset.elements.range(id..).take_while(|(id, _)| {
+                let mut of_frontend = ruleset.elements.from(&id).iter().take_while(|(id, _)| {
                     id.set == set
                         && matches!(id.key, Key::Sources(b, p, n, _) if (b, p, n) == (a, protocol, port))
                 });
@@ -433,7 +433,7 @@ impl Interpreter<'_> {
             _ => return None,
         };
         let id = ElementId { family: self.family, set, key };
-        ruleset.elements.get_key_value(&id).map(|(id, value)| (*id, value))
+        ruleset.elements.get(&id).map(|value| (id, value))
     }
 
     fn came_by(&self, base: &ChainName, name: &InterfaceName) -> bool {

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::dataplane::{self, Options};
-use super::element::{Backend, ElementId, Key, Value};
+use super::element::{Backend, ElementId, Elements, Key, Value};
 use super::names::{AffinityName, ChainName, SetName};
 use super::rule::Chain;
 use crate::model::{Family, Protocol};
@@ -23,7 +23,7 @@ pub struct Ruleset {
     /// The affinity maps, and the backends that clients may be held to in each (sorted).
     pub affinities: BTreeMap<(Family, AffinityName), Box<[Backend]>>,
     /// Every element.
-    pub elements: BTreeMap<ElementId, Value>,
+    pub elements: Elements,
 }
 
 impl Ruleset {
@@ -47,11 +47,12 @@ impl Ruleset {
         &self,
         family: Family,
         set: SetName,
-    ) -> impl Iterator<Item = (&ElementId, &Value)> + '_ {
+    ) -> impl Iterator<Item = &(ElementId, Value)> + '_ {
         // The lowest key of all: `Frontend` is the first variant, and these its lowest values.
         let key = Key::Frontend(IpAddr::V4(Ipv4Addr::UNSPECIFIED), Protocol::Tcp, 0);
         self.elements
-            .range(ElementId { family, set, key }..)
+            .from(&ElementId { family, set, key })
+            .iter()
             .take_while(move |(id, _)| id.family == family && id.set == set)
     }
 }

@@ -5,8 +5,6 @@
 //! cannot change its value, only be replaced), and chains last to go, with the maps they look into
 //! behind them.
 
-use std::collections::BTreeMap;
-
 use super::dataplane::{self, Options};
 use super::element::{Backend, ElementId, Value};
 use super::names::{AffinityName, ChainName, SetName};
@@ -30,9 +28,9 @@ pub enum Op {
     /// Packets fill the map meanwhile, so this alone is done when everything else is in force.
     Forget(Family, AffinityName, Box<[Backend]>),
     /// Declares a chain, still empty.
-    AddChain(Family, Chain),
+    AddChain(Family, Box<Chain>),
     /// Appends all rules of a chain.
-    AddRules(Family, Chain),
+    AddRules(Family, Box<Chain>),
     /// Removes all rules of a chain.
     FlushChain(Family, String),
     /// Removes an empty chain that nothing refers to.
@@ -63,22 +61,23 @@ impl Transaction {
         chains: impl Iterator<Item = (Family, ChainName)> + Clone,
         options: &Options,
     ) {
-        let built = chains.map(|(family, name)| (family, dataplane::chain(name, family, options)));
+        let chain = |name, family| Box::new(dataplane::chain(name, family, options));
+        let built = chains.map(|(family, name)| (family, chain(name, family)));
         self.ops.extend(built.clone().map(|(family, chain)| Op::AddChain(family, chain)));
         self.ops.extend(built.map(|(family, chain)| Op::AddRules(family, chain)));
     }
 
     /// Removes what is no longer wanted, then adds what is new.
-    pub(crate) fn change_elements(&mut self, changes: &BTreeMap<ElementId, Change>) {
-        self.ops.extend(changes.iter().filter_map(|(&id, change)| match change {
+    pub(crate) fn change_elements(&mut self, changes: &[(ElementId, Change)]) {
+        self.ops.extend(changes.iter().filter_map(|(id, change)| match change {
             Change { from: Some(value), to } if to.as_ref() != Some(value) => {
-                Some(Op::DeleteElement(id, value.clone()))
+                Some(Op::DeleteElement(*id, value.clone()))
             }
             _ => None,
         }));
-        self.ops.extend(changes.iter().filter_map(|(&id, change)| match change {
+        self.ops.extend(changes.iter().filter_map(|(id, change)| match change {
             Change { from, to: Some(value) } if from.as_ref() != Some(value) => {
-                Some(Op::AddElement(id, value.clone()))
+                Some(Op::AddElement(*id, value.clone()))
             }
             _ => None,
         }));

@@ -2,23 +2,30 @@
 //! network namespace; beside the bare kernel time, which is one `sendmsg` of the very same bytes,
 //! encoded before, into another empty namespace.
 //!
+//! The same for a small change: one endpoint more (`+1`), which changes a verdict, so that the kernel
+//! walks all of them again; and one endpoint in the place of another (`swap`).
+//!
 //! `cargo bench --bench program -- [SERVICES ENDPOINTS]`, as root. Absolute times differ from machine
 //! to machine; the ratio to the bare kernel is the figure. `--quick` runs a small size, to see that
 //! it works.
 
 #![expect(clippy::print_stdout, reason = "a bench prints its table")]
+#![expect(unsafe_code, reason = "an allocator that counts is one")]
 #![expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
 
+use std::alloc::{GlobalAlloc, Layout, System};
 use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nftproxy::model::{
     Endpoint, EndpointSlice, Event, Family, Kind, NamespacedName, NodeFacts, Protocol, Scheduler,
     Service, ServicePort, SessionAffinity, SlicePort, TrafficPolicy,
 };
-use nftproxy::nft::diff::diff;
-use nftproxy::nft::kernel::Loaded;
+use nftproxy::nft::dataplane::Options;
+use nftproxy::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded};
 use nftproxy::nft::netlink::NetlinkKernel;
+use nftproxy::nft::transaction::Transaction;
 use nftproxy::reconcile::Proxy;
 use nftproxy::settings::Settings;
 use nftproxy::state::State;
@@ -35,8 +42,21 @@ fn main() {
         _ => vec![(1_000, 10), (10_000, 5), (5_000, 50), (45_000, 1)],
     };
     println!(
-        "{:>13} {:>9} {:>9} {:>6} {:>9} {:>9} {:>9} {:>9} {:>8}",
-        "size", "sync", "bare", "ratio", "bytes", "+1 p50", "+1 p99", "swap p50", "RSS"
+        "{:>10} | {:>9} {:>9} {:>5} {:>8} | {:>8} {:>8} {:>8} {:>6} | {:>8} {:>8} {:>6} | {:>7} {:>7}",
+        "size",
+        "sync ms",
+        "bare ms",
+        "ratio",
+        "bytes",
+        "+1 p50",
+        "bare p50",
+        "p99 ms",
+        "allocs",
+        "swap p50",
+        "bare p50",
+        "allocs",
+        "RSS MB",
+        "peak MB",
     );
     for (services, endpoints) in sizes {
         // A process of its own for each size, so that memory figures are its own.
@@ -115,11 +135,11 @@ fn slice(index: usize, per_service: usize, first: usize, count: usize) -> Endpoi
     }
 }
 
-fn proxy(kernel: NetlinkKernel) -> Proxy<NetlinkKernel> {
+fn proxy<K: Kernel>(kernel: K) -> Proxy<K> {
     Proxy::new(State::new(Settings::default(), NodeFacts::default()), kernel)
 }
 
-fn feed(proxy: &mut Proxy<NetlinkKernel>, services: usize, endpoints: usize) {
+fn feed<K: Kernel>(proxy: &mut Proxy<K>, services: usize, endpoints: usize) {
     for index in 0..services {
         proxy.observe(Event::Service(service(index)));
         proxy.observe(Event::EndpointSlice(slice(index, endpoints, 0, endpoints)));
@@ -134,42 +154,72 @@ fn namespace() -> NetlinkKernel {
     NetlinkKernel::open().expect("a netlink socket")
 }
 
+/// What one size took, through the program or bare.
+#[derive(Default)]
+struct Run {
+    sync: Duration,
+    bytes: usize,
+    more: Vec<Duration>,
+    swapped: Vec<Duration>,
+}
+
 fn measure(services: usize, endpoints: usize) {
+    let mut run = Run::default();
     let mut proxy = proxy(namespace());
     feed(&mut proxy, services, endpoints);
     let began = Instant::now();
-    let done = proxy.commit().expect("the first commit");
-    let sync = began.elapsed();
-    let resident = resident_mib();
+    run.bytes = proxy.commit().expect("the first commit").applied.bytes;
+    run.sync = began.elapsed();
+    let (resident, peak) = (memory("VmRSS:"), memory("VmHWM:"));
 
-    // One endpoint more, then one less, in a Service after the other.
-    let (mut more, mut swapped) = (Vec::new(), Vec::new());
-    for change in 0..CHANGES.min(services) {
-        let index = change * services / CHANGES.min(services);
-        more.push(timed(&mut proxy, slice(index, endpoints, 0, endpoints + 1)));
-        timed(&mut proxy, slice(index, endpoints, 0, endpoints));
-        swapped.push(timed(&mut proxy, slice(index, endpoints, 1, endpoints)));
+    let (mut more_allocations, mut swap_allocations) = (0, 0);
+    for [more, less, swap] in changes(services, endpoints) {
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        run.more.push(timed(&mut proxy, more));
+        more_allocations = more_allocations.max(ALLOCATIONS.load(Ordering::Relaxed) - before);
+        timed(&mut proxy, less);
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        run.swapped.push(timed(&mut proxy, swap));
+        swap_allocations = swap_allocations.max(ALLOCATIONS.load(Ordering::Relaxed) - before);
     }
+    drop(proxy);
 
-    let bare = bare(services, endpoints);
-    more.sort();
-    swapped.sort();
+    let mut bare = bare(services, endpoints);
+    assert_eq!(run.bytes, bare.bytes, "the bare kernel gets the very same batch");
+    for times in [&mut run.more, &mut run.swapped, &mut bare.more, &mut bare.swapped] {
+        times.sort();
+    }
     println!(
-        "{:>13} {:>9} {:>9} {:>6.2} {:>9} {:>9} {:>9} {:>9} {:>5} MiB",
-        format!("{services} x {endpoints}"),
-        millis(sync),
-        millis(bare),
-        sync.as_secs_f64() / bare.as_secs_f64(),
-        done.applied.bytes,
-        millis(more[more.len() / 2]),
-        millis(more[more.len() * 99 / 100]),
-        millis(swapped[swapped.len() / 2]),
+        "{:>10} | {:>9} {:>9} {:>5.2} {:>8} | {:>8} {:>8} {:>8} {:>6} | {:>8} {:>8} {:>6} | {:>7.1} {:>7.1}",
+        format!("{services}x{endpoints}"),
+        millis(run.sync),
+        millis(bare.sync),
+        run.sync.as_secs_f64() / bare.sync.as_secs_f64(),
+        run.bytes,
+        millis(run.more[run.more.len() / 2]),
+        millis(bare.more[bare.more.len() / 2]),
+        millis(run.more[run.more.len() * 99 / 100]),
+        more_allocations,
+        millis(run.swapped[run.swapped.len() / 2]),
+        millis(bare.swapped[bare.swapped.len() / 2]),
+        swap_allocations,
         resident,
+        peak,
     );
 }
 
+/// In one Service after the other: one endpoint more, one less, one in the place of another.
+fn changes(services: usize, endpoints: usize) -> impl Iterator<Item = [EndpointSlice; 3]> {
+    let count = CHANGES.min(services);
+    (0..count).map(move |change| {
+        let index = change * services / count;
+        [(0, endpoints + 1), (0, endpoints), (1, endpoints)]
+            .map(|(first, count)| slice(index, endpoints, first, count))
+    })
+}
+
 /// From the event to the end of the commit.
-fn timed(proxy: &mut Proxy<NetlinkKernel>, slice: EndpointSlice) -> Duration {
+fn timed<K: Kernel>(proxy: &mut Proxy<K>, slice: EndpointSlice) -> Duration {
     let began = Instant::now();
     proxy.observe(Event::EndpointSlice(slice));
     let done = proxy.commit().expect("a small commit");
@@ -178,26 +228,90 @@ fn timed(proxy: &mut Proxy<NetlinkKernel>, slice: EndpointSlice) -> Duration {
     took
 }
 
-/// The same first batch, encoded before, into another empty namespace.
-fn bare(services: usize, endpoints: usize) -> Duration {
-    let mut kernel = namespace();
-    let mut proxy = proxy(NetlinkKernel::open().expect("a netlink socket"));
+/// Takes every transaction and keeps its bytes. New chains go ahead of the change that needs them, so
+/// that a commit can be two.
+#[derive(Default)]
+struct Recorder(Vec<Vec<u8>>);
+
+impl Kernel for Recorder {
+    fn load(&mut self, _: &Options) -> Result<Loaded, LoadError> {
+        Ok(Loaded::default())
+    }
+
+    fn apply(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+        self.0.push(NetlinkKernel::encode(transaction));
+        Ok(Applied::default())
+    }
+}
+
+/// The same batches, encoded before, into another empty namespace.
+fn bare(services: usize, endpoints: usize) -> Run {
+    let mut proxy = proxy(Recorder::default());
     feed(&mut proxy, services, endpoints);
-    let bytes = NetlinkKernel::encode(&diff(&Loaded::default(), &proxy.wanted()));
+    proxy.commit().expect("a recorder takes everything");
+    let mut commits = vec![std::mem::take(&mut proxy.kernel_mut().0)];
+    for slice in changes(services, endpoints).flatten() {
+        timed(&mut proxy, slice);
+        commits.push(std::mem::take(&mut proxy.kernel_mut().0));
+    }
     drop(proxy);
-    let began = Instant::now();
-    kernel.send_encoded(&bytes).expect("the bare batch");
-    began.elapsed()
+
+    let mut kernel = namespace();
+    let mut send = |batches: &Vec<Vec<u8>>| {
+        let began = Instant::now();
+        for bytes in batches {
+            kernel.send_encoded(bytes).expect("the bare batch");
+        }
+        began.elapsed()
+    };
+    let (first, others) = commits.split_first().expect("the first commit");
+    let bytes = first.iter().map(Vec::len).sum();
+    let mut run = Run { sync: send(first), bytes, ..Run::default() };
+    for change in others.chunks(3) {
+        let [more, less, swap] = change else { unreachable!("three changes of each Service") };
+        run.more.push(send(more));
+        send(less);
+        run.swapped.push(send(swap));
+    }
+    run
 }
 
 fn millis(duration: Duration) -> String {
-    format!("{:.3} ms", duration.as_secs_f64() * 1e3)
+    format!("{:.3}", duration.as_secs_f64() * 1e3)
 }
 
-/// Resident memory of this process.
-fn resident_mib() -> u64 {
+/// A figure of this process's memory, in MB.
+fn memory(name: &str) -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("/proc is mounted");
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("a VmRSS line");
-    let kib: u64 = line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number");
-    kib / 1024
+    let line = status.lines().find(|line| line.starts_with(name)).expect("the line is there");
+    let kib = line.split_whitespace().nth(1).and_then(|n| n.parse::<u32>().ok()).expect("a number");
+    f64::from(kib) * 1024.0 / 1e6
+}
+
+/// Allocations since the start, by Rust code; those of libnftnl are not seen.
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+struct Counting;
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+// SAFETY: everything is left to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
 }

@@ -171,6 +171,33 @@ fn affinity_under_local_policies_and_for_endpoints_on_the_node_itself() {
 }
 
 #[test]
+fn a_client_of_an_address_is_not_taken_for_one_of_a_node_port_of_the_same_number() {
+    let Some(net) = Net::new() else { return };
+    let sticky = "sessionAffinity: ClientIP";
+    let external = format!("externalIPs: [{:?}]", NODE[0]);
+    let service = |name, vip, spec: &[&str], port, node_port| {
+        let ports = [("http", "TCP", port, node_port)];
+        Svc { name, cluster_ips: &[vip], ports: &ports, spec, balancer_ips: &[] }.yaml()
+    };
+    for (address, spec) in [("10.96.0.21", &[][..]), (NODE[0], &[external.as_str(), sticky])] {
+        let objects = [
+            CLUSTER.to_owned(),
+            service("by-address", "10.96.0.21", spec, 30081, 0),
+            slice("by-address", "4", &HTTP, &["10.244.1.5!"]),
+            service("by-node-port", "10.96.0.22", &[sticky], 80, 30081),
+            slice("by-node-port", "4", &HTTP, &["10.244.1.6!"]),
+        ];
+        net.write("web.yaml", &objects.concat());
+        let daemon = configured(&net, "nodePortAddresses: [0.0.0.0/0]\n");
+        assert_eq!(by(one(&net, "client", to(address, 30081))), "a");
+        assert_eq!(by(one(&net, "client", to(NODE_SECOND, 30081))), "b");
+        daemon.terminate();
+        // With whom it remembers.
+        in_netns(&net.name("node"), || nft(&["delete", "table", "ip", "nftproxy"], ""));
+    }
+}
+
+#[test]
 fn a_full_affinity_map_lets_new_clients_through() {
     let Some(net) = Net::new() else { return };
     let spec = ["sessionAffinity: ClientIP"];

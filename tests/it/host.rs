@@ -252,7 +252,8 @@ fn the_kernel_is_asked_and_left_as_it_was() {
             let slot = Selector::Slot { source: SlotSource::Random, modulus: 0, offset: 0 };
             let key = vec![Selector::Daddr, Selector::L4Proto, Selector::Dport, slot];
             let rules = vec![Rule::new([Statement::Dnat(key, SetName::Endpoints)])];
-            vec![Op::AddRules(family, Chain { name: ChainName::Dispatch, base: None, rules })]
+            let chain = Chain { name: ChainName::Dispatch, base: None, rules };
+            vec![Op::AddRules(family, Box::new(chain))]
         };
         let impossible =
             Feature { name: "magic", only: Some("nothing goes"), ops: none_of_nothing };

@@ -93,3 +93,27 @@ fn services_of_two_protocols_can_have_one_number() {
     assert_eq!(one(&net, "remote", dns), answered("a", 8081, REMOTE[0]));
     assert_eq!(udp(&net.name("remote"), dns), answered("a", 53, REMOTE[0]));
 }
+
+/// Kubernetes says that an endpoint cannot be a ClusterIP; kube-proxy refuses what is sent to one.
+#[test]
+fn an_endpoint_that_is_a_cluster_ip_is_refused() {
+    let Some(net) = Net::new() else { return };
+    let vips = ["10.96.0.10", "fd00:10:96::10"];
+    let here = ["10.244.1.5!", "fd00:10:244:1::5!"];
+    let web = simple("web", &vips, ("TCP", 80, 0), 8080, &here);
+    let via = |name, ips: &[&str], port| simple(name, ips, ("TCP", 80, 0), port, &vips);
+    // By a port that the ClusterIP has, and by one that it has not.
+    let to_its_port = via("to-its-port", &["10.96.0.11", "fd00:10:96::11"], 80);
+    let to_no_port = via("to-no-port", &["10.96.0.12", "fd00:10:96::12"], 81);
+    net.write("web.yaml", &(CLUSTER.to_owned() + &web + &to_its_port + &to_no_port));
+    let _daemon = run(&net, &["--cluster-cidr", CIDRS]);
+    for (family, prefix) in ["10.96.0.", "fd00:10:96::"].into_iter().enumerate() {
+        for from in ["client", "b", "node"] {
+            assert!(matches!(one(&net, from, to(vips[family], 80)), Outcome::Answered { .. }));
+            for last in ["11", "12"] {
+                let vip = to(&format!("{prefix}{last}"), 80);
+                assert_eq!(one(&net, from, vip), Outcome::Refused, "{from} to {vip}");
+            }
+        }
+    }
+}

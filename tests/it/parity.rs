@@ -83,7 +83,7 @@ fn whatever_the_settings_are() {
 fn compare(ruleset: &Ruleset) {
     let (mut by_text, mut by_netlink) = (Value::Null, Value::Null);
     in_namespace(|| {
-        let transaction = diff(&Loaded::default(), ruleset);
+        let transaction = diff(&Loaded::default(), ruleset.clone());
         NetlinkKernel::open().unwrap().apply(&transaction).unwrap();
         by_netlink = listed();
     });
@@ -120,7 +120,7 @@ fn text_loads() -> bool {
 #[test]
 fn no_instruction_swaps_bytes() {
     in_namespace(|| {
-        let transaction = diff(&Loaded::default(), &wanted(example()));
+        let transaction = diff(&Loaded::default(), wanted(example()));
         NetlinkKernel::open().unwrap().apply(&transaction).unwrap();
         let instructions = nft(&["--debug=netlink", "list", "ruleset"], "");
         assert!(instructions.contains("set source-ranges"), "{instructions}");
@@ -131,7 +131,7 @@ fn no_instruction_swaps_bytes() {
 #[test]
 fn a_dump_reads_back_what_either_of_them_made() {
     let ruleset = wanted(example());
-    let transaction = diff(&Loaded::default(), &ruleset);
+    let transaction = diff(&Loaded::default(), ruleset.clone());
     for by_text in [true, false] {
         if by_text && !text_loads() {
             continue;
@@ -145,7 +145,7 @@ fn a_dump_reads_back_what_either_of_them_made() {
             }
             let loaded = kernel.load(&ruleset.options).unwrap();
             assert_eq!(loaded.tables.len(), 2);
-            let left = diff(&loaded, &ruleset);
+            let left = diff(&loaded, ruleset.clone());
             let ops: Vec<_> = left.ops.iter().map(text::op).collect();
             assert!(left.is_empty(), "made by text: {by_text}, left to do: {ops:#?}\n{loaded:#?}");
         });

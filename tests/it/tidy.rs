@@ -73,7 +73,7 @@ const RINGS: [Ring; 4] = [
             "src/frontend.rs",
             "src/contribution",
             "src/ledger.rs",
-            "src/state.rs",
+            "src/state",
             "src/settings.rs",
             "src/conntrack/serving.rs",
             "src/conntrack/sweep.rs",

@@ -51,7 +51,7 @@ pub(super) fn served<'a>(
     let serves_node_ports = || match ruleset.options.node_ports[usize::from(family == Family::V6)] {
         NodePorts::Listed => {
             let key = Key::Address(target.address);
-            ruleset.elements.contains_key(&ElementId { family, set: SetName::NodeportIps, key })
+            ruleset.elements.get(&ElementId { family, set: SetName::NodeportIps, key }).is_some()
         }
         NodePorts::All => {
             state.node_facts().interfaces.contains(&target.address) && !target.address.is_loopback()

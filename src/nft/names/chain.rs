@@ -104,6 +104,10 @@ pub enum ChainName {
     ClusterIpsCheck,
     /// Remembers the backends of clients of Services with session affinity.
     AffinityRecord,
+    /// The same for clients of node ports.
+    AffinityRecordNodeport,
+    /// Looks at the destinations of new connections once they are translated.
+    NewConnection,
     /// Base chain, filter input.
     FilterInput,
     /// Base chain, filter forward.
@@ -122,7 +126,7 @@ pub enum ChainName {
 
 impl ChainName {
     /// The chains that always exist, in the order of the table's text.
-    pub const FIXED: [Self; 16] = [
+    pub const FIXED: [Self; 18] = [
         Self::MarkForMasquerade,
         Self::ExternalLocal,
         Self::NodeportExternalLocal,
@@ -132,6 +136,8 @@ impl ChainName {
         Self::NoEndpoint,
         Self::ClusterIpsCheck,
         Self::AffinityRecord,
+        Self::AffinityRecordNodeport,
+        Self::NewConnection,
         Self::FilterInput,
         Self::FilterForward,
         Self::FilterOutput,
@@ -154,6 +160,8 @@ impl ChainName {
             Self::NoEndpoint => "no-endpoint",
             Self::ClusterIpsCheck => "cluster-ips-check",
             Self::AffinityRecord => "affinity-record",
+            Self::AffinityRecordNodeport => "affinity-record-nodeport",
+            Self::NewConnection => "new-connection",
             Self::FilterInput => "filter-input",
             Self::FilterForward => "filter-forward",
             Self::FilterOutput => "filter-output",

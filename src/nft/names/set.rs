@@ -44,6 +44,8 @@ pub enum SetName {
     NoEndpoints,
     /// Node ports nobody can answer for → how to refuse.
     NoEndpointNodeports,
+    /// Addresses of Services with affinity: for others nobody is remembered.
+    AffinityIps,
     /// Frontend address and port of TCP Services with affinity → where clients are remembered.
     AffinityRecordTcp,
     /// The same for UDP.
@@ -84,7 +86,7 @@ pub enum DataType {
 
 impl SetName {
     /// All of them, in the order of the table's text.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Services,
         Self::ServicesCluster,
         Self::ServicesLocal,
@@ -102,6 +104,7 @@ impl SetName {
         Self::Hairpin,
         Self::NoEndpoints,
         Self::NoEndpointNodeports,
+        Self::AffinityIps,
         Self::AffinityRecordTcp,
         Self::AffinityRecordUdp,
         Self::AffinityRecordSctp,
@@ -145,6 +148,7 @@ impl SetName {
             Self::Hairpin => "hairpin",
             Self::NoEndpoints => "no-endpoints",
             Self::NoEndpointNodeports => "no-endpoint-nodeports",
+            Self::AffinityIps => "affinity-ips",
             Self::AffinityRecordTcp => "affinity-record-tcp",
             Self::AffinityRecordUdp => "affinity-record-udp",
             Self::AffinityRecordSctp => "affinity-record-sctp",
@@ -171,9 +175,11 @@ impl SetName {
             | Self::NodeportsLocal
             | Self::NoEndpointNodeports => &[Protocol, Port],
             Self::NodeportEndpoints => &[Protocol, Port, Slot],
-            Self::NodeportIps | Self::ClusterIps | Self::ServiceCidrs | Self::LocalPods => {
-                &[Address]
-            }
+            Self::NodeportIps
+            | Self::ClusterIps
+            | Self::ServiceCidrs
+            | Self::LocalPods
+            | Self::AffinityIps => &[Address],
             Self::Hairpin => &[Address, Address],
             Self::AffinityRecordTcp | Self::AffinityRecordUdp | Self::AffinityRecordSctp => {
                 &[Address, Port]
@@ -209,6 +215,7 @@ impl SetName {
             | Self::ClusterIps
             | Self::ServiceCidrs
             | Self::LocalPods
+            | Self::AffinityIps
             | Self::Hairpin => DataType::None,
         }
     }
@@ -223,7 +230,7 @@ impl SetName {
     /// with the last one that asks. Elements of all other sets belong to exactly one contributor.
     #[must_use]
     pub fn is_shared(self) -> bool {
-        matches!(self, Self::ClusterIps | Self::Hairpin)
+        matches!(self, Self::ClusterIps | Self::Hairpin | Self::AffinityIps)
     }
 }
 

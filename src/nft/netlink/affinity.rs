@@ -12,8 +12,8 @@ use nftnl::nftnl_sys as sys;
 
 use super::batch::Batch;
 use super::dump;
-use super::encode::{data_type, element_message, set_message};
-use super::ffi::{Element, Set};
+use super::encode::{data_type, delete_keys, set_message};
+use super::ffi::Set;
 use super::socket::NetlinkSocket;
 use super::userdata;
 use crate::model::Family;
@@ -167,13 +167,8 @@ pub(super) fn forget(
         }
         let mut batch = Batch::begin(Vec::new());
         for keys in stale.chunks(ENTRIES) {
-            let mut set = named(name);
-            for key in keys {
-                let mut element = Element::new();
-                element.set_data(sys::NFTNL_SET_ELEM_KEY, key);
-                set.add(element);
-            }
-            element_message(&mut batch, None, family, set, libc::NFT_MSG_DELSETELEM, 0);
+            let keys = keys.iter().map(Vec::as_slice);
+            delete_keys(&mut batch, family, &name.to_string(), keys);
         }
         match super::send(socket, &batch.finish()) {
             Ok(()) => return Ok(stale.len()),

@@ -11,10 +11,10 @@ use crate::nlmsg::{GENMSG, HEADER, attributes};
 pub(super) struct Batch {
     pub(super) bytes: Vec<u8>,
     /// Of each message: where it starts, and the (first) operation it carries, if any.
-    index: Vec<Message>,
+    index: Vec<Position>,
 }
 
-struct Message {
+struct Position {
     start: usize,
     operation: Option<usize>,
     /// Whether each of its elements is an operation.
@@ -81,7 +81,7 @@ impl Batch {
         let start = self.bytes.len();
         let room = nftnl::nft_nlmsg_maxsize() as usize;
         self.bytes.reserve(room);
-        let sequence = FIRST_SEQUENCE + u32::try_from(self.index.len()).expect("bounded by memory");
+        let sequence = self.next_sequence();
         let free = self.bytes.spare_capacity_mut().as_mut_ptr().cast::<c_char>();
         build(free, sequence);
         // SAFETY: `build` wrote a netlink message, whose header is its first 16 bytes.
@@ -91,21 +91,32 @@ impl Batch {
         // SAFETY: the first `len` bytes were written: messages are multiples of four bytes long,
         // padded by libnftnl, and the room was reserved.
         unsafe { self.bytes.set_len(start + len) };
-        self.index.push(Message { start, operation, elements: false });
+        self.index.push(Position { start, operation, elements: false });
     }
 
-    /// Adds a message of nf_tables made of plain attributes.
-    pub(super) fn append(&mut self, operation: usize, kind: u16, family: u16, body: &[u8]) {
+    /// Starts a message that is written attribute by attribute.
+    pub(super) fn message(
+        &mut self,
+        kind: libc::c_int,
+        family: u16,
+        flags: libc::c_int,
+    ) -> Message<'_> {
         let start = self.bytes.len();
-        let sequence = FIRST_SEQUENCE + u32::try_from(self.index.len()).expect("bounded by memory");
-        self.bytes.extend(message(kind, REQUEST, sequence, family, body));
-        self.index.push(Message { start, operation: Some(operation), elements: false });
+        let sequence = self.next_sequence();
+        let small = |number: libc::c_int| u16::try_from(number).expect("types and flags are small");
+        let kind = SUBSYSTEM << 8 | small(kind);
+        self.bytes.extend([0; 4]); // the length, known at the end
+        self.bytes.extend(kind.to_ne_bytes());
+        self.bytes.extend((REQUEST | small(flags)).to_ne_bytes());
+        self.bytes.extend(sequence.to_ne_bytes());
+        self.bytes.extend([0; 4]); // from the kernel's own view of the sender
+        let family = u8::try_from(family).expect("families are bytes");
+        self.bytes.extend([family, 0, 0, 0]);
+        Message { batch: self, start }
     }
 
-    /// The same for a message of several elements, each of which is an operation; this is the first.
-    pub(super) fn write_elements(&mut self, first: usize, build: impl FnOnce(*mut c_char, u32)) {
-        self.write(Some(first), build);
-        self.index.last_mut().expect("just written").elements = true;
+    fn next_sequence(&self) -> u32 {
+        FIRST_SEQUENCE + u32::try_from(self.index.len()).expect("bounded by memory")
     }
 
     fn set_flags(&mut self, message: usize, change: impl FnOnce(u16) -> u16) {
@@ -131,6 +142,77 @@ impl Batch {
     }
 }
 
+/// A message being written: its header stands in the batch.
+pub(super) struct Message<'a> {
+    batch: &'a mut Batch,
+    start: usize,
+}
+
+/// An attribute that others are written into; where its header stands.
+pub(super) struct Nest(usize);
+
+impl Message<'_> {
+    /// Writes an attribute, padded to four bytes.
+    pub(super) fn attribute(&mut self, kind: u16, value: &[u8]) {
+        self.head(kind, value.len());
+        self.batch.bytes.extend_from_slice(value);
+        self.pad();
+    }
+
+    /// Writes a string, ended by a NUL.
+    pub(super) fn string(&mut self, kind: u16, value: &str) {
+        self.head(kind, value.len() + 1);
+        self.batch.bytes.extend_from_slice(value.as_bytes());
+        self.batch.bytes.push(0);
+        self.pad();
+    }
+
+    /// Opens an attribute for others.
+    pub(super) fn nest(&mut self, kind: u16) -> Nest {
+        let nest = Nest(self.batch.bytes.len());
+        self.head(kind | NESTED, 0);
+        nest
+    }
+
+    /// How long it is so far.
+    pub(super) fn len_of(&self, nest: &Nest) -> usize {
+        self.batch.bytes.len() - nest.0
+    }
+
+    /// Closes it.
+    #[expect(clippy::needless_pass_by_value, reason = "it is closed once")]
+    pub(super) fn end(&mut self, nest: Nest) {
+        let len = u16::try_from(self.len_of(&nest)).expect("an attribute is at most 64 KiB");
+        self.batch.bytes[nest.0..nest.0 + 2].copy_from_slice(&len.to_ne_bytes());
+    }
+
+    /// Ends the message, which carries this operation, or from this one on one with each element.
+    pub(super) fn finish(self, operation: Option<usize>, elements: bool) {
+        let Self { batch, start } = self;
+        let len = u32::try_from(batch.bytes.len() - start).expect("little more than an attribute");
+        batch.bytes[start..start + 4].copy_from_slice(&len.to_ne_bytes());
+        batch.index.push(Position { start, operation, elements });
+    }
+
+    fn head(&mut self, kind: u16, len: usize) {
+        let len = u16::try_from(ATTRIBUTE + len).expect("an attribute is at most 64 KiB");
+        self.batch.bytes.extend_from_slice(&len.to_ne_bytes());
+        self.batch.bytes.extend_from_slice(&kind.to_ne_bytes());
+    }
+
+    fn pad(&mut self) {
+        let len = self.batch.bytes.len().next_multiple_of(4);
+        self.batch.bytes.resize(len, 0);
+    }
+}
+
+/// Length of an attribute's header.
+const ATTRIBUTE: usize = 4;
+/// Flag of an attribute that holds others.
+const NESTED: u16 = 0x8000;
+/// The subsystem that messages of nf_tables are for.
+const SUBSYSTEM: u16 = 10;
+/// Flag of a message that is a request.
 const REQUEST: u16 = 1;
 const ACK: u16 = 4;
 

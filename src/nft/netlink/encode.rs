@@ -1,25 +1,27 @@
 //! A transaction as netlink messages.
 
+use std::fmt::Write as _;
+
 use nftnl::nftnl_sys as sys;
 use nftnl::{ChainType, Hook, MsgType, Policy, ProtoFamily};
 
 use super::affinity;
-use super::batch::Batch;
-use super::ffi::{self, Element, Set, Table, c_string};
+use super::batch::{Batch, Message};
+use super::ffi::{self, Set, Table, c_string};
 use super::instruction::lower;
 use super::userdata;
 use crate::model::Family;
-use crate::nft::element::{ElementId, Key, Value, data_len, key_len};
-use crate::nft::names::{DataType, KeyField, LAYOUT, SetName, TABLE};
+use crate::nft::element::{Bytes, ElementId, Key, Value, data_len, key_len};
+use crate::nft::names::{ChainName, DataType, KeyField, LAYOUT, SetName, TABLE};
 use crate::nft::rule::{self, BaseKind, Chain};
 use crate::nft::transaction::{Op, Transaction};
 
-/// Bytes of elements in one message. Their list is an attribute, so at most 64 KiB.
-const ELEMENTS: usize = 60_000;
+/// The most that the elements of one message take: their list is an attribute, whose length is 16 bits.
+const ELEMENTS: usize = 65_000;
 
-/// The most that an element takes: two keys of 40 bytes, data or the name of a shared chain, and the
-/// headers around them. The name of a Service port comes on top.
-const ELEMENT: usize = 200;
+/// The most that an element takes: two keys of 40 bytes, the name of a chain and the headers around
+/// them.
+const ELEMENT: usize = 420;
 
 /// The kernel's flag of sets with keys of several fields (`NFT_SET_CONCAT`); only where those are
 /// ranges it makes a difference.
@@ -30,11 +32,9 @@ const DATA_TYPE_VERDICT: u32 = 0xffff_ff00;
 /// Adds every operation to a batch that was begun; tables that it adds have these flags.
 pub(super) fn batch(transaction: &Transaction, mut batch: Batch, table_flags: u32) -> Batch {
     let mut ops = transaction.ops.as_slice();
-    while let Some(op) = ops.first() {
+    while let Some((op, others)) = ops.split_first() {
         let index = transaction.ops.len() - ops.len();
-        let run = run(op, ops);
-        let (now, later) = ops.split_at(run);
-        ops = later;
+        let mut later = others;
         match op {
             Op::AddTable(family) => add_table(&mut batch, index, *family, table_flags),
             Op::DeleteTable(family) => batch.add(index, &table(*family), MsgType::Del),
@@ -55,37 +55,14 @@ pub(super) fn batch(transaction: &Transaction, mut batch: Batch, table_flags: u3
                 let table = table(*family);
                 batch.add(index, &nftnl::Chain::new(c_string(name), &table), MsgType::Del);
             }
-            Op::AddElement(id, _) => elements(&mut batch, index, *id, now, true),
-            Op::DeleteElement(id, _) => elements(&mut batch, index, *id, now, false),
+            Op::AddElement(..) | Op::DeleteElement(..) => {
+                let sent = elements(&mut batch, index, ops);
+                later = &ops[sent..];
+            }
         }
+        ops = later;
     }
     batch
-}
-
-/// How many operations from the first on go into its message.
-fn run(op: &Op, ops: &[Op]) -> usize {
-    let mut room = ELEMENTS;
-    let fits = |next: &&Op| {
-        let name = match next {
-            Op::AddElement(_, Value::Goto(chain)) => chain.port().map_or(0, |p| p.as_str().len()),
-            _ => 0,
-        };
-        let fits = room.checked_sub(ELEMENT + name);
-        room = fits.unwrap_or(0);
-        fits.is_some() && joins(op, next)
-    };
-    ops.iter().take_while(fits).count().max(1)
-}
-
-/// Whether two operations go into one message. Ranges do not: each is two elements, and an answer
-/// must lead back to one operation.
-fn joins(first: &Op, next: &Op) -> bool {
-    let ((Op::AddElement(a, _), Op::AddElement(b, _))
-    | (Op::DeleteElement(a, _), Op::DeleteElement(b, _))) = (first, next)
-    else {
-        return false;
-    };
-    (a.family, a.set) == (b.family, b.set) && !matches!(a.key, Key::Range(..))
 }
 
 /// nf_tables' number of a family.
@@ -238,75 +215,148 @@ fn add_rules(batch: &mut Batch, index: usize, family: Family, chain: &Chain) {
     }
 }
 
-/// Elements of one set, in one message.
-fn elements(batch: &mut Batch, index: usize, id: ElementId, ops: &[Op], add: bool) {
-    let mut set = Set::new();
-    set.set_str(sys::NFTNL_SET_TABLE, TABLE);
-    set.set_str(sys::NFTNL_SET_NAME, id.set.as_str());
-    for op in ops {
-        let (Op::AddElement(id, value) | Op::DeleteElement(id, value)) = op else { continue };
-        set.add(element(&id.key, if add { value } else { &Value::None }));
-        if let Some(end) = id.key.range_end() {
-            let mut closing = Element::new();
-            let flag = libc::NFT_SET_ELEM_INTERVAL_END.cast_unsigned();
-            closing.set_u32(sys::NFTNL_SET_ELEM_FLAGS, flag);
-            closing.set_data(sys::NFTNL_SET_ELEM_KEY, end.as_slice());
-            set.add(closing);
-        }
-    }
-    let (kind, flags) = if add {
-        (libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE)
-    } else {
-        (libc::NFT_MSG_DELSETELEM, 0)
-    };
-    let several = ops.len() > 1;
-    element_message(batch, Some((index, several)), id.family, set, kind, flags);
-}
-
-/// A message about elements of a set. Of the operations it carries the first is numbered; if they are
-/// several, each is one element.
-pub(super) fn element_message(
-    batch: &mut Batch,
-    operations: Option<(usize, bool)>,
-    family: Family,
-    mut set: Set,
-    kind: libc::c_int,
-    flags: libc::c_int,
-) {
-    let build = |buffer, sequence| {
-        let header = ffi::header(buffer, kind, nfproto(family), flags, sequence);
-        #[expect(unsafe_code, reason = "libnftnl writes the message")]
-        // SAFETY: the header stands in a buffer from `Batch::write`, and ELEMENTS fit a message.
-        unsafe {
-            set.build_elements(header);
-        }
-    };
-    match operations {
-        Some((first, true)) => batch.write_elements(first, build),
-        Some((only, false)) => batch.write(Some(only), build),
-        None => batch.write(None, build),
+/// A change of an element: its key, and the value it gets; None if it is removed.
+fn change(op: &Op) -> Option<(&ElementId, Option<&Value>)> {
+    match op {
+        Op::AddElement(id, value) => Some((id, Some(value))),
+        Op::DeleteElement(id, _) => Some((id, None)),
+        _ => None,
     }
 }
 
-fn element(key: &Key, value: &Value) -> Element {
-    let mut element = Element::new();
-    element.set_data(sys::NFTNL_SET_ELEM_KEY, key.bytes().as_slice());
-    if let Some(last) = key.last_bytes() {
-        element.set_data(sys::NFTNL_SET_ELEM_KEY_END, last.as_slice());
+/// Whether two changes go into one message. Ranges do not: each is two elements, and an answer must
+/// lead back to one operation.
+fn joins(
+    (first, value): (&ElementId, Option<&Value>),
+    (next, other): (&ElementId, Option<&Value>),
+) -> bool {
+    (first.family, first.set) == (next.family, next.set)
+        && value.is_some() == other.is_some()
+        && !matches!(first.key, Key::Range(..))
+}
+
+/// The changes of elements from the first operation on that go into one message. Returns how many.
+///
+/// Almost all of what is ever sent are elements, and a first batch has hundreds of thousands of them, so
+/// they are written straight into it: libnftnl would allocate each three times.
+fn elements(batch: &mut Batch, index: usize, ops: &[Op]) -> usize {
+    let Some(first) = ops.first().and_then(change) else { return 1 };
+    let (id, value) = first;
+    let (kind, flags) = match value {
+        Some(_) => (libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE),
+        None => (libc::NFT_MSG_DELSETELEM, 0),
+    };
+    let mut name = Text::default();
+    let mut sent = 0;
+    let mut message = batch.message(kind, nfproto(id.family), flags);
+    message.string(attribute::LIST_SET, id.set.as_str());
+    message.string(attribute::LIST_TABLE, TABLE);
+    let list = message.nest(attribute::LIST_ELEMENTS);
+    for change in ops.iter().map_while(change) {
+        let fits = || message.len_of(&list) + ELEMENT <= ELEMENTS;
+        if sent > 0 && !(joins(first, change) && fits()) {
+            break;
+        }
+        element(&mut message, change, &mut name);
+        sent += 1;
+    }
+    message.end(list);
+    message.finish(Some(index), sent > 1);
+    sent
+}
+
+/// Attributes of messages about elements: `enum nft_set_elem_list_attributes` and the enumerations
+/// below it.
+mod attribute {
+    pub(super) const LIST_TABLE: u16 = 1;
+    pub(super) const LIST_SET: u16 = 2;
+    pub(super) const LIST_ELEMENTS: u16 = 3;
+    pub(super) const LIST_ELEMENT: u16 = 1;
+    pub(super) const KEY: u16 = 1;
+    pub(super) const DATA: u16 = 2;
+    pub(super) const FLAGS: u16 = 3;
+    pub(super) const KEY_END: u16 = 10;
+    pub(super) const VALUE: u16 = 1;
+    pub(super) const VERDICT: u16 = 2;
+    pub(super) const VERDICT_CODE: u16 = 1;
+    pub(super) const VERDICT_CHAIN: u16 = 2;
+}
+
+fn element(message: &mut Message<'_>, (id, value): (&ElementId, Option<&Value>), name: &mut Text) {
+    let entry = message.nest(attribute::LIST_ELEMENT);
+    data(message, attribute::KEY, &id.key.bytes());
+    if let Some(last) = id.key.last_bytes() {
+        data(message, attribute::KEY_END, &last);
     }
     match value {
-        Value::None => {}
-        Value::Goto(chain) => {
-            let code = libc::NFT_GOTO.cast_unsigned();
-            element.set_u32(sys::NFTNL_SET_ELEM_VERDICT, code);
-            element.set_str(sys::NFTNL_SET_ELEM_CHAIN, &c_string(&chain.to_string()));
-        }
-        Value::Drop => {
-            element.set_u32(sys::NFTNL_SET_ELEM_VERDICT, libc::NF_DROP.cast_unsigned());
-        }
-        Value::Backend(backend) => {
-            element.set_data(sys::NFTNL_SET_ELEM_DATA, backend.bytes().as_slice());
-        }
+        None | Some(Value::None) => {}
+        Some(Value::Goto(chain)) => verdict(message, libc::NFT_GOTO, name.of(chain)),
+        Some(Value::Drop) => verdict(message, libc::NF_DROP, ""),
+        Some(Value::Backend(backend)) => data(message, attribute::DATA, &backend.bytes()),
     }
-    element
+    message.end(entry);
+    if let Some(end) = id.key.range_end() {
+        let entry = message.nest(attribute::LIST_ELEMENT);
+        let flag = libc::NFT_SET_ELEM_INTERVAL_END.cast_unsigned();
+        message.attribute(attribute::FLAGS, &flag.to_be_bytes());
+        data(message, attribute::KEY, &end);
+        message.end(entry);
+    }
+}
+
+fn data(message: &mut Message<'_>, kind: u16, bytes: &Bytes) {
+    let nest = message.nest(kind);
+    message.attribute(attribute::VALUE, bytes.as_slice());
+    message.end(nest);
+}
+
+fn verdict(message: &mut Message<'_>, code: libc::c_int, chain: &str) {
+    let data = message.nest(attribute::DATA);
+    let verdict = message.nest(attribute::VERDICT);
+    message.attribute(attribute::VERDICT_CODE, &code.cast_unsigned().to_be_bytes());
+    if !chain.is_empty() {
+        message.string(attribute::VERDICT_CHAIN, chain);
+    }
+    message.end(verdict);
+    message.end(data);
+}
+
+/// The name of a chain as text: written once for the many elements in a row that go to the same one.
+#[derive(Default)]
+struct Text {
+    chain: Option<ChainName>,
+    text: String,
+}
+
+impl Text {
+    fn of(&mut self, chain: &ChainName) -> &str {
+        if self.chain.as_ref() != Some(chain) {
+            self.text.clear();
+            let _ = write!(self.text, "{chain}"); // a string takes everything
+            self.chain = Some(chain.clone());
+        }
+        &self.text
+    }
+}
+
+/// A message that removes elements of a set, which fit one message.
+pub(super) fn delete_keys<'a>(
+    batch: &mut Batch,
+    family: Family,
+    set: &str,
+    keys: impl IntoIterator<Item = &'a [u8]>,
+) {
+    let mut message = batch.message(libc::NFT_MSG_DELSETELEM, nfproto(family), 0);
+    message.string(attribute::LIST_SET, set);
+    message.string(attribute::LIST_TABLE, TABLE);
+    let list = message.nest(attribute::LIST_ELEMENTS);
+    for key in keys {
+        let entry = message.nest(attribute::LIST_ELEMENT);
+        let nest = message.nest(attribute::KEY);
+        message.attribute(attribute::VALUE, key);
+        message.end(nest);
+        message.end(entry);
+    }
+    message.end(list);
+    message.finish(None, false);
 }

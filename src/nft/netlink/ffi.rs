@@ -206,14 +206,6 @@ impl Chain {
 }
 
 impl Set {
-    /// Appends an element.
-    pub(super) fn add(&mut self, element: Element) {
-        let raw = element.0.as_ptr();
-        std::mem::forget(element);
-        // SAFETY: both are live, and the set owns the element from here on.
-        unsafe { sys::nftnl_set_elem_add(self.0.as_ptr(), raw) };
-    }
-
     /// Writes the elements behind a message's header.
     ///
     /// # Safety
@@ -279,39 +271,6 @@ pub(super) fn expression_text(expression: NonNull<sys::nftnl_expr>) -> String {
     };
     let text = CStr::from_bytes_until_nul(&buffer).unwrap_or_default();
     text.to_string_lossy().trim().to_owned()
-}
-
-/// An element on its way into a [`Set`].
-pub(super) struct Element(NonNull<sys::nftnl_set_elem>);
-
-impl Drop for Element {
-    fn drop(&mut self) {
-        // SAFETY: allocated by libnftnl, owned by this value; `Set::add` forgets it.
-        unsafe { sys::nftnl_set_elem_free(self.0.as_ptr()) };
-    }
-}
-
-impl Element {
-    pub(super) fn new() -> Self {
-        // SAFETY: takes nothing; null is handled.
-        Self(allocated(unsafe { sys::nftnl_set_elem_alloc() }))
-    }
-
-    pub(super) fn set_u32(&mut self, attribute: u32, value: u32) {
-        // SAFETY: the object is live, the attribute a constant of its kind.
-        unsafe { sys::nftnl_set_elem_set_u32(self.0.as_ptr(), attr(attribute), value) };
-    }
-
-    pub(super) fn set_str(&mut self, attribute: u32, value: &CStr) {
-        // SAFETY: as above; the library copies the string.
-        unsafe { sys::nftnl_set_elem_set_str(self.0.as_ptr(), attr(attribute), value.as_ptr()) };
-    }
-
-    pub(super) fn set_data(&mut self, attribute: u32, value: &[u8]) {
-        let data = value.as_ptr().cast::<c_void>();
-        // SAFETY: as above; the library copies at most 64 bytes, and keys are at most 32.
-        unsafe { sys::nftnl_set_elem_set(self.0.as_ptr(), attr(attribute), data, length(value)) };
-    }
 }
 
 /// An element of a dump.

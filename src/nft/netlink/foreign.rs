@@ -47,6 +47,17 @@ pub enum ForeignOp {
     DeleteChain(ForeignTable, String),
 }
 
+impl ForeignOp {
+    fn table(&self) -> &ForeignTable {
+        match self {
+            Self::DeleteTable(table)
+            | Self::DeleteRule(table, ..)
+            | Self::FlushChain(table, _)
+            | Self::DeleteChain(table, _) => table,
+        }
+    }
+}
+
 const DUMP: u16 = 0x301; // NLM_F_REQUEST | NLM_F_DUMP
 
 // The attributes of tables, chains and rules as linux/netfilter/nf_tables.h numbers them.
@@ -118,30 +129,29 @@ impl NetlinkKernel {
     pub fn remove_foreign(&mut self, ops: &[ForeignOp]) -> Result<(), ApplyError> {
         let mut batch = Batch::begin(Vec::new());
         for (index, op) in ops.iter().enumerate() {
-            let mut body = Vec::new();
-            let (kind, table) = match op {
-                ForeignOp::DeleteTable(table) => {
-                    put(&mut body, TABLE_NAME, &terminated(&table.name));
-                    (libc::NFT_MSG_DELTABLE, table)
-                }
+            let kind = match op {
+                ForeignOp::DeleteTable(_) => libc::NFT_MSG_DELTABLE,
+                ForeignOp::DeleteRule(..) | ForeignOp::FlushChain(..) => libc::NFT_MSG_DELRULE,
+                ForeignOp::DeleteChain(..) => libc::NFT_MSG_DELCHAIN,
+            };
+            let mut message = batch.message(kind, nfproto(op.table().family), 0);
+            match op {
+                ForeignOp::DeleteTable(table) => message.string(TABLE_NAME, &table.name),
                 ForeignOp::DeleteRule(table, chain, handle) => {
-                    put(&mut body, RULE_TABLE, &terminated(&table.name));
-                    put(&mut body, RULE_CHAIN, &terminated(chain));
-                    put(&mut body, RULE_HANDLE, &handle.to_be_bytes());
-                    (libc::NFT_MSG_DELRULE, table)
+                    message.string(RULE_TABLE, &table.name);
+                    message.string(RULE_CHAIN, chain);
+                    message.attribute(RULE_HANDLE, &handle.to_be_bytes());
                 }
                 ForeignOp::FlushChain(table, chain) => {
-                    put(&mut body, RULE_TABLE, &terminated(&table.name));
-                    put(&mut body, RULE_CHAIN, &terminated(chain));
-                    (libc::NFT_MSG_DELRULE, table)
+                    message.string(RULE_TABLE, &table.name);
+                    message.string(RULE_CHAIN, chain);
                 }
                 ForeignOp::DeleteChain(table, chain) => {
-                    put(&mut body, CHAIN_TABLE, &terminated(&table.name));
-                    put(&mut body, CHAIN_NAME, &terminated(chain));
-                    (libc::NFT_MSG_DELCHAIN, table)
+                    message.string(CHAIN_TABLE, &table.name);
+                    message.string(CHAIN_NAME, chain);
                 }
-            };
-            batch.append(index, number(kind), nfproto(table.family), &body);
+            }
+            message.finish(Some(index), false);
         }
         super::send(&mut self.socket, &batch.finish())
     }

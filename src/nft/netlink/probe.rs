@@ -54,7 +54,10 @@ pub const FEATURES: &[Feature] = &[
         name: "nf_tables for this family (CONFIG_NF_TABLES_IPV4, CONFIG_NF_TABLES_IPV6)",
         only: None,
         ops: |family| {
-            vec![Op::AddTable(family), Op::AddChain(family, chain(ChainName::Dispatch, None, None))]
+            vec![
+                Op::AddTable(family),
+                Op::AddChain(family, Box::new(chain(ChainName::Dispatch, None, None))),
+            ]
         },
     },
     Feature {
@@ -82,19 +85,22 @@ pub const FEATURES: &[Feature] = &[
         only: None,
         ops: |family| {
             let base = Base { kind: BaseKind::Filter, hook: Hook::Forward, priority: 0 };
-            vec![Op::AddChain(family, chain(ChainName::FilterForward, Some(base), None))]
+            vec![Op::AddChain(family, Box::new(chain(ChainName::FilterForward, Some(base), None)))]
         },
     },
     Feature {
         name: "nat chains (CONFIG_NFT_NAT)",
         only: None,
-        ops: |family| vec![Op::AddChain(family, postrouting(None))],
+        ops: |family| vec![Op::AddChain(family, Box::new(postrouting(None)))],
     },
     Feature {
         name: "masquerading with random ports (CONFIG_NFT_MASQ)",
         only: None,
         ops: |family| {
-            vec![Op::AddRules(family, postrouting(Some(Rule::new([Statement::Masquerade]))))]
+            vec![Op::AddRules(
+                family,
+                Box::new(postrouting(Some(Rule::new([Statement::Masquerade])))),
+            )]
         },
     },
     Feature {
@@ -180,7 +186,7 @@ fn postrouting(rule: Option<Rule>) -> Chain {
 
 /// A rule in a chain that nothing leads to.
 fn rule(family: Family, statements: impl Into<Vec<Statement>>) -> Op {
-    Op::AddRules(family, chain(ChainName::Dispatch, None, Some(Rule::new(statements))))
+    Op::AddRules(family, Box::new(chain(ChainName::Dispatch, None, Some(Rule::new(statements)))))
 }
 
 /// Translates to one of several backends.

@@ -1,0 +1,270 @@
+//! The real program beside the real kube-proxy, on the same objects of the same kube-apiserver, in the
+//! same namespaces, one after the other: how soon everything is programmed, how soon one change takes
+//! effect, what a storm of changes costs, and what packets pay.
+//!
+//! `tests/bench/run` builds what it takes and starts it. Arguments: SERVICES ENDPOINTS [--quick]. The
+//! ratios of one run are the figure; absolute times are those of one machine at one time.
+
+#![expect(clippy::print_stdout, reason = "a bench prints its table")]
+#![expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
+
+#[path = "peer/cluster.rs"]
+mod cluster;
+#[path = "../it/control_plane.rs"]
+#[expect(dead_code, reason = "shared with the tests, which need more of it")]
+mod control_plane;
+#[path = "peer/field.rs"]
+mod field;
+#[path = "peer/packets.rs"]
+mod packets;
+#[path = "peer/proxy.rs"]
+mod proxy;
+#[path = "peer/report.rs"]
+mod report;
+
+use std::net::{SocketAddr, SocketAddrV4};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use futures::stream::{self, StreamExt as _};
+use tokio::runtime::Runtime;
+
+use self::cluster::{
+    Cluster, PROBES, awaited_ip, cluster_ip, endpoint_ip, floor_ip, plain_ip, probe_ip,
+};
+use self::control_plane::{ControlPlane, User};
+use self::field::{Field, OUTSIDE};
+use self::packets::{Await, quantile, syn_cost, throughput, until_programmed};
+use self::proxy::{Proxy, Which};
+use self::report::{Figures, Report};
+
+/// Changes a second in the storm.
+const RATE: u64 = 200;
+
+/// Services that are looked at to know when all are programmed.
+const SAMPLE: usize = 200;
+
+/// The longest that a first sync may take.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// How much is measured.
+#[derive(Clone, Copy)]
+struct Extent {
+    changes: usize,
+    storm: Duration,
+    idle: Duration,
+    syn_rounds: u16,
+    stream_rounds: u32,
+    stream: Duration,
+}
+
+const FULL: Extent = Extent {
+    changes: 100,
+    storm: Duration::from_secs(60),
+    idle: Duration::from_secs(20),
+    syn_rounds: 12,
+    stream_rounds: 7,
+    stream: Duration::from_millis(700),
+};
+
+const QUICK: Extent = Extent {
+    changes: 5,
+    storm: Duration::from_secs(5),
+    idle: Duration::from_secs(2),
+    syn_rounds: 3,
+    stream_rounds: 1,
+    stream: Duration::from_millis(200),
+};
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let quick = arguments.iter().any(|argument| argument == "--quick");
+    let sizes: Vec<usize> = arguments.iter().filter_map(|argument| argument.parse().ok()).collect();
+    let (services, endpoints) = match sizes[..] {
+        [services, endpoints] => (services, endpoints),
+        _ if quick => (300, 3),
+        _ => (10_000, 5),
+    };
+    let extent = if quick { QUICK } else { FULL };
+
+    let field = Field::new();
+    // Threads that are made from here on are there, too.
+    field::enter(&field.name("outside"));
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.enable_all().worker_threads(2).build().expect("a runtime");
+    let plane = runtime.block_on(ControlPlane::start(OUTSIDE.parse().expect("an address")));
+    let began = Instant::now();
+    let cluster =
+        runtime.block_on(async { Cluster::load(plane.client().await, services, endpoints).await });
+    println!("{services} Services x {endpoints} written in {:.0?}", began.elapsed());
+    let bench = Bench { field: &field, runtime: &runtime, cluster, extent };
+
+    bench.load_floor();
+    let kubeconfig = plane.kubeconfig(User::Admin);
+    let ours = bench.run(Which::Nftproxy, &kubeconfig);
+    let peer = bench.run(Which::KubeProxy, &kubeconfig);
+    let report = Report { services, endpoints, quick, ours, peer };
+    report.print();
+    assert!(report.works(), "every Service must have been programmed by both");
+    report.write();
+}
+
+struct Bench<'a> {
+    field: &'a Field,
+    runtime: &'a Runtime,
+    cluster: Cluster,
+    extent: Extent,
+}
+
+impl Bench<'_> {
+    /// Destinations by way of each node: a Service's, the floor tables', and none's.
+    fn destinations(&self) -> [Vec<SocketAddrV4>; 4] {
+        let all = 0..self.cluster.services;
+        [
+            all.clone().map(|i| SocketAddrV4::new(cluster_ip(i), 80)).collect(),
+            all.clone().map(|i| SocketAddrV4::new(floor_ip(i, false), 80)).collect(),
+            all.clone().map(|i| SocketAddrV4::new(floor_ip(i, true), 80)).collect(),
+            all.map(|i| SocketAddrV4::new(plain_ip(i), 8080)).collect(),
+        ]
+    }
+
+    /// The least tables there can be, on nodes of their own.
+    fn load_floor(&self) {
+        for (node, random, masquerade) in
+            [("floor", false, "masquerade"), ("random", true, "masquerade fully-random")]
+        {
+            let elements = (0..self.cluster.services)
+                .map(|i| format!("{} . 80 : {} . 8080", floor_ip(i, random), endpoint_ip(i, 0)));
+            let elements = elements.collect::<Vec<_>>().join(", ");
+            self.field.nft(
+                node,
+                &format!(
+                    "table ip floor {{
+    map services {{
+        type ipv4_addr . inet_service : ipv4_addr . inet_service
+        elements = {{ {elements} }}
+    }}
+    chain prerouting {{
+        type nat hook prerouting priority -100
+        dnat ip to ip daddr . tcp dport map @services
+    }}
+    chain postrouting {{
+        type nat hook postrouting priority 100
+        {masquerade}
+    }}
+}}
+"
+                ),
+            );
+        }
+    }
+
+    /// Everything about one of the two.
+    fn run(&self, which: Which, kubeconfig: &std::path::Path) -> Figures {
+        let mut figures = Figures::default();
+        // Programmed is what packets pass: a sample from all over, the last one among them.
+        let all = self.destinations().into_iter().next().expect("the Services");
+        let sample: Vec<_> =
+            all.iter().rev().step_by((all.len() / SAMPLE).max(1)).copied().collect();
+        let began = Instant::now();
+        let proxy = Proxy::start(self.field, which, kubeconfig);
+        let arrived = until_programmed(self.field, &sample, PATIENCE)
+            .unwrap_or_else(|| panic!("not programmed\n{}", proxy.log()));
+        figures.ready = (arrived - began).as_secs_f64();
+        // It says so a little later, and may then do what it put off.
+        std::thread::sleep(self.extent.idle);
+        let known = proxy.syncs().len();
+        figures.first_sync = proxy.syncs().into_iter().fold(f64::NAN, f64::max);
+
+        let (costs, arrived) = syn_cost(self.field, &self.destinations(), self.extent.syn_rounds);
+        [figures.syn, figures.floor, figures.random, figures.routing] = costs;
+        figures.programmed = arrived;
+        let to = [SocketAddrV4::new(endpoint_ip(0, 0), 8080), SocketAddrV4::new(cluster_ip(0), 80)];
+        let Extent { stream_rounds, stream, .. } = self.extent;
+        let [direct, by_service] =
+            throughput(self.field, to.map(SocketAddr::V4), stream_rounds, stream);
+        (figures.direct, figures.by_service) = (direct, by_service);
+
+        let before = proxy.wakeups();
+        std::thread::sleep(self.extent.idle);
+        figures.wakeups = (proxy.wakeups() - before) / self.extent.idle.as_secs_f64();
+
+        let mut latencies = self.changes(which, 0, self.extent.changes, &AtomicBool::new(false));
+        figures.change_p50 = quantile(&mut latencies, 0.5);
+        figures.change_p99 = quantile(&mut latencies, 0.99);
+        figures.missed = latencies.iter().filter(|l| l.is_nan()).count();
+        let mut syncs = proxy.syncs().split_off(known.min(proxy.syncs().len()));
+        figures.next_sync = quantile(&mut syncs, 0.5);
+
+        let (written, mut lags, cpu) = self.storm(which, &proxy);
+        figures.storm_rate = written;
+        figures.storm_p50 = quantile(&mut lags, 0.5);
+        figures.storm_p99 = quantile(&mut lags, 0.99);
+        figures.storm_cpu = cpu;
+        figures.peak_mb = proxy.peak_mb();
+        proxy.end();
+        self.field.nft("node", "flush ruleset\n");
+        println!("{which:?}: {figures:.3?}");
+        figures
+    }
+
+    /// One endpoint more in a Service after the other, until enough or told to stop: seconds from the
+    /// server's answer to the first packet at the new endpoint. NaN if none came within 30 s.
+    fn changes(&self, which: Which, first: usize, count: usize, stop: &AtomicBool) -> Vec<f64> {
+        let mut latencies = Vec::new();
+        for change in first..first + count {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            let probe = change % PROBES;
+            let awaited = awaited_ip(change + if which == Which::Nftproxy { 0 } else { 4096 });
+            let wait = Await::start(self.field, probe_ip(probe), awaited, Duration::from_secs(30));
+            // Not in step with anybody's period.
+            std::thread::sleep(Duration::from_millis(50 + 37 * (change as u64 * 7 % 11)));
+            let written = self.runtime.block_on(self.cluster.probe(probe, Some(awaited)));
+            let arrived = wait.arrived();
+            let latency = arrived.map(|at| match at.checked_duration_since(written) {
+                Some(later) => later.as_secs_f64(),
+                None => -(written - at).as_secs_f64(),
+            });
+            latencies.push(latency.unwrap_or(f64::NAN));
+            self.runtime.block_on(self.cluster.probe(probe, None));
+        }
+        latencies
+    }
+
+    /// Changes all over at a steady rate, and how soon others take effect meanwhile. Returns the rate
+    /// that the server took, those times, and the share of one core that the proxy used.
+    fn storm(&self, which: Which, proxy: &Proxy) -> (f64, Vec<f64>, f64) {
+        let (cpu, began) = (proxy.cpu_seconds(), Instant::now());
+        let stop = AtomicBool::new(false);
+        let written = AtomicUsize::new(0);
+        let lags = std::thread::scope(|scope| {
+            let lags = scope.spawn(|| self.changes(which, 2048, 1024, &stop));
+            let writes = u64::from(u32::try_from(self.extent.storm.as_secs()).expect("a minute"));
+            self.runtime.block_on(async {
+                let start = tokio::time::Instant::now();
+                let changes = (0..writes * RATE).map(|change| {
+                    let (cluster, written) = (&self.cluster, &written);
+                    async move {
+                        tokio::time::sleep_until(
+                            start + Duration::from_millis(change * 1000 / RATE),
+                        )
+                        .await;
+                        let change = usize::try_from(change).expect("few");
+                        let index = change * 7919 % cluster.services;
+                        cluster.change(index, 1 + change / cluster.services).await;
+                        written.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+                stream::iter(changes).buffer_unordered(64).collect::<Vec<()>>().await;
+            });
+            stop.store(true, Ordering::Relaxed);
+            lags.join().expect("the probes end")
+        });
+        let took = began.elapsed().as_secs_f64();
+        #[expect(clippy::cast_precision_loss, reason = "a figure")]
+        let rate = written.load(Ordering::Relaxed) as f64 / took;
+        (rate, lags, (proxy.cpu_seconds() - cpu) / took)
+    }
+}

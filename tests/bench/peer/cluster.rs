@@ -1,0 +1,180 @@
+//! The objects, written through the API: the Services that are measured, and those that are watched
+//! for how soon a change takes effect.
+
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use futures::stream::{self, StreamExt as _};
+use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::api::{Api, PostParams};
+use kube::{Client, Resource};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+/// Requests at once while loading.
+const WRITERS: usize = 32;
+
+/// Services over UDP whose changes are timed.
+pub(crate) const PROBES: usize = 32;
+
+/// The objects, and who writes them.
+#[derive(Clone)]
+pub(crate) struct Cluster {
+    client: Client,
+    pub(crate) services: usize,
+    pub(crate) endpoints: usize,
+}
+
+fn number(index: usize) -> u32 {
+    u32::try_from(index).expect("fewer than 4 billion")
+}
+
+/// The ClusterIP of a Service.
+pub(crate) fn cluster_ip(index: usize) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 96, 1, 0)) + number(index))
+}
+
+/// Its like in the floor tables: in the first, or the second with random ports.
+pub(crate) fn floor_ip(index: usize, random: bool) -> Ipv4Addr {
+    let first = if random { Ipv4Addr::new(10, 48, 1, 0) } else { Ipv4Addr::new(10, 64, 1, 0) };
+    Ipv4Addr::from(u32::from(first) + number(index))
+}
+
+/// And one that no table knows.
+pub(crate) fn plain_ip(index: usize) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 32, 1, 0)) + number(index))
+}
+
+pub(crate) fn probe_ip(index: usize) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 111, 0, 1)) + number(index))
+}
+
+/// An endpoint of a Service; those from `endpoints` on are for changes.
+pub(crate) fn endpoint_ip(index: usize, endpoint: usize) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 128, 0, 0)) + number(index * 64) + number(endpoint))
+}
+
+/// The address that the probe of this number waits for.
+pub(crate) fn awaited_ip(number_of_probe: usize) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 250, 0, 1)) + number(number_of_probe))
+}
+
+fn service(name: &str, ip: Ipv4Addr, protocol: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {"clusterIP": ip, "ports": [{"name": "p", "port": 80, "protocol": protocol}]},
+    })
+}
+
+fn slice(name: &str, protocol: &str, addresses: &[Ipv4Addr]) -> Value {
+    let endpoints: Vec<_> = addresses
+        .iter()
+        .map(|ip| json!({"addresses": [ip], "conditions": {"ready": true}, "nodeName": "other"}))
+        .collect();
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "name": format!("{name}-x"), "namespace": "default",
+            "labels": {"kubernetes.io/service-name": name},
+        },
+        "addressType": "IPv4",
+        "ports": [{"name": "p", "port": 8080, "protocol": protocol}],
+        "endpoints": endpoints,
+    })
+}
+
+async fn create<K>(client: &Client, object: Value)
+where
+    K: Resource<Scope = kube::core::NamespaceResourceScope>
+        + Clone
+        + Serialize
+        + DeserializeOwned
+        + std::fmt::Debug,
+    K::DynamicType: Default,
+{
+    let api: Api<K> = Api::namespaced(client.clone(), "default");
+    let object: K = serde_json::from_value(object).expect("an object of its kind");
+    // The server can be slow to answer under so many, and may have taken what it seems to refuse.
+    for attempt in 0.. {
+        match api.create(&PostParams::default(), &object).await {
+            Ok(_) => return,
+            Err(kube::Error::Api(error)) if error.code == 409 => return,
+            Err(error) if attempt == 10 => panic!("cannot create {object:?}: {error}"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+        }
+    }
+}
+
+impl Cluster {
+    /// Writes everything.
+    pub(crate) async fn load(client: Client, services: usize, endpoints: usize) -> Self {
+        let node: Node = serde_json::from_value(json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-1"},
+            "spec": {"podCIDR": "10.244.0.0/24", "podCIDRs": ["10.244.0.0/24"]},
+            "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.10"}]},
+        }))
+        .expect("a Node");
+        let nodes: Api<Node> = Api::all(client.clone());
+        let made = nodes.create(&PostParams::default(), &node).await.expect("creating the Node");
+        let mut made = made;
+        made.status = node.status;
+        let _ = nodes.replace_status("node-1", &PostParams::default(), &made).await;
+
+        let this = Self { client, services, endpoints };
+        let writes = (0..services + PROBES).map(|index| {
+            let (client, this) = (this.client.clone(), &this);
+            async move {
+                if index < services {
+                    let name = format!("service-{index}");
+                    create::<Service>(&client, service(&name, cluster_ip(index), "TCP")).await;
+                    create::<EndpointSlice>(&client, this.slice_of(index, 0)).await;
+                } else {
+                    let probe = index - services;
+                    let name = format!("probe-{probe}");
+                    create::<Service>(&client, service(&name, probe_ip(probe), "UDP")).await;
+                    create::<EndpointSlice>(&client, this.probe_slice(probe, None)).await;
+                }
+            }
+        });
+        stream::iter(writes).buffer_unordered(WRITERS).collect::<Vec<()>>().await;
+        this
+    }
+
+    /// The slice of a Service, of which one endpoint is another in each version.
+    fn slice_of(&self, index: usize, version: usize) -> Value {
+        let mut addresses: Vec<_> = (0..self.endpoints).map(|e| endpoint_ip(index, e)).collect();
+        if version > 0 {
+            addresses[0] = endpoint_ip(index, self.endpoints + version % 8);
+        }
+        slice(&format!("service-{index}"), "TCP", &addresses)
+    }
+
+    fn probe_slice(&self, probe: usize, more: Option<Ipv4Addr>) -> Value {
+        let base = self.services + 1 + probe;
+        let mut addresses: Vec<_> = (0..self.endpoints).map(|e| endpoint_ip(base, e)).collect();
+        addresses.extend(more);
+        slice(&format!("probe-{probe}"), "UDP", &addresses)
+    }
+
+    async fn replace(&self, object: Value) -> Result<Instant, kube::Error> {
+        let api: Api<EndpointSlice> = Api::namespaced(self.client.clone(), "default");
+        let object: EndpointSlice = serde_json::from_value(object).expect("an EndpointSlice");
+        let name = object.metadata.name.clone().expect("it has a name");
+        api.replace(&name, &PostParams::default(), &object).await?;
+        #[expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
+        Ok(Instant::now())
+    }
+
+    /// Puts another endpoint in the place of one.
+    pub(crate) async fn change(&self, index: usize, version: usize) {
+        let _ = self.replace(self.slice_of(index, version)).await;
+    }
+
+    /// Sets what a probed Service has beside its endpoints; returns when the server said so.
+    pub(crate) async fn probe(&self, probe: usize, more: Option<Ipv4Addr>) -> Instant {
+        self.replace(self.probe_slice(probe, more)).await.expect("the write of a probe")
+    }
+}

@@ -1,0 +1,155 @@
+//! One of the two proxies as a process: with the same configuration file, in the node's namespace.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use super::control_plane;
+use super::field::Field;
+
+/// Which of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Which {
+    Nftproxy,
+    KubeProxy,
+}
+
+/// A running proxy. A drop ends it.
+pub(crate) struct Proxy {
+    which: Which,
+    child: Child,
+    log: PathBuf,
+    /// Holds the log and the configuration.
+    _folder: tempfile::TempDir,
+}
+
+impl Proxy {
+    pub(crate) fn start(field: &Field, which: Which, kubeconfig: &Path) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (config, log) = (folder.path().join("config.yaml"), folder.path().join("log"));
+        // kube-proxy's sysctls of connection tracking cannot be written in a namespace.
+        let text = format!(
+            "apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+mode: nftables
+hostnameOverride: node-1
+clusterCIDR: 10.244.0.0/16
+conntrack: {{maxPerCore: 0}}
+clientConnection: {{kubeconfig: {}}}
+",
+            kubeconfig.display()
+        );
+        fs::write(&config, text).expect("the temporary folder can be written to");
+        let config = config.display().to_string();
+        let (program, arguments) = match which {
+            Which::Nftproxy => {
+                (PathBuf::from(env!("CARGO_BIN_EXE_nftproxy")), vec!["--config", &config])
+            }
+            Which::KubeProxy => (
+                control_plane::find("kube-proxy").unwrap_or_else(|reason| panic!("{reason}")),
+                vec!["--config", &config, "--v=2"],
+            ),
+        };
+        let file = File::create(&log).expect("the temporary folder can be written to");
+        // `ip netns exec` becomes the program: the process id is the program's. A bench that is
+        // killed takes it along.
+        let child = Command::new("ip")
+            .args(["netns", "exec", &field.name("node"), "setpriv", "--pdeathsig", "KILL", "--"])
+            .arg(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().expect("a file"))
+            .stderr(file)
+            .spawn()
+            .expect("the proxy starts");
+        Self { which, child, log, _folder: folder }
+    }
+
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Seconds that each sync took, by the proxy's own word. nftproxy says so of the first only.
+    pub(crate) fn syncs(&self) -> Vec<f64> {
+        let log = self.log();
+        let of_kube_proxy = |line: &str| {
+            let is = line.contains("SyncProxyRules complete") && line.contains("IPv4");
+            let elapsed = line.split("elapsed=\"").nth(1)?.split('"').next()?;
+            is.then(|| go_seconds(elapsed)).flatten()
+        };
+        let of_nftproxy = |line: &str| {
+            let took = line.split("took=").nth(1)?.split(' ').next()?;
+            line.contains("synced").then(|| go_seconds(took)).flatten()
+        };
+        match self.which {
+            Which::Nftproxy => log.lines().filter_map(of_nftproxy).collect(),
+            Which::KubeProxy => log.lines().filter_map(of_kube_proxy).collect(),
+        }
+    }
+
+    fn file(&self, name: &str) -> String {
+        fs::read_to_string(format!("/proc/{}/{name}", self.child.id())).unwrap_or_default()
+    }
+
+    /// The most memory it ever had resident; its nft children are not in it.
+    pub(crate) fn peak_mb(&self) -> f64 {
+        figure(&self.file("status"), "VmHWM:") * 1024.0 / 1e6
+    }
+
+    /// Seconds of CPU that it and the children it waited for have used.
+    pub(crate) fn cpu_seconds(&self) -> f64 {
+        let stat = self.file("stat");
+        let fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
+        // utime, stime, cutime, cstime, in hundredths
+        fields.skip(11).take(4).filter_map(|n| n.parse::<f64>().ok()).sum::<f64>() / 100.0
+    }
+
+    /// How often its threads went to sleep of their own accord.
+    pub(crate) fn wakeups(&self) -> f64 {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id()));
+        let tasks = tasks.expect("the proxy runs").flatten();
+        tasks
+            .filter_map(|task| fs::read_to_string(task.path().join("status")).ok())
+            .map(|status| figure(&status, "voluntary_ctxt_switches:"))
+            .sum()
+    }
+
+    pub(crate) fn end(mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn figure(status: &str, name: &str) -> f64 {
+    let line = status.lines().find(|line| line.starts_with(name));
+    line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok()).unwrap_or(f64::NAN)
+}
+
+/// `1m2.5s`, `12.3ms`, `45µs`: as Go writes a duration, and Rust a short one.
+fn go_seconds(text: &str) -> Option<f64> {
+    let (mut total, mut rest) = (0.0, text);
+    while !rest.is_empty() {
+        let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let unit_end = rest[end..].find(|c: char| c.is_ascii_digit());
+        let unit_end = unit_end.map_or(rest.len(), |len| end + len);
+        let factor = match &rest[end..unit_end] {
+            "h" => 3600.0,
+            "m" => 60.0,
+            "s" => 1.0,
+            "ms" => 1e-3,
+            "µs" => 1e-6,
+            "ns" => 1e-9,
+            _ => return None,
+        };
+        total += rest[..end].parse::<f64>().ok()? * factor;
+        rest = &rest[unit_end..];
+    }
+    Some(total)
+}

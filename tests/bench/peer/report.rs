@@ -1,0 +1,284 @@
+//! The figures of a run as a table of ratios, and as a plot beside it.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::Command;
+
+/// What was seen of one proxy. Times are in seconds but for `syn`, which is in microseconds.
+#[derive(Debug, Default)]
+pub(crate) struct Figures {
+    pub(crate) ready: f64,
+    pub(crate) first_sync: f64,
+    pub(crate) next_sync: f64,
+    pub(crate) change_p50: f64,
+    pub(crate) change_p99: f64,
+    pub(crate) missed: usize,
+    pub(crate) storm_rate: f64,
+    pub(crate) storm_p50: f64,
+    pub(crate) storm_p99: f64,
+    pub(crate) storm_cpu: f64,
+    pub(crate) peak_mb: f64,
+    pub(crate) syn: f64,
+    /// The same by a table of one map and masquerading, by one that gives random ports, and by routing
+    /// alone; in turn with it.
+    pub(crate) floor: f64,
+    pub(crate) random: f64,
+    pub(crate) routing: f64,
+    /// Share of the SYNs that arrived.
+    pub(crate) programmed: f64,
+    /// Gigabits a second to an endpoint, and to it by way of its Service.
+    pub(crate) direct: f64,
+    pub(crate) by_service: f64,
+    pub(crate) wakeups: f64,
+}
+
+pub(crate) struct Report {
+    pub(crate) services: usize,
+    pub(crate) endpoints: usize,
+    pub(crate) quick: bool,
+    pub(crate) ours: Figures,
+    pub(crate) peer: Figures,
+}
+
+struct Row {
+    what: &'static str,
+    unit: &'static str,
+    ours: f64,
+    peer: f64,
+    /// What was to be reached, and whether it was.
+    target: Option<(&'static str, bool)>,
+}
+
+impl Report {
+    /// Whether both programmed everything.
+    pub(crate) fn works(&self) -> bool {
+        [&self.ours, &self.peer].iter().all(|figures| figures.programmed > 0.99)
+            && self.ours.missed == 0
+    }
+
+    fn rows(&self) -> Vec<Row> {
+        let (ours, peer) = (&self.ours, &self.peer);
+        let row = |what, unit, a: f64, b: f64, target| Row { what, unit, ours: a, peer: b, target };
+        let ms = 1e3;
+        vec![
+            row(
+                "process start → everything programmed",
+                "s",
+                ours.ready,
+                peer.ready,
+                Some(("≥ 15× faster", peer.ready / ours.ready >= 15.0)),
+            ),
+            row(
+                "first sync, by the proxy's own word",
+                "s",
+                ours.first_sync,
+                peer.first_sync,
+                Some(("≥ 100× faster", peer.first_sync / ours.first_sync >= 100.0)),
+            ),
+            row(
+                "one endpoint more, acknowledged → packet, p50",
+                "ms",
+                ours.change_p50 * ms,
+                peer.change_p50 * ms,
+                Some(("≤ 10 ms", ours.change_p50 <= 0.01)),
+            ),
+            row(
+                "the same, p99",
+                "ms",
+                ours.change_p99 * ms,
+                peer.change_p99 * ms,
+                Some(("≤ 30 ms", ours.change_p99 <= 0.03)),
+            ),
+            row(
+                "the same under 200 changes/s, p50",
+                "ms",
+                ours.storm_p50 * ms,
+                peer.storm_p50 * ms,
+                None,
+            ),
+            row(
+                "the same, p99",
+                "ms",
+                ours.storm_p99 * ms,
+                peer.storm_p99 * ms,
+                Some(("≤ 50 ms", ours.storm_p99 <= 0.05)),
+            ),
+            row(
+                "CPU meanwhile, of one core",
+                "%",
+                ours.storm_cpu * 100.0,
+                peer.storm_cpu * 100.0,
+                Some(("≤ 15 %", ours.storm_cpu <= 0.15)),
+            ),
+            row(
+                "peak resident memory",
+                "MB",
+                ours.peak_mb,
+                peer.peak_mb,
+                Some(("≤ 1/4", ours.peak_mb <= peer.peak_mb / 4.0)),
+            ),
+            row(
+                "a new connection through the node / floor table",
+                "",
+                ours.syn / ours.floor,
+                peer.syn / peer.floor,
+                Some(("≤ 1.10, < kube-proxy", {
+                    let ratio = ours.syn / ours.floor;
+                    ratio <= 1.1 && ratio < peer.syn / peer.floor
+                })),
+            ),
+            row(
+                "established TCP by ClusterIP / by routing",
+                "",
+                ours.by_service / ours.direct,
+                peer.by_service / peer.direct,
+                Some(("1 within noise", ours.by_service / ours.direct > 0.95)),
+            ),
+            row("wake-ups a second when idle", "/s", ours.wakeups, peer.wakeups, None),
+        ]
+    }
+
+    fn markdown(&self) -> String {
+        let mut text = format!(
+            "## {} Services × {} endpoints\n\n| | nftproxy | kube-proxy | ratio | target | |\n\
+             | --- | ---: | ---: | ---: | --- | --- |\n",
+            self.services, self.endpoints
+        );
+        for row in self.rows() {
+            // Targets are for the sizes that they name.
+            let (target, reached) = match row.target.filter(|_| !self.quick) {
+                Some((target, true)) => (target, "reached"),
+                Some((target, false)) => (target, "missed"),
+                None => ("", ""),
+            };
+            let _ = writeln!(
+                text,
+                "| {} | {} {u} | {} {u} | {:.3} | {target} | {reached} |",
+                row.what,
+                significant(row.ours),
+                significant(row.peer),
+                row.ours / row.peer,
+                u = row.unit,
+            );
+        }
+        let _ = write!(
+            text,
+            "\nMicroseconds of a new connection through the node, through a node with a floor table (one \
+             map, masquerade), through one with random ports (as both proxies give them), through \
+             one with none, in turn: nftproxy {:.2}, {:.2}, {:.2}, {:.2}; kube-proxy {:.2}, {:.2}, \
+             {:.2}, {:.2}. An incremental sync of kube-proxy takes {} ms (median, its own \
+             word). In the storm the API server took {:.0} and {:.0} changes a second. SYNs that \
+             arrived, of one to every ClusterIP: {:.1} %, {:.1} %. Changes that no packet followed \
+             within 30 s: {}, {}.\n",
+            self.ours.syn,
+            self.ours.floor,
+            self.ours.random,
+            self.ours.routing,
+            self.peer.syn,
+            self.peer.floor,
+            self.peer.random,
+            self.peer.routing,
+            significant(self.peer.next_sync * 1e3),
+            self.ours.storm_rate,
+            self.peer.storm_rate,
+            self.ours.programmed * 100.0,
+            self.peer.programmed * 100.0,
+            self.ours.missed,
+            self.peer.missed,
+        );
+        text
+    }
+
+    pub(crate) fn print(&self) {
+        println!("{}", self.markdown());
+    }
+
+    /// Leaves the table and the plot in `tests/bench/results`, but for a quick run, whose figures say
+    /// nothing.
+    pub(crate) fn write(&self) {
+        if self.quick {
+            return;
+        }
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bench/results");
+        let name = format!("{}x{}", self.services, self.endpoints);
+        let kernel = said("uname", &["-sr"]);
+        let cpu = said("sh", &["-c", "grep -m1 'model name' /proc/cpuinfo | cut -d: -f2"]);
+        let cores = said("nproc", &[]);
+        let (date, nft) = (said("date", &["+%F"]), said("nft", &["--version"]));
+        let kube_proxy = super::control_plane::find("kube-proxy").expect("it was run");
+        let version = said(&kube_proxy.display().to_string(), &["--version"]);
+        let text = format!(
+            "# nftproxy beside kube-proxy\n\n{date}; {kernel}; {cores} × {cpu}; {nft}; kube-proxy: \
+             {version}, mode nftables, its default configuration. Made by `tests/bench/run`, on a \
+             machine that others used as well: ratios are the figure.\n\n{}\n![plot]({name}.svg)\n",
+            self.markdown()
+        );
+        std::fs::write(folder.join(format!("{name}.md")), text).expect("the folder is there");
+        std::fs::write(folder.join(format!("{name}.svg")), self.svg()).expect("the same");
+    }
+
+    /// Bars on a logarithmic scale: how many times less the program takes.
+    fn svg(&self) -> String {
+        let rows: Vec<_> =
+            self.rows().into_iter().filter(|row| row.ours > 0.0 && row.peer > 0.0).collect();
+        let height = 60 + 34 * rows.len();
+        let mut svg = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"860\" height=\"{height}\" \
+             font-family=\"sans-serif\" font-size=\"13\">\n\
+             <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
+             <text x=\"12\" y=\"24\" font-size=\"15\">{} Services × {} endpoints: kube-proxy ÷ \
+             nftproxy (logarithmic)</text>\n",
+            self.services, self.endpoints
+        );
+        let scale = |ratio: f64| 330.0 + 150.0 * ratio.max(0.1).log10();
+        for (ratio, label) in [(1.0, "1×"), (10.0, "10×"), (100.0, "100×"), (1000.0, "1000×")] {
+            let x = scale(ratio);
+            let _ = writeln!(
+                svg,
+                "<line x1=\"{x:.0}\" y1=\"38\" x2=\"{x:.0}\" y2=\"{}\" stroke=\"#ddd\"/>\
+                 <text x=\"{x:.0}\" y=\"{}\" text-anchor=\"middle\" fill=\"#888\">{label}</text>",
+                height - 18,
+                height - 4
+            );
+        }
+        for (index, row) in rows.iter().enumerate() {
+            let ratio = row.peer / row.ours;
+            let (y, from, to) = (44 + 34 * index, scale(1.0), scale(ratio));
+            let (x, width) = (from.min(to), (to - from).abs().max(1.0));
+            let _ = writeln!(
+                svg,
+                "<text x=\"12\" y=\"{}\">{}</text>\
+                 <rect x=\"{x:.0}\" y=\"{y}\" width=\"{width:.0}\" height=\"20\" fill=\"#2a7\"/>\
+                 <text x=\"{:.0}\" y=\"{}\">{}×  ({} {u} : {} {u})</text>",
+                y + 15,
+                row.what.replace("→", "to"),
+                x + width + 6.0,
+                y + 15,
+                significant(ratio),
+                significant(row.ours),
+                significant(row.peer),
+                u = row.unit,
+            );
+        }
+        svg.push_str("</svg>\n");
+        svg
+    }
+}
+
+/// Three digits that count.
+fn significant(figure: f64) -> String {
+    match figure.abs() {
+        f if f >= 100.0 => format!("{figure:.0}"),
+        f if f >= 10.0 => format!("{figure:.1}"),
+        f if f >= 1.0 => format!("{figure:.2}"),
+        _ => format!("{figure:.3}"),
+    }
+}
+
+fn said(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output();
+    output.map_or_else(
+        |_| "unknown".into(),
+        |output| String::from_utf8_lossy(&output.stdout).trim().to_owned(),
+    )
+}
