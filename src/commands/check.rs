@@ -5,6 +5,7 @@
 
 mod host;
 mod leftovers;
+mod listeners;
 mod text;
 mod trial;
 
@@ -99,6 +100,7 @@ pub async fn check(config: &Config, output: Output) -> Result<Answer, CommandErr
     findings.extend(HostFiles::system().findings(&families));
     if let Some(state) = &state {
         findings.extend(of_node(state));
+        findings.extend(listeners::findings(std::path::Path::new("/proc"), state));
     }
     let options = config.live.settings.options(&node);
     match Tables::load(&state.as_ref().map_or(options, State::options)) {

@@ -2,6 +2,7 @@
 //! and `check` notice what is wrong, and that none of them changes anything.
 
 use std::fs;
+use std::net::{TcpListener, UdpSocket};
 use std::path::Path;
 use std::process::Command;
 
@@ -10,6 +11,7 @@ use serde_json::Value;
 use crate::commands::{done, example, manifests, nftproxy, nftproxy_without, synced};
 use crate::namespace::{in_namespace, nft};
 use crate::net::sysctl;
+use crate::objects::Svc;
 use crate::render::snapshots;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_nftproxy");
@@ -256,6 +258,48 @@ fn a_check_finds_what_is_wrong_and_changes_nothing() {
     let findings = parsed(&conflict.out)["findings"].clone();
     let found = findings.as_array().unwrap().iter().find(|f| f["about"] == "Services").unwrap();
     assert!(found["found"].as_str().unwrap().contains("default/old"), "{found}");
+}
+
+#[test]
+fn a_process_whose_port_a_service_takes_is_found() {
+    let web = Svc {
+        name: "web",
+        cluster_ips: &["10.96.0.10"],
+        ports: &[("http", "TCP", 80, 30080)],
+        spec: &["externalIPs: [192.0.2.10]"],
+        balancer_ips: &[],
+    };
+    let (_dir, path) = manifests(&web.yaml());
+    in_namespace(|| {
+        for arguments in
+            ["link add d0 type veth", "addr add 192.0.2.10/24 dev d0", "link set d0 up"]
+        {
+            let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
+            assert!(status.success(), "ip {arguments}");
+        }
+        let found = || -> Vec<String> {
+            let with = [&["check", "-o", "json", "--manifests", &path], &NODE[..]].concat();
+            let findings = parsed(&nftproxy(&with).out)["findings"].clone();
+            let findings =
+                findings.as_array().unwrap().iter().filter(|f| f["about"] == "listeners");
+            findings.map(|f| f["found"].as_str().unwrap().to_owned()).collect()
+        };
+        let nothing = ["no Service takes the port of a process"];
+        assert_eq!(found(), nothing);
+        // On another port, and on another protocol's.
+        let _other = TcpListener::bind("0.0.0.0:81").unwrap();
+        let _udp = UdpSocket::bind("192.0.2.10:80").unwrap();
+        assert_eq!(found(), nothing);
+        let external = TcpListener::bind("192.0.2.10:80").unwrap();
+        let _node_port = TcpListener::bind("[::]:30080").unwrap();
+        let found_both = found();
+        assert_eq!(found_both.len(), 2, "{found_both:?}");
+        let says = |words: &str| found_both.iter().any(|found| found.contains(words));
+        assert!(says("192.0.2.10 port 80/tcp, which is an external IP of Service default/web"));
+        assert!(says("192.0.2.10 port 30080/tcp, which is a node port of Service default/web"));
+        drop(external);
+        assert_eq!(found().len(), 1);
+    });
 }
 
 #[test]
