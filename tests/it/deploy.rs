@@ -20,9 +20,10 @@ use tempfile::TempDir;
 
 use crate::e2e::{Cluster, eventually, lines, said, with_cluster};
 use crate::http::get;
-use crate::net::{Daemon, NODE, in_netns};
-use crate::objects::{CLUSTER, Svc};
-use crate::packets::to;
+use crate::net::{Daemon, NODE, Net, in_netns};
+use crate::objects::{CLUSTER, Svc, slice};
+use crate::packets::{HTTP, one, to};
+use crate::serve::Outcome;
 
 const BASE: &str = "deploy/kustomize/base";
 const ACCOUNT: &str = "system:serviceaccount:kube-system:nftproxy";
@@ -109,7 +110,8 @@ impl Pod {
         let files = self.files.path().to_str().unwrap();
         let by = ["sh", "-euc", script, "sh", files, mounted_at, &capabilities];
         let arguments = container["args"].as_array().unwrap();
-        let arguments = arguments.iter().map(|a| a.as_str().unwrap().replace("$(NODE_NAME)", "node-1"));
+        let arguments =
+            arguments.iter().map(|a| a.as_str().unwrap().replace("$(NODE_NAME)", "node-1"));
         let mut arguments: Vec<String> = arguments.collect();
         arguments.push("--v=2".into()); // for what is said of Events
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -206,9 +208,8 @@ fn the_daemonset_runs_with_the_rights_it_has_and_needs_all_of_them() {
         let all = grants(&base("clusterrole"));
         it_serves_and_complains_of_nothing(cluster, &pod);
         events_are_made_and_counted(cluster, &pod, &all);
-        let of_verb = |verb: &str| -> Vec<&Grant> {
-            all.iter().filter(|grant| grant.verb == verb).collect()
-        };
+        let of_verb =
+            |verb: &str| -> Vec<&Grant> { all.iter().filter(|grant| grant.verb == verb).collect() };
         for missing in of_verb("watch") {
             it_says_what_it_may_not(cluster, &pod, &all, missing);
         }
@@ -320,6 +321,55 @@ fn events_are_made_and_counted(cluster: &Cluster<'_>, pod: &Pod, all: &[Grant]) 
     }
     grant(cluster, all, None);
     cluster.delete("Service", "balanced");
+}
+
+/// As the unit file starts it on a host: a user of its own, with one ambient capability.
+#[test]
+fn an_ordinary_user_with_one_capability_suffices() {
+    let unit = text("deploy/systemd/nftproxy.service");
+    let says = |line: &str| assert!(unit.lines().any(|l| l == line), "{line}");
+    says("AmbientCapabilities=CAP_NET_ADMIN");
+    says("CapabilityBoundingSet=CAP_NET_ADMIN");
+    says("NoNewPrivileges=yes");
+    says("User=nftproxy");
+    let Some(net) = Net::new() else { return };
+    net.write("cluster.yaml", CLUSTER);
+    let web = Svc {
+        name: "web",
+        cluster_ips: &["10.96.0.10"],
+        ports: &[("http", "TCP", 80, 30080)],
+        spec: &[],
+        balancer_ips: &[],
+    };
+    net.write("web.yaml", &(web.yaml() + &slice("web", "4", &HTTP, &["10.244.1.5!"])));
+    // The program and the manifests where that user can read them.
+    let folder = tempfile::tempdir().unwrap();
+    let script = r#"
+        folder=$1 manifests=$2 program=$3
+        shift 3
+        mount -t tmpfs -o mode=0755 none "$folder"
+        cp "$program" "$folder/nftproxy"
+        cp -r "$manifests" "$folder/manifests"
+        chmod -R a+rX "$folder"
+        only=-all,+net_admin
+        exec setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=$only --ambient-caps=$only \
+            --bounding-set=$only --no-new-privs -- "$folder/nftproxy" "$@"
+    "#;
+    let folder = folder.path().to_str().unwrap();
+    let manifests = net.manifests();
+    let by = ["sh", "-euc", script, "sh", folder, manifests.to_str().unwrap()];
+    let read = format!("--manifests={folder}/manifests");
+    let daemon =
+        Daemon::spawn_by(&net.name("node"), &by, &["run", &read, "--hostname-override=node-1"]);
+    said(&daemon, "synced");
+    let answered = one(&net, "client", to(NODE[0], 30080));
+    assert!(matches!(answered, Outcome::Answered { .. }), "{answered:?}");
+    // Without, it says what is missing.
+    let without = script.replace("only=-all,+net_admin", "only=-all");
+    let by = ["sh", "-euc", &without, "sh", folder, manifests.to_str().unwrap()];
+    let refused =
+        Daemon::spawn_by(&net.name("node"), &by, &["run", &read, "--hostname-override=node-1"]);
+    said(&refused, "CAP_NET_ADMIN");
 }
 
 #[test]

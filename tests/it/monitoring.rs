@@ -13,8 +13,21 @@ use serde_json::Value;
 
 /// Functions, operators and keywords that are used.
 const PROMQL: [&str; 15] = [
-    "absent", "and", "bool", "by", "changes", "count", "histogram_quantile", "increase", "label_values",
-    "max", "rate", "sum", "time", "topk", "on",
+    "absent",
+    "and",
+    "bool",
+    "by",
+    "changes",
+    "count",
+    "histogram_quantile",
+    "increase",
+    "label_values",
+    "max",
+    "rate",
+    "sum",
+    "time",
+    "topk",
+    "on",
 ];
 
 /// What Prometheus adds to every sample.
@@ -160,7 +173,10 @@ fn panels_do_not_overlap_and_say_what_they_show() {
             }
         }
         if panel["type"] != "row" {
-            assert!(panel["description"].as_str().is_some_and(|text| text.ends_with('.')), "{title}");
+            assert!(
+                panel["description"].as_str().is_some_and(|text| text.ends_with('.')),
+                "{title}"
+            );
             assert_eq!(panel["datasource"]["uid"], "${datasource}", "{title}");
             assert!(!panel["targets"].as_array().unwrap().is_empty(), "{title}");
         }
