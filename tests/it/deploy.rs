@@ -9,6 +9,7 @@
 
 use std::net::TcpListener;
 use std::path::Path;
+use std::process::Command;
 
 use k8s_openapi::api::authorization::v1::{
     ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec,
@@ -364,6 +365,18 @@ fn an_ordinary_user_with_one_capability_suffices() {
     said(&daemon, "synced");
     let answered = one(&net, "client", to(NODE[0], 30080));
     assert!(matches!(answered, Outcome::Answered { .. }), "{answered:?}");
+    // What the kernel shows to root alone is not taken for absent.
+    let checked = in_netns(&net.name("node"), || {
+        let mut command = Command::new("unshare");
+        command.arg("--mount").args(by).arg(env!("CARGO_BIN_EXE_nftproxy"));
+        command.args(["check", &read, "--hostname-override=node-1"]);
+        command.output().unwrap()
+    });
+    let checked = String::from_utf8([checked.stdout, checked.stderr].concat()).unwrap();
+    let hidden = "cannot tell whether there are tables of iptables-legacy";
+    let has_legacy = Path::new("/proc/net/ip_tables_names").exists();
+    let words = checked.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert_eq!(words.contains(hidden), has_legacy, "{checked}");
     // Without, it says what is missing.
     let without = script.replace("only=-all,+net_admin", "only=-all");
     let by = ["sh", "-euc", &without, "sh", folder, manifests.to_str().unwrap()];
