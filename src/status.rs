@@ -19,6 +19,7 @@ use crate::metrics::Metrics;
 use crate::model::{Family, Kind, NamespacedName};
 use crate::nft::kernel::Kernel;
 use crate::reconcile::{CommitError, Committed, Proxy};
+use crate::watch::notices::Notices;
 
 /// How far programming is, and all metrics.
 #[derive(Debug)]
@@ -147,6 +148,7 @@ pub struct Reporter {
     oldest: Option<Instant>,
     /// The last repair failed: what is in force is not what should be, whatever else is committed.
     broken: bool,
+    notices: Notices,
 }
 
 impl Reporter {
@@ -154,8 +156,22 @@ impl Reporter {
     #[must_use]
     pub fn new(status: Arc<Status>) -> (Self, UnboundedReceiver<HealthCheckChange>) {
         let (changes, receiver) = unbounded_channel();
-        let seen = Changes::default();
-        (Self { status, changes, addresses: None, seen, oldest: None, broken: false }, receiver)
+        let this = Self {
+            status,
+            changes,
+            addresses: None,
+            seen: Changes::default(),
+            oldest: None,
+            broken: false,
+            notices: Notices::default(),
+        };
+        (this, receiver)
+    }
+
+    /// Has the owners of Services told what they have to know.
+    #[must_use]
+    pub fn with_notices(self, notices: Notices) -> Self {
+        Self { notices, ..self }
     }
 
     /// Events were taken in that came at this time.
@@ -200,6 +216,9 @@ impl Reporter {
         observe(&kube_proxy.sync);
         own.commit_seconds.observe(took.as_secs_f64());
         own.set_aside.set(int(proxy.set_aside_count()));
+        for notice in proxy.take_notices() {
+            self.notices.give(notice);
+        }
         match outcome {
             Err(_) => {
                 // Nothing may be waiting: it may be a repair that fails.

@@ -41,3 +41,4 @@ mod scenario;
 mod serve;
 mod takeover;
 mod tidy;
+mod trouble;

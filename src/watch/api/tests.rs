@@ -496,7 +496,7 @@ async fn a_master_that_is_no_url_is_refused() {
 async fn a_watch_ends_with_its_receiver() {
     let (client, mut server) = server();
     let (sender, events) = mpsc::channel(64);
-    let run = tokio::spawn(run(client, "node-1".to_owned(), sender));
+    let run = tokio::spawn(run(client, "node-1".to_owned(), sender, Notices::default()));
     let asked = server.asked().await;
     drop(events);
     tokio::time::timeout(Duration::from_secs(10), run).await.expect("it ends").unwrap();
