@@ -12,6 +12,8 @@
 )]
 
 mod adopt;
+mod between;
+mod broken_api;
 mod commands;
 mod config;
 mod conntrack;
