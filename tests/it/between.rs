@@ -24,7 +24,11 @@ use tokio::net::TcpListener;
 use tokio::sync::broadcast;
 
 use crate::control_plane::{ControlPlane, User};
+use crate::e2e::eventually;
 use crate::net::enter;
+
+/// What the program watches.
+const KINDS: usize = 4;
 
 type Out = BoxBody<Bytes, std::io::Error>;
 
@@ -106,9 +110,13 @@ impl Between {
         *self.faults.lock().unwrap() = faults;
     }
 
-    /// Does this to all streams that are open. How many there are.
-    pub(crate) fn strike(&self, blow: Blow) -> usize {
-        self.blows.send(blow).unwrap_or(0)
+    /// Does this to the streams of all kinds, when they are open.
+    pub(crate) fn strike(&self, blow: Blow) {
+        eventually("all kinds to be watched", || match self.blows.receiver_count() {
+            0..KINDS => Err("too few are".to_owned()),
+            _ => Ok(()),
+        });
+        self.blows.send(blow).expect("there are receivers");
     }
 }
 
@@ -130,7 +138,6 @@ async fn pass(
     blows: &broadcast::Sender<Blow>,
     request: Request<Incoming>,
 ) -> Response<Out> {
-    let blows = blows.subscribe();
     let path = request.uri().path().to_owned();
     let query = request.uri().query().unwrap_or_default().to_owned();
     let present = faults.lock().unwrap().clone();
@@ -156,7 +163,7 @@ async fn pass(
     let (sender, receiver) = Channel::new(1);
     let empty = present.empty.iter().any(|resource| concerned(resource));
     let stream = Stream { sender, faults, empty, held: None, breaks: false };
-    tokio::spawn(stream.run(body, blows));
+    tokio::spawn(stream.run(body, blows.subscribe()));
     Response::builder()
         .status(200)
         .header("content-type", "application/json")
