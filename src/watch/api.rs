@@ -41,8 +41,8 @@ use crate::model::{Event, Kind, NamespacedName, Notice, Problem, Standing, Topic
 /// the request for a watch, and would be silent for ever after the first objects.
 const STREAMING_PATIENCE: Duration = Duration::from_secs(30);
 
-/// Failures in a row after which a watch is not resumed but begun anew. A server that was restored
-/// from a backup may never accept the place where the watch stopped.
+/// Failures in a row after which a watch is not resumed but begun anew. A server may never accept the
+/// place where the watch stopped.
 const RESUMPTIONS: u32 = 10;
 
 /// How long a kind that the server does not know is left alone.
@@ -410,12 +410,15 @@ impl<K: Watched> Watch<K> {
             () = back, if matches!(trouble, Trouble::Unreachable(_)) => self.backoff.reset(),
             () = self.events.closed() => return Err(Closed),
         }
+        // Behind an outage it may be another server, or one restored from a backup: that takes a place
+        // it has not come to yet, and is silent until it has, or one where it once told something else.
+        let outage = phase == Phase::Watching && trouble.is_outage();
         // A broken list must not be completed: what was lost from it would count as gone. A change
         // that could not be read is lost, too. And 410 in answer to a request, rather than in the
         // stream, is not understood by the watcher.
         let broken_list = matches!(phase, Phase::Begun | Phase::Listing);
         let lost = matches!(trouble, Trouble::Expired | Trouble::Undecodable(_) | Trouble::NoEvent);
-        if broken_list || lost || self.failures.is_multiple_of(RESUMPTIONS) {
+        if broken_list || lost || outage || self.failures.is_multiple_of(RESUMPTIONS) {
             return Ok(Next::Anew);
         }
         Ok(Next::Resume)

@@ -116,6 +116,8 @@ impl Between {
             0..KINDS => Err("too few are".to_owned()),
             _ => Ok(()),
         });
+        // The program asks ever more rarely for streams that last less than a second.
+        std::thread::sleep(Duration::from_millis(1200));
         self.blows.send(blow).expect("there are receivers");
     }
 }

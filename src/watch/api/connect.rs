@@ -1,13 +1,10 @@
 //! The client of the API server: with whose credentials, how patient, and what is noted of every
 //! answer.
 //!
-//! `kube`'s watcher says nothing when a watch is established again, asks again at once when a server
-//! ends one, and never notices that a server was restored from a backup: such a server takes a place
-//! that is ahead of it, and is silent until it has come that far. All three are made up for below it,
-//! where every request passes.
+//! `kube`'s watcher says nothing when a watch is established again, and asks again at once when a
+//! server ends one. Both are made up for below it, where every request passes.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -149,30 +146,18 @@ where
 }
 
 /// A client that tells the report of every answer, and does not ask again at once for a watch that
-/// the server keeps ending. Behind an outage, a watch is resumed only if the server is as far as that.
+/// the server keeps ending.
 pub(super) fn observed(client: Client, report: Arc<Report>) -> Client {
     let namespace = client.default_namespace().to_owned();
     let pace = Arc::new(Pace::default());
-    // Whether the server may not be what it was.
-    let doubt = Arc::new(AtomicBool::new(false));
     let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
         let (client, report, pace) = (client.clone(), report.clone(), pace.clone());
-        let doubt = doubt.clone();
         async move {
             let watch = request.uri().query().is_some_and(|query| query.contains("watch=true"));
             if watch && let Some(pause) = pace.pause() {
                 tokio::time::sleep(pause).await;
             }
-            let answer = match place(request.uri()).filter(|_| doubt.load(Ordering::Relaxed)) {
-                Some(place) => match place_beyond(&client, request.uri().path(), place).await {
-                    Ok(None) => client.send(request).await,
-                    Ok(Some(answer)) => Ok(answer),
-                    Err(error) => Err(error),
-                },
-                None => client.send(request).await,
-            };
-            let down = |status: http::StatusCode| status.is_server_error();
-            doubt.store(answer.as_ref().map_or(true, |a| down(a.status())), Ordering::Relaxed);
+            let answer = client.send(request).await;
             if let Ok(response) = &answer {
                 let good = response.status().is_success();
                 if watch && good {
@@ -184,57 +169,6 @@ pub(super) fn observed(client: Client, report: Arc<Report>) -> Client {
         }
     });
     Client::new(service, namespace)
-}
-
-/// The place at which a request resumes a watch.
-fn place(uri: &http::Uri) -> Option<u64> {
-    let query = uri.query()?;
-    let value = |name: &str| {
-        let mut pairs = query.split('&').filter_map(|pair| pair.split_once('='));
-        pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
-    };
-    if value("watch") != Some("true") || value("sendInitialEvents").is_some() {
-        return None;
-    }
-    value("resourceVersion")?.parse().ok().filter(|place| *place > 0)
-}
-
-/// Asks a server how far it is. The answer to who wants to resume beyond that, which is that there is
-/// no such place any more; None if there is.
-async fn place_beyond(
-    client: &Client,
-    path: &str,
-    place: u64,
-) -> Result<Option<http::Response<kube::client::Body>>, kube::Error> {
-    // One object at most, out of the database: a cache answers what it knew.
-    let request = http::Request::get(format!("{path}?limit=1"))
-        .body(kube::client::Body::empty())
-        .map_err(kube::Error::HttpError)?;
-    let answer = client.send(request).await?;
-    if !answer.status().is_success() {
-        return Ok(Some(answer));
-    }
-    let body = answer.into_body().collect_bytes().await?;
-    // Anything else is for the watch to find out.
-    let list: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
-    let version = list["metadata"]["resourceVersion"].as_str().and_then(|v| v.parse().ok());
-    let Some(now) = version.filter(|now: &u64| *now < place) else { return Ok(None) };
-    tracing::warn!(
-        path,
-        seen = place,
-        now,
-        "the API server is back at an older state, as from a backup; it is listed anew, and followed"
-    );
-    let status = serde_json::json!({
-        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
-        "message": "the server is behind this place", "reason": "Expired", "code": 410,
-    });
-    http::Response::builder()
-        .status(410)
-        .header("content-type", "application/json")
-        .body(kube::client::Body::from(status.to_string().into_bytes()))
-        .map(Some)
-        .map_err(kube::Error::HttpError)
 }
 
 /// When the watch of a kind was last granted.

@@ -73,19 +73,6 @@ impl Server {
         asked
     }
 
-    /// The next requests behind an outage: how far the server is, and one for changes after that.
-    pub(super) async fn asked_again_for_changes(&mut self, version: u32) -> Asked {
-        self.asked_how_far().await.list(version, &[]);
-        self.asked_for_changes(version).await
-    }
-
-    /// The next request, which must be one for how far the server is.
-    pub(super) async fn asked_how_far(&mut self) -> Asked {
-        let asked = self.asked_for_list().await;
-        assert!(asked.says("limit=1") && !asked.says("resourceVersion"), "{}", asked.uri);
-        asked
-    }
-
     /// Asserts that there is no request for so long.
     pub(super) async fn is_left_alone(&mut self, for_so_long: Duration) {
         if let Ok(Some(asked)) = timeout(for_so_long, self.0.recv()).await {
