@@ -5,6 +5,7 @@
 //! watch. A changed configuration goes there by a channel of its own, of which only the last value
 //! counts.
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use tokio::sync::mpsc::{Sender, UnboundedReceiver, WeakSender, channel};
@@ -107,17 +108,21 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
 
     info!(node = config.node_name, source = %config.source, "starting");
     follow_host(sender.downgrade())?;
-    let servers = serve(&loaded, status, health_checks, notices.clone());
+    let mut servers = pin!(serve(&loaded, status.clone(), health_checks, notices.clone()));
     follow_config(flags, loaded, live_sender)?;
     tokio::select! {
         signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
         // Sources end with an error only, and only before they are under way.
         outcome = watch(config.source, config.node_name, sender, rest_client, notices) => outcome?,
-        error = servers => return Err(error.into()),
+        error = servers.as_mut() => return Err(error.into()),
         _ = &mut end => return Err(RunError::Ended),
     }
-    // With the source, the sender is gone: the thread ends behind its last commit.
-    thread.join().map_err(|_| RunError::Ended)
+    // With the source, the sender is gone: the thread ends behind its last commit. Until then, probes are
+    // answered.
+    let joined = tokio::task::spawn_blocking(move || thread.join());
+    joined.await.ok().and_then(Result::ok).ok_or(RunError::Ended)?;
+    status.drain().await;
+    Ok(())
 }
 
 /// What needs all privileges, and nothing else: `--init-only`.

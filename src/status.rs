@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::account::{Changes, HealthCheck};
@@ -35,7 +36,12 @@ pub struct Status {
     /// Microseconds since the epoch; 0 for never.
     committed: AtomicI64,
     eligible: AtomicBool,
+    /// Whoever serves has a receiver as long as there is something to answer.
+    stopping: watch::Sender<bool>,
 }
+
+/// How long requests that have begun may take when the program stops.
+const DRAIN: Duration = Duration::from_secs(1);
 
 impl Status {
     /// Nothing has happened yet. `families` are those the host has.
@@ -50,7 +56,23 @@ impl Status {
             waiting_since: AtomicU64::new(0),
             committed: AtomicI64::new(0),
             eligible: AtomicBool::new(false),
+            stopping: watch::Sender::new(false),
         }
+    }
+
+    /// Becomes true when the program stops.
+    #[must_use]
+    pub fn stopping(&self) -> watch::Receiver<bool> {
+        self.stopping.subscribe()
+    }
+
+    /// Has servers take no more connections, and waits until what has begun is answered. The answers are
+    /// those of any other time: the tables stay in force, so that a node whose proxy stops is as fit as
+    /// before; that it is to leave is what its Node object says.
+    pub async fn drain(&self) {
+        self.stopping.send_replace(true);
+        // Clients that keep others waiting may be cut off.
+        drop(tokio::time::timeout(DRAIN, self.stopping.closed()).await);
     }
 
     /// The families the host has.

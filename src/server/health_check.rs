@@ -50,7 +50,8 @@ struct Ports<F> {
     failures: F,
 }
 
-/// Opens and closes ports as told, until nobody tells any more.
+/// Opens and closes ports as told. When nobody tells any more, they stay as they are until this is
+/// dropped.
 pub async fn serve(
     status: Arc<Status>,
     mut changes: UnboundedReceiver<HealthCheckChange>,
@@ -70,7 +71,7 @@ pub async fn serve(
         tokio::select! {
             count = changes.recv_many(&mut batch, 1024) => {
                 if count == 0 {
-                    return;
+                    return std::future::pending().await;
                 }
                 let touched = batch.drain(..).flat_map(|change| ports.take_in(change)).collect();
                 ports.follow(&touched).await;
@@ -171,9 +172,10 @@ impl<F: FnMut(ListenFailure)> Ports<F> {
                     (self.failures)(ListenFailure { service, address, reason: None });
                 }
                 let status = self.status.clone();
+                let stopping = status.stopping();
                 let pages = Arc::new(Pages { status, service: service.clone(), endpoints });
                 let task = tokio::spawn(async move {
-                    serve_listener(listener, MAX_CONNECTIONS, pages).await;
+                    serve_listener(listener, MAX_CONNECTIONS, stopping, pages).await;
                 });
                 self.open.insert(place, task);
             }

@@ -20,6 +20,7 @@ mod conntrack;
 mod control_plane;
 mod drift;
 mod e2e;
+mod events;
 mod example;
 mod explain;
 mod features;
