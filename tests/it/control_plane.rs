@@ -70,7 +70,8 @@ pub(crate) struct ControlPlane {
     etcd_port: u16,
     // Fields are dropped in this order: no program outlives its folder.
     apiserver: Option<Process>,
-    etcd: Process,
+    etcd: Option<Process>,
+    peer_port: u16,
     folder: TempDir,
     /// What else the API server is started with.
     pub(crate) further_flags: Vec<String>,
@@ -84,13 +85,29 @@ impl ControlPlane {
         let [etcd_port, peer_port, port] =
             free_ports([Ipv4Addr::LOCALHOST.into(), Ipv4Addr::LOCALHOST.into(), bind]);
         write_credentials(folder.path());
-        let (client_url, peer_url) =
-            (format!("http://127.0.0.1:{etcd_port}"), format!("http://127.0.0.1:{peer_port}"));
-        let etcd = Process::start(
+        let address = SocketAddr::new(bind, port);
+        let mut this = Self {
+            address,
+            etcd_port,
+            peer_port,
+            apiserver: None,
+            etcd: None,
+            folder,
+            further_flags: Vec::new(),
+        };
+        this.start_etcd();
+        this.start_apiserver().await;
+        this
+    }
+
+    fn start_etcd(&mut self) {
+        let [client_url, peer_url] =
+            [self.etcd_port, self.peer_port].map(|port| format!("http://127.0.0.1:{port}"));
+        self.etcd = Some(Process::start(
             "etcd",
-            folder.path(),
+            self.folder.path(),
             &[
-                &format!("--data-dir={}", folder.path().join("etcd").display()),
+                &format!("--data-dir={}", self.folder.path().join("etcd").display()),
                 "--unsafe-no-fsync",
                 "--log-level=warn",
                 &format!("--listen-client-urls={client_url}"),
@@ -99,12 +116,30 @@ impl ControlPlane {
                 &format!("--initial-advertise-peer-urls={peer_url}"),
                 &format!("--initial-cluster=default={peer_url}"),
             ],
-        );
-        let address = SocketAddr::new(bind, port);
-        let further_flags = Vec::new();
-        let mut this = Self { address, etcd_port, apiserver: None, etcd, folder, further_flags };
-        this.start_apiserver().await;
-        this
+        ));
+    }
+
+    /// Ends both programs, keeps a copy of what they know, and starts them again.
+    pub(crate) async fn back_up(&mut self) {
+        self.with_data_at_rest(["etcd", "backup"]).await;
+    }
+
+    /// Ends both programs, and starts them with what they knew at the time of the copy.
+    pub(crate) async fn restore(&mut self) {
+        self.with_data_at_rest(["backup", "etcd"]).await;
+    }
+
+    async fn with_data_at_rest(&mut self, [from, to]: [&str; 2]) {
+        self.apiserver = None;
+        self.etcd = None;
+        let [from, to] = [from, to].map(|name| self.folder.path().join(name));
+        if to.exists() {
+            fs::remove_dir_all(&to).expect(WRITABLE);
+        }
+        let copy = Command::new("cp").arg("-a").args([&from, &to]).output().expect("there is cp");
+        assert!(copy.status.success(), "{}", String::from_utf8_lossy(&copy.stderr));
+        self.start_etcd();
+        self.start_apiserver().await;
     }
 
     /// Starts the API server again after [`Self::kill_apiserver`], at the same address and with the
@@ -142,7 +177,7 @@ impl ControlPlane {
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         self.apiserver = Some(Process::start("kube-apiserver", self.folder.path(), &flags));
         if let Err(reason) = self.ready().await {
-            let logs = self.apiserver.iter().chain([&self.etcd]).map(Process::end_of_log);
+            let logs = self.apiserver.iter().chain(&self.etcd).map(Process::end_of_log);
             panic!("no control plane: {reason}\n{}", logs.collect::<String>());
         }
     }
@@ -175,6 +210,15 @@ impl ControlPlane {
     pub(crate) fn kubeconfig(&self, user: User) -> PathBuf {
         let path = self.folder.path().join(format!("{user:?}.kubeconfig"));
         fs::write(&path, self.kubeconfig_of(user).to_string()).expect(WRITABLE);
+        path
+    }
+
+    /// The same, with another address in the place of the server's.
+    pub(crate) fn kubeconfig_at(&self, user: User, server: &str) -> PathBuf {
+        let path = self.folder.path().join(format!("{user:?}-elsewhere.kubeconfig"));
+        let mut kubeconfig = self.kubeconfig_of(user);
+        kubeconfig["clusters"][0]["cluster"] = json!({ "server": server });
+        fs::write(&path, kubeconfig.to_string()).expect(WRITABLE);
         path
     }
 
@@ -265,7 +309,8 @@ impl ControlPlane {
         })
     }
 
-    async fn client_of(&self, user: User) -> Result<Client, Box<dyn Error>> {
+    /// A new client of a user. It belongs to the runtime in which it is made.
+    pub(crate) async fn client_of(&self, user: User) -> Result<Client, Box<dyn Error>> {
         client_by(self.kubeconfig_of(user)).await
     }
 
@@ -277,7 +322,7 @@ impl ControlPlane {
                     Ok(()) => return Ok(()),
                     Err(error) => last_error = error.to_string(),
                 }
-                for process in self.apiserver.iter_mut().chain([&mut self.etcd]) {
+                for process in self.apiserver.iter_mut().chain(&mut self.etcd) {
                     if let Ok(Some(status)) = process.child.try_wait() {
                         return Err(format!("{status}, log {}", process.log.display()));
                     }

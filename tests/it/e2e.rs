@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,7 +26,7 @@ pub(crate) const CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
 pub(crate) const HTTP: [(&str, &str, u16); 1] = [("http", "TCP", 8080)];
 pub(crate) const A: &str = "10.244.1.5!";
 const B: &str = "10.244.1.6!";
-const REMOTE: &str = "10.244.2.9";
+pub(crate) const REMOTE: &str = "10.244.2.9";
 
 /// The longest pause between two tries of a watch is a minute.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -68,7 +69,11 @@ impl Cluster<'_> {
     }
 
     pub(crate) fn arguments(&self, user: User) -> Vec<String> {
-        let kubeconfig = self.plane.kubeconfig(user).to_str().unwrap().to_owned();
+        self.arguments_with(&self.plane.kubeconfig(user))
+    }
+
+    pub(crate) fn arguments_with(&self, kubeconfig: &Path) -> Vec<String> {
+        let kubeconfig = kubeconfig.to_str().unwrap().to_owned();
         ["--kubeconfig", &kubeconfig, "--hostname-override", "node-1", "--cluster-cidr", CIDRS]
             .map(str::to_owned)
             .into()
@@ -76,8 +81,13 @@ impl Cluster<'_> {
 
     /// Starts the program as a user, and does not wait for it.
     pub(crate) fn spawn(&self, user: User) -> Daemon {
+        self.spawn_with(&self.plane.kubeconfig(user))
+    }
+
+    /// The same with a kubeconfig.
+    pub(crate) fn spawn_with(&self, kubeconfig: &Path) -> Daemon {
         let mut arguments = vec!["run".to_owned()];
-        arguments.extend(self.arguments(user));
+        arguments.extend(self.arguments_with(kubeconfig));
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         Daemon::spawn(&self.net.name("node"), &arguments)
     }

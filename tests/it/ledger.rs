@@ -11,7 +11,7 @@ use nftproxy::model::{
 };
 use nftproxy::nft::dataplane::Options;
 use nftproxy::nft::element::{Backend, ElementId, Key, Value};
-use nftproxy::nft::fake::FakeKernel;
+use nftproxy::nft::fake::{Failure, FakeKernel};
 use nftproxy::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
 use nftproxy::nft::names::SetName;
 use nftproxy::nft::netlink::NetlinkKernel;
@@ -25,7 +25,7 @@ use crate::namespace::in_namespace;
 
 /// What happens to the proxy: an event, or a commit.
 #[derive(Clone, Debug)]
-enum Step {
+pub(crate) enum Step {
     Event(Event),
     Commit,
 }
@@ -130,7 +130,7 @@ fn any_slice() -> impl Strategy<Value = EndpointSlice> {
     )
 }
 
-fn any_step() -> impl Strategy<Value = Step> {
+pub(crate) fn any_step() -> impl Strategy<Value = Step> {
     let which = 0..SERVICES.len();
     let cidr = || ServiceCidr {
         name: NamespacedName::cluster_scoped("one"),
@@ -162,7 +162,7 @@ fn any_step() -> impl Strategy<Value = Step> {
 
 /// The elements with the slots of a frontend in sorted order: numbers depend on history, the set of
 /// backends does not.
-fn normal(kernel: &FakeKernel) -> BTreeMap<String, Vec<String>> {
+pub(crate) fn normal(kernel: &FakeKernel) -> BTreeMap<String, Vec<String>> {
     let mut content: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut slots: BTreeMap<String, Vec<u16>> = BTreeMap::new();
     for (id, value) in kernel.elements() {
@@ -196,13 +196,27 @@ fn committed(proxy: &mut Proxy<FakeKernel>) {
 }
 
 /// A proxy that sees only the final objects, in the order of their names.
-fn fresh(objects: &BTreeMap<String, Event>) -> Proxy<FakeKernel> {
+pub(crate) fn fresh(objects: &BTreeMap<String, Event>) -> Proxy<FakeKernel> {
     let mut proxy = Proxy::new(state(), FakeKernel::default());
     for event in objects.values().cloned().chain(all_listed()) {
         proxy.observe(event);
     }
     committed(&mut proxy);
     proxy
+}
+
+/// The objects that there are after some events, by kind and name.
+#[derive(Debug, Default)]
+pub(crate) struct Objects(pub(crate) BTreeMap<String, Event>);
+
+impl Objects {
+    pub(crate) fn observe(&mut self, event: &Event) {
+        match identity(event) {
+            Some((id, true)) => drop(self.0.insert(id, event.clone())),
+            Some((id, false)) => drop(self.0.remove(&id)),
+            None => {}
+        }
+    }
 }
 
 fn identity(event: &Event) -> Option<(String, bool)> {
@@ -226,17 +240,13 @@ proptest! {
     #[test]
     fn any_history_ends_like_a_fresh_start(steps in proptest::collection::vec(any_step(), 1..60)) {
         let mut proxy = Proxy::new(state(), FakeKernel::default());
-        let mut objects = BTreeMap::new();
+        let mut objects = Objects::default();
         all_listed().for_each(|event| proxy.observe(event));
         committed(&mut proxy);
         for step in steps {
             match step {
                 Step::Event(event) => {
-                    match identity(&event) {
-                        Some((id, true)) => drop(objects.insert(id, event.clone())),
-                        Some((id, false)) => drop(objects.remove(&id)),
-                        None => {}
-                    }
+                    objects.observe(&event);
                     proxy.observe(event);
                 }
                 Step::Commit => {
@@ -248,6 +258,7 @@ proptest! {
         let done = proxy.commit().unwrap();
         prop_assert!(!done.adopted, "the fake kernel refused a transaction");
         proxy.collect_idle().unwrap();
+        let Objects(objects) = objects;
 
         let mut fresh = fresh(&objects);
         prop_assert_eq!(normal(proxy.kernel_mut()), normal(fresh.kernel_mut()));
@@ -423,7 +434,7 @@ fn a_refused_service_is_left_out_and_everything_else_committed() {
         let plan = proxy.plan().unwrap();
         plan.iter().position(|(op, _)| format!("{op:?}").contains("10.96.0.10")).unwrap()
     };
-    proxy.kernel_mut().fail = vec![(last, libc::ENOMEM), (last, libc::ENOMEM)];
+    proxy.kernel_mut().fail = vec![Failure::Refuse(last, libc::ENFILE); 2];
     proxy.observe(Event::EndpointSlice(slice(
         "dns",
         "4",
@@ -497,7 +508,7 @@ impl Kernel for Refusing {
         let Some(op) = transaction.ops.iter().position(refused) else {
             return self.0.apply(transaction);
         };
-        let refusal = Refusal { op: Some(op), errno: libc::ENOMEM, message: None };
+        let refusal = Refusal { op: Some(op), errno: libc::ENFILE, message: None };
         Err(ApplyError::Refused { refusals: vec![refusal] })
     }
 }

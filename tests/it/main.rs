@@ -12,6 +12,8 @@
 )]
 
 mod adopt;
+mod between;
+mod broken_api;
 mod commands;
 mod config;
 mod conntrack;
@@ -19,6 +21,7 @@ mod control_plane;
 mod deploy;
 mod drift;
 mod e2e;
+mod events;
 mod example;
 mod explain;
 mod features;
@@ -43,3 +46,4 @@ mod scenario;
 mod serve;
 mod takeover;
 mod tidy;
+mod trouble;
