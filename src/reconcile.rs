@@ -248,6 +248,8 @@ impl<K: Kernel> Proxy<K> {
     /// Reads back what the kernel holds and sends the difference to what is wanted.
     fn adopt(&mut self) -> Result<Committed, CommitError> {
         let first = self.ledger.is_none();
+        // Nothing is stale behind this, so that rules that wait for a commit are part of it.
+        self.options = self.state.options();
         let mut loaded = self.kernel.load(&self.options)?;
         if first {
             report_found(&loaded);

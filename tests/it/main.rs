@@ -22,6 +22,7 @@ mod example;
 mod explain;
 mod features;
 mod flips;
+mod fuzz;
 mod health;
 mod host;
 mod hostile;
