@@ -12,6 +12,7 @@
 )]
 
 mod adopt;
+mod agree;
 mod commands;
 mod config;
 mod conntrack;
