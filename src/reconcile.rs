@@ -39,8 +39,10 @@ const SUSPICIOUS: usize = 10;
 pub struct Proxy<K> {
     state: State,
     kernel: K,
-    /// None until the tables were adopted, and after a commit that left them in doubt.
+    /// What was committed; None until the tables were adopted.
     ledger: Option<Ledger>,
+    /// Whether the tables may hold something else, so that they have to be read back.
+    in_doubt: bool,
     options: Options,
     /// Contributors whose operations the kernel refuses; they keep what they had.
     quarantine: Quarantine,
@@ -91,6 +93,7 @@ impl<K: Kernel> Proxy<K> {
             state,
             kernel,
             ledger: None,
+            in_doubt: false,
             serving: Serving::default(),
             account: Account::default(),
             quarantine: Quarantine::default(),
@@ -192,7 +195,7 @@ impl<K: Kernel> Proxy<K> {
             self.options = options;
             self.ledger = None;
         }
-        if self.ledger.is_some() {
+        if self.ledger.is_some() && !self.in_doubt {
             let stale = self.state.stale_contributions();
             let stale = self.accepted(stale);
             let contributors: Vec<_> = stale.iter().map(|(name, _)| name.clone()).collect();
@@ -232,9 +235,12 @@ impl<K: Kernel> Proxy<K> {
         let Some(ledger) = self.ledger.as_mut() else { return Ok(Committed::default()) };
         let staged = ledger.collect();
         let mut transaction = staged.transaction(&self.options);
-        let done = apply(&mut self.kernel, &mut transaction)?;
-        ledger.accept(staged);
-        Ok(done)
+        let done = apply(&mut self.kernel, &mut transaction);
+        match done {
+            Ok(_) => ledger.accept(staged),
+            Err(_) => self.in_doubt = true,
+        }
+        done
     }
 
     /// Everything that is wanted now, as one value.
@@ -268,6 +274,10 @@ impl<K: Kernel> Proxy<K> {
     /// Reads back what the kernel holds and sends the difference to what is wanted.
     fn adopt(&mut self) -> Result<Committed, CommitError> {
         let first = self.ledger.is_none();
+        // Also what fails may have taken effect, if only the answer was lost.
+        self.in_doubt = true;
+        // Nothing is stale behind this, so that rules that wait for a commit are part of it.
+        self.options = self.state.options();
         let mut loaded = self.kernel.load(&self.options)?;
         if first {
             report_found(&loaded);
@@ -284,6 +294,7 @@ impl<K: Kernel> Proxy<K> {
                     let mut ledger = Ledger::default();
                     ledger.accept(staged);
                     self.ledger = Some(ledger);
+                    self.in_doubt = false;
                     self.state.settle();
                     self.let_go();
                     self.account.set_elements(elements);

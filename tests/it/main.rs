@@ -12,6 +12,7 @@
 )]
 
 mod adopt;
+mod agree;
 mod between;
 mod broken_api;
 mod commands;
@@ -26,6 +27,7 @@ mod example;
 mod explain;
 mod features;
 mod flips;
+mod fuzz;
 mod health;
 mod host;
 mod hostile;
