@@ -112,13 +112,24 @@ impl Between {
 
     /// Does this to the streams of all kinds, when they are open.
     pub(crate) fn strike(&self, blow: Blow) {
+        self.all_open();
+        self.blows.send(blow).expect("there are receivers");
+    }
+
+    /// The same, and from now on this is done.
+    pub(crate) fn strike_and_set(&self, blow: Blow, faults: Faults) {
+        self.all_open();
+        self.set(faults);
+        self.blows.send(blow).expect("there are receivers");
+    }
+
+    fn all_open(&self) {
         eventually("all kinds to be watched", || match self.blows.receiver_count() {
             0..KINDS => Err("too few are".to_owned()),
             _ => Ok(()),
         });
         // The program asks ever more rarely for streams that last less than a second.
         std::thread::sleep(Duration::from_millis(1200));
-        self.blows.send(blow).expect("there are receivers");
     }
 }
 
