@@ -537,7 +537,9 @@ mod tests {
         let kernel = Refusing { kernel: FakeKernel::default(), refuses: true, tried: Vec::new() };
         let state = State::new(Settings::default(), NodeFacts::default());
         let mut proxy = Proxy::new(state, kernel);
-        Kind::ALL.into_iter().for_each(|kind| proxy.observe(Event::Listed(kind)));
+        for kind in Kind::ALL {
+            proxy.observe(Event::Listed(kind));
+        }
         proxy.observe(web());
         let pacing =
             Pacing { min_sync_period: Duration::ZERO, sync_period: Duration::from_secs(30) };

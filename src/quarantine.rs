@@ -51,10 +51,10 @@ impl Quarantine {
     }
 
     /// Leaves a contributor out. Whether that is news: it was not, or for another reason.
-    pub fn put(&mut self, contributor: Contributor, reason: String) -> bool {
-        let before = self.on_trial.remove(&contributor);
+    pub fn put(&mut self, contributor: &Contributor, reason: String) -> bool {
+        let before = self.on_trial.remove(contributor);
         let before = self.set_aside.insert(contributor.clone(), reason).or(before);
-        before.as_ref() != self.set_aside.get(&contributor)
+        before.as_ref() != self.set_aside.get(contributor)
     }
 
     /// A contributor changed: what the kernel refused may be gone.

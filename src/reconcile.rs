@@ -407,7 +407,7 @@ impl<K: Kernel> Proxy<K> {
         for (contributor, (operation, refusal)) in guilty {
             // Its number is another one each time.
             let reason = Refusal { op: None, ..refusal }.to_string();
-            if !self.quarantine.put(contributor.clone(), reason.clone()) {
+            if !self.quarantine.put(&contributor, reason.clone()) {
                 debug!(object = %contributor, operation, reason, "the kernel refuses it still");
                 continue;
             }

@@ -158,25 +158,26 @@ fn words(topic: Topic) -> [&'static str; 3] {
     }
 }
 
-fn event(telling: &Telling, node: &str, now: Timestamp) -> Event {
+/// The Event by which a node tells.
+fn event(telling: &Telling, by: &str, now: Timestamp) -> Event {
     let full = telling.service.as_str();
     let (namespace, name) = full.split_once('/').unwrap_or(("default", full));
     let [stands, over, action] = words(telling.topic);
     let of_all_nodes = telling.topic.is_of_all_nodes();
     let note = match (telling.sentences.is_empty(), of_all_nodes) {
         (true, true) => "what was reported before is no longer so".to_owned(),
-        (true, false) => format!("node {node}: what was reported before is no longer so"),
+        (true, false) => format!("node {by}: what was reported before is no longer so"),
         // kube-proxy's begins with the node by itself.
         (false, _) if telling.topic == Topic::HealthCheck => joined(&telling.sentences),
         (false, true) => joined(&telling.sentences),
-        (false, false) => format!("node {node}: {}", joined(&telling.sentences)),
+        (false, false) => format!("node {by}: {}", joined(&telling.sentences)),
     };
     let note: String = note.chars().take(MAX_NOTE).collect();
     let reason = if telling.sentences.is_empty() { over } else { stands };
     let mut hasher = DefaultHasher::new();
     (reason, &note, now.as_second() / SAME_WITHIN).hash(&mut hasher);
     if !of_all_nodes {
-        node.hash(&mut hasher);
+        by.hash(&mut hasher);
     }
     Event {
         metadata: ObjectMeta {
@@ -198,7 +199,7 @@ fn event(telling: &Telling, node: &str, now: Timestamp) -> Event {
             ..ObjectReference::default()
         }),
         reporting_controller: Some("nftproxy".into()),
-        reporting_instance: Some(node.chars().take(128).collect()),
+        reporting_instance: Some(by.chars().take(128).collect()),
         type_: Some(if telling.sentences.is_empty() { "Normal" } else { "Warning" }.into()),
         ..Event::default()
     }

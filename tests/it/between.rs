@@ -13,7 +13,7 @@ use http::header::{AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HOST, TRANSFER_ENC
 use http::{Request, Response};
 use http_body_util::channel::{Channel, Sender};
 use http_body_util::combinators::BoxBody;
-use http_body_util::{BodyExt as _, Full};
+use http_body_util::{BodyExt as _, Collected, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -112,13 +112,24 @@ impl Between {
 
     /// Does this to the streams of all kinds, when they are open.
     pub(crate) fn strike(&self, blow: Blow) {
+        self.all_open();
+        self.blows.send(blow).expect("there are receivers");
+    }
+
+    /// The same, and from now on this is done.
+    pub(crate) fn strike_and_set(&self, blow: Blow, faults: Faults) {
+        self.all_open();
+        self.set(faults);
+        self.blows.send(blow).expect("there are receivers");
+    }
+
+    fn all_open(&self) {
         eventually("all kinds to be watched", || match self.blows.receiver_count() {
             0..KINDS => Err("too few are".to_owned()),
             _ => Ok(()),
         });
         // The program asks ever more rarely for streams that last less than a second.
         std::thread::sleep(Duration::from_millis(1200));
-        self.blows.send(blow).expect("there are receivers");
     }
 }
 
@@ -152,14 +163,14 @@ async fn pass(
         head.headers.remove(name);
     }
     head.uri = head.uri.path_and_query().unwrap().as_str().parse().unwrap();
-    let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+    let body = body.collect().await.map(Collected::to_bytes).unwrap_or_default();
     let request = Request::from_parts(head, Body::from(body.to_vec()));
     let Ok(answer) = client.send(request).await else {
         return text(503, status(503, "ServiceUnavailable").to_string());
     };
     let (head, body) = answer.into_parts();
     if !query.contains("watch=true") || head.status != 200 {
-        let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+        let body = body.collect().await.map(Collected::to_bytes).unwrap_or_default();
         return text(head.status.as_u16(), String::from_utf8_lossy(&body).into_owned());
     }
     let (sender, receiver) = Channel::new(1);

@@ -70,8 +70,7 @@ fn places_are_forgotten(cluster: &Cluster<'_>, between: &Between) {
         moves(cluster, round);
     }
     // As the answer to every request.
-    between.set(Faults { refuse: vec![("", 410)], ..Faults::default() });
-    between.strike(Blow::End);
+    between.strike_and_set(Blow::End, Faults { refuse: vec![("", 410)], ..Faults::default() });
     cluster.endpoints("moving", &[A, REMOTE]);
     let before = cluster.table("ip");
     std::thread::sleep(Duration::from_secs(3));
@@ -81,13 +80,14 @@ fn places_are_forgotten(cluster: &Cluster<'_>, between: &Between) {
 }
 
 fn events_are_late_doubled_and_out_of_order(cluster: &Cluster<'_>, between: &Between) {
-    between.set(Faults { delay: Duration::from_millis(700), ..Faults::default() });
-    between.strike(Blow::Gone);
+    between.strike_and_set(
+        Blow::Gone,
+        Faults { delay: Duration::from_millis(700), ..Faults::default() },
+    );
     for round in 0..2 {
         moves(cluster, round);
     }
-    between.set(Faults { double: true, reorder: true, ..Faults::default() });
-    between.strike(Blow::Gone);
+    between.strike_and_set(Blow::Gone, Faults { double: true, reorder: true, ..Faults::default() });
     // Many objects, so that there is something to mix up; some go again at once.
     for i in 0..20 {
         let (name, address) = (format!("s-{i}"), format!("10.96.1.{i}"));
@@ -144,8 +144,10 @@ fn requests_are_refused(cluster: &Cluster<'_>, between: &Between, daemon: &Daemo
         ("", 429, "the API server answered 429"),
     ] {
         let before = (cluster.table("ip"), lines(daemon, "WARN").len());
-        between.set(Faults { refuse: vec![(resource, code)], ..Faults::default() });
-        between.strike(Blow::Gone);
+        between.strike_and_set(
+            Blow::Gone,
+            Faults { refuse: vec![(resource, code)], ..Faults::default() },
+        );
         said(daemon, words);
         cluster.endpoints("moving", &[A]);
         std::thread::sleep(Duration::from_secs(3));
@@ -164,13 +166,11 @@ fn requests_are_refused(cluster: &Cluster<'_>, between: &Between, daemon: &Daemo
 fn a_list_is_empty(cluster: &Cluster<'_>, between: &Between, daemon: &Daemon) {
     let words = "names less than half of what was known";
     assert_eq!(lines(daemon, words), [""; 0], "so far nothing was suspicious");
-    between.set(Faults { empty: vec!["services"], ..Faults::default() });
-    between.strike(Blow::Gone);
+    between.strike_and_set(Blow::Gone, Faults { empty: vec!["services"], ..Faults::default() });
     // It is said, and it counts.
     said(daemon, words);
     cluster.meets("client", STEADY, 80, &Answer::Lost);
-    between.set(Faults::default());
-    between.strike(Blow::Gone);
+    between.strike_and_set(Blow::Gone, Faults::default());
     cluster.answers(STEADY, 80, &["a", "remote"]);
     let told = lines(daemon, words);
     assert_eq!(told.len(), 1, "{told:?}");
@@ -201,13 +201,13 @@ fn a_server_restored_from_an_old_backup_is_believed() {
         cluster.meets("client", "10.96.0.42", 80, &Answer::Lost);
         let began = std::time::Instant::now();
         cluster.runtime.block_on(cluster.plane.restore());
-        let back = began.elapsed();
+        let (back, began) = (began.elapsed(), std::time::Instant::now());
         cluster.answers(STEADY, 80, &["a"]);
         cluster.meets("client", MOVING, 80, &Answer::Lost);
         cluster.answers("10.96.0.42", 80, &["a"]);
         eprintln!(
             "the server was back after {back:?}, its state in force {:?} later",
-            began.elapsed() - back
+            began.elapsed()
         );
         // Changes are followed from there, although their versions were seen before.
         cluster.endpoints("steady", &[REMOTE]);

@@ -69,14 +69,7 @@ impl Cluster<'_> {
     }
 
     pub(crate) fn arguments(&self, user: User) -> Vec<String> {
-        self.arguments_with(&self.plane.kubeconfig(user))
-    }
-
-    pub(crate) fn arguments_with(&self, kubeconfig: &Path) -> Vec<String> {
-        let kubeconfig = kubeconfig.to_str().unwrap().to_owned();
-        ["--kubeconfig", &kubeconfig, "--hostname-override", "node-1", "--cluster-cidr", CIDRS]
-            .map(str::to_owned)
-            .into()
+        arguments(&self.plane.kubeconfig(user))
     }
 
     /// Starts the program as a user, and does not wait for it.
@@ -86,9 +79,9 @@ impl Cluster<'_> {
 
     /// The same with a kubeconfig.
     pub(crate) fn spawn_with(&self, kubeconfig: &Path) -> Daemon {
-        let mut arguments = vec!["run".to_owned()];
-        arguments.extend(self.arguments_with(kubeconfig));
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let all = arguments(kubeconfig);
+        let arguments: Vec<_> =
+            std::iter::once("run").chain(all.iter().map(String::as_str)).collect();
         Daemon::spawn(&self.net.name("node"), &arguments)
     }
 
@@ -151,6 +144,13 @@ impl Cluster<'_> {
             if seen == *expected { Ok(()) } else { Err(format!("{seen:?}")) }
         });
     }
+}
+
+fn arguments(kubeconfig: &Path) -> Vec<String> {
+    let kubeconfig = kubeconfig.to_str().unwrap();
+    ["--kubeconfig", kubeconfig, "--hostname-override", "node-1", "--cluster-cidr", CIDRS]
+        .map(str::to_owned)
+        .into()
 }
 
 /// What a client met.

@@ -105,7 +105,7 @@ fn owners_are_told_once_whatever_the_number_of_nodes_and_that_it_is_over() {
         cluster.delete("Service", "old");
         let over = told(cluster, "young", "Normal FrontendConflictResolved");
         assert_eq!(over.len(), 1, "{over:?}");
-        cluster.answers(CONTESTED, 80, &["remote"]);
+        cluster.answers(CONTESTED, 80, &["a"]);
         cluster.apply(&service("odd", &["10.96.0.72"]).yaml().replacen(
             "namespace: default }",
             "namespace: default, annotations: { nftproxy.dev/scheduler: maglev } }",

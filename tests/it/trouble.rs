@@ -116,8 +116,8 @@ fn an_answer_that_is_lost_and_tables_that_cannot_be_read_change_nothing_in_the_e
 #[test]
 fn one_refused_operation_costs_its_service_alone_until_the_cause_is_gone() {
     for errno in OBJECT.into_iter().chain(SYSTEM) {
-        let refused = std::rc::Rc::new(std::cell::Cell::new(true));
-        let stands = refused.clone();
+        let trouble = std::rc::Rc::new(std::cell::Cell::new(true));
+        let stands = trouble.clone();
         let refuses = move |id: &ElementId| (stands.get() && of_service(id, 2)).then_some(errno);
         let mut proxy = Proxy::new(state(), Refusing { kernel: FakeKernel::default(), refuses });
         events(1).into_iter().chain(all_listed()).for_each(|event| proxy.observe(event));
@@ -148,7 +148,7 @@ fn one_refused_operation_costs_its_service_alone_until_the_cause_is_gone() {
         while proxy.commit().is_err() {}
         assert_eq!((proxy.set_aside_count(), proxy.take_notices()), (1, vec![]));
         // Nobody changes it: it is enough that the cause is gone.
-        refused.set(false);
+        trouble.set(false);
         proxy.retry_set_aside();
         proxy.commit().unwrap();
         assert!(has(&mut proxy, 2) && is_programmed(&mut proxy), "errno {errno}");
@@ -160,14 +160,14 @@ fn one_refused_operation_costs_its_service_alone_until_the_cause_is_gone() {
 #[test]
 fn what_hits_everybody_leaves_nobody_out() {
     for errno in SYSTEM {
-        let refused = std::rc::Rc::new(std::cell::Cell::new(false));
-        let stands = refused.clone();
+        let trouble = std::rc::Rc::new(std::cell::Cell::new(false));
+        let stands = trouble.clone();
         let refuses = move |_: &ElementId| stands.get().then_some(errno);
         let mut proxy = Proxy::new(state(), Refusing { kernel: FakeKernel::default(), refuses });
         all_listed().for_each(|event| proxy.observe(event));
         proxy.commit().unwrap();
         let before = proxy.kernel_mut().kernel.dump();
-        refused.set(true);
+        trouble.set(true);
         (0..200).flat_map(events).for_each(|event| proxy.observe(event));
         for _ in 0..10 {
             proxy.commit().unwrap_err();
@@ -176,7 +176,7 @@ fn what_hits_everybody_leaves_nobody_out() {
         // New chains, to which nothing leads, are all that may be there of it.
         let now = proxy.kernel_mut().kernel.dump();
         assert!(now.lines().all(|line| before.contains(line) || line.contains(" chain lb-1 ")));
-        refused.set(false);
+        trouble.set(false);
         proxy.commit().unwrap();
         assert!(is_programmed(&mut proxy));
     }
@@ -284,7 +284,7 @@ fn the_owner_of_a_service_that_loses_a_frontend_learns_of_it_and_that_it_is_over
     assert_eq!(after(endpoint("young", &["10.244.0.2"])), [""; 0]);
     // The older one comes; as long as nobody answers for it, it is the one that waits.
     let waits = format!("default/old: {}", served_by("young"));
-    assert_eq!(after(claim("old", "10.96.0.1", 10)), [waits.clone()]);
+    assert_eq!(after(claim("old", "10.96.0.1", 10)), std::slice::from_ref(&waits));
     let lost = format!("default/young: {}", served_by("old"));
     assert_eq!(
         after(endpoint("old", &["10.244.0.1"])),
