@@ -2,24 +2,27 @@
 //!
 //! Sources run on the tokio runtime and send events through a bounded channel to
 //! [`crate::program`], which has a thread of its own and blocks in `sendmsg` without holding up a
-//! watch.
+//! watch. A changed configuration goes there by a channel of its own, of which only the last value
+//! counts.
 
 use std::sync::Arc;
 
 use tokio::sync::mpsc::{Sender, UnboundedReceiver, WeakSender, channel};
-use tracing::{info, warn};
+use tokio::sync::watch;
+use tracing::{debug, error, info, warn};
 
-use crate::config::{Config, Source};
+use crate::config::{self, Flags, Live, Loaded, Source};
 use crate::conntrack::Sweeper;
-use crate::host;
+use crate::host::{self, PrivilegeError};
 use crate::metrics::RestClient;
 use crate::model::{Event, Family};
-use crate::nft::netlink::{NetlinkKernel, OpenError};
-use crate::program::{Pacing, Program};
+use crate::nft::netlink::{FEATURES, NetlinkKernel, OpenError};
+use crate::program::Program;
 use crate::reconcile::Proxy;
 use crate::server::{self, BindError, Listen, ListenFailure};
 use crate::state::State;
 use crate::status::{HealthCheckChange, Reporter, Status};
+use crate::takeover::{self, Purpose};
 use crate::watch::api::{self, ClientError};
 use crate::watch::manifests::{ManifestError, Manifests};
 use crate::watch::notices::{self, Notice};
@@ -30,9 +33,18 @@ const QUEUE: usize = 4096;
 /// The daemon cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
+    /// The process may not do what it is for.
+    #[error(transparent)]
+    Privilege(#[from] PrivilegeError),
     /// The kernel cannot be reached.
     #[error(transparent)]
     Kernel(#[from] OpenError),
+    /// The kernel cannot hold the tables; what it lacks was said.
+    #[error("this kernel cannot hold the tables: {0} features are missing")]
+    Features(usize),
+    /// The host refuses what it was to be prepared with.
+    #[error("{0}")]
+    Host(String),
     /// The API server's address or credentials cannot be read.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -56,41 +68,45 @@ pub enum RunError {
 }
 
 /// Runs until SIGTERM or SIGINT. The tables stay in force afterwards.
-pub async fn run(config: Config) -> Result<(), RunError> {
+pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
+    host::check_privileges()?;
+    let config = loaded.config.clone();
     let (sender, events) = channel(QUEUE);
+    let (live_sender, live) = watch::channel(config.live.clone());
     let (opened, open_outcome) = tokio::sync::oneshot::channel();
     let (ended, mut end) = tokio::sync::oneshot::channel::<()>();
-    let state = State::new(config.settings.clone(), host::node_facts(&config.node_name));
-    let pacing =
-        Pacing { min_sync_period: config.min_sync_period, sync_period: config.sync_period };
+    let state = State::new(config.live.settings.clone(), host::node_facts(&config.node_name));
     let mut families = vec![Family::V4];
     families.extend(host::has_ipv6().then_some(Family::V6));
-    let status = Arc::new(Status::new(families, config.sync_period));
+    let status = Arc::new(Status::new(families, config.live.sync_period));
     let (reporter, health_checks) = Reporter::new(status.clone());
     let swept = status.clone();
     let owning = config.table_owner;
+    // Other Services of the node may still need it.
+    let keep_theirs = config.keep_kube_proxy_rules || matches!(config.source, Source::Manifests(_));
     let thread = std::thread::Builder::new().name("program".into()).spawn(move || {
         match open(owning, swept) {
             Err(error) => drop(opened.send(Err(error))),
             Ok((kernel, sweeper)) => {
                 drop(opened.send(Ok(())));
-                Program::new(Proxy::new(state, kernel), sweeper, pacing, reporter).run(events);
+                Program::new(Proxy::new(state, kernel), sweeper, live, reporter)
+                    .after_sync(move || take_over(keep_theirs))
+                    .run(events);
             }
         }
         drop(ended);
     });
     let thread = thread.map_err(|source| RunError::System { step: "start a thread", source })?;
     open_outcome.await.map_err(|_| RunError::Ended)??;
+    if let Err(refused) = prepare_host(&config.live) {
+        warn!("{refused}; the host keeps what it has (once with all privileges: --init-only)");
+    }
 
     info!(node = config.node_name, source = %config.source, "starting");
-    if config.settings.localhost_node_ports
-        && let Err(error) = host::route_loopback()
-    {
-        warn!(%error, "node ports are not served on 127.0.0.1");
-    }
     follow_host(sender.downgrade())?;
     let rest_client = status.metrics.rest_client.clone();
-    let servers = serve(&config, status, health_checks);
+    let servers = serve(&loaded, status, health_checks);
+    follow_config(flags, loaded, live_sender)?;
     tokio::select! {
         signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
         // Sources end with an error only, and only before they are under way.
@@ -102,12 +118,33 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     thread.join().map_err(|_| RunError::Ended)
 }
 
+/// What needs all privileges, and nothing else: `--init-only`.
+pub fn prepare(live: &Live) -> Result<(), RunError> {
+    host::check_privileges()?;
+    open_kernel(false)?;
+    prepare_host(live).map_err(RunError::Host)?;
+    info!("the host is prepared; no Service was programmed");
+    Ok(())
+}
+
+/// Sets what the host is to have. What it refuses is in the error; everything else is done. Behind the
+/// probe, with which the kernel has loaded connection tracking.
+fn prepare_host(live: &Live) -> Result<(), String> {
+    let sysctl = host::Sysctl::default();
+    if let Err(error) = sysctl.set_oom_score_adj(live.oom_score_adj) {
+        debug!(%error, "the kernel may end this process like any other when memory runs out");
+    }
+    let refused = live.conntrack.apply(&sysctl);
+    if refused.is_empty() { Ok(()) } else { Err(host::describe(&refused)) }
+}
+
 /// Serves probes and metrics; returns only if that cannot be and is a reason to end.
 fn serve(
-    config: &Config,
+    loaded: &Loaded,
     status: Arc<Status>,
     health_checks: UnboundedReceiver<HealthCheckChange>,
 ) -> impl Future<Output = BindError> + use<> {
+    let config = &loaded.config;
     let listen = Listen {
         healthz: config.healthz_bind_address,
         metrics: config.metrics_bind_address,
@@ -115,7 +152,7 @@ fn serve(
     };
     let node = config.node_name.clone();
     let notices = notices::start(&config.source, &config.node_name, &status.metrics.rest_client);
-    server::serve(listen, status, configz(config), health_checks, move |failure| {
+    server::serve(listen, status, config::configz(loaded), health_checks, move |failure| {
         let ListenFailure { service, address, reason } = failure;
         notices.give(Notice {
             // The words of kube-proxy.
@@ -133,10 +170,69 @@ fn serve(
 
 /// What the programming thread works with; both stay in the network namespace they are opened in.
 fn open(owning: bool, status: Arc<Status>) -> Result<(NetlinkKernel, Sweeper), RunError> {
-    let kernel = if owning { NetlinkKernel::open_owning()? } else { NetlinkKernel::open()? };
+    let kernel = open_kernel(owning)?;
     let start = |source| RunError::System { step: "start a thread", source };
     let sweeper = Sweeper::start_reporting(move |pass| status.swept(pass)).map_err(start)?;
     Ok((kernel, sweeper))
+}
+
+/// Removes what kube-proxy left, on a thread of its own: with many Services it takes a while. If it is
+/// to be kept, it is only told.
+fn take_over(keep: bool) {
+    let thread = std::thread::Builder::new().name("takeover".into()).spawn(move || {
+        if keep {
+            takeover::report();
+        } else {
+            // Each failure was said.
+            let _ = takeover::remove(Purpose::TakeOver);
+        }
+    });
+    if let Err(error) = thread {
+        warn!(%error, "what kube-proxy left on this node stays: cannot start a thread");
+    }
+}
+
+/// Opens the kernel and asks it for its features.
+fn open_kernel(owning: bool) -> Result<NetlinkKernel, RunError> {
+    let mut kernel = if owning { NetlinkKernel::open_owning()? } else { NetlinkKernel::open()? };
+    match kernel.probe(FEATURES) {
+        Err(error) => warn!("{error}; going on without"),
+        Ok(missing) => {
+            let (needed, partial): (Vec<_>, Vec<_>) =
+                missing.iter().partition(|missing| missing.only.is_none());
+            for missing in partial {
+                warn!("{missing}");
+            }
+            for missing in &needed {
+                error!("{missing}");
+            }
+            if !needed.is_empty() {
+                return Err(RunError::Features(needed.len()));
+            }
+        }
+    }
+    Ok(kernel)
+}
+
+/// Follows the configuration's file.
+fn follow_config(flags: Flags, loaded: Loaded, live: watch::Sender<Live>) -> Result<(), RunError> {
+    if flags.config.is_none() {
+        return Ok(());
+    }
+    let on_host = |live: &Live| (live.conntrack.clone(), live.oom_score_adj);
+    let mut prepared = on_host(&loaded.config.live);
+    let thread = std::thread::Builder::new().name("config".into()).spawn(move || {
+        config::follow::follow(&flags, loaded, |new| {
+            if on_host(new) != prepared {
+                prepared = on_host(new);
+                if let Err(refused) = prepare_host(new) {
+                    warn!("{refused}; the host keeps what it has");
+                }
+            }
+            live.send(new.clone()).is_ok()
+        });
+    });
+    thread.map(drop).map_err(|source| RunError::System { step: "start a thread", source })
 }
 
 /// Follows the host's addresses. Everything else works without, so that a failure is said and no more.
@@ -176,28 +272,4 @@ pub async fn watch(
         }
     }
     Ok(())
-}
-
-/// The text of `/configz`: what kube-proxy's has under the same names, as far as it has an effect here.
-fn configz(config: &Config) -> String {
-    let address = |address: Option<std::net::SocketAddr>| {
-        address.map_or_else(String::new, |address| address.to_string())
-    };
-    let seconds = |period: std::time::Duration| format!("{}s", period.as_secs_f64());
-    serde_json::json!({ "kubeproxy.config.k8s.io": {
-        "kind": "KubeProxyConfiguration",
-        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
-        "mode": "nftables",
-        "hostnameOverride": config.node_name,
-        "healthzBindAddress": address(config.healthz_bind_address),
-        "metricsBindAddress": address(config.metrics_bind_address),
-        "bindAddressHardFail": config.bind_address_hard_fail,
-        "nftables": {
-            "masqueradeBit": config.settings.masquerade_mark.trailing_zeros(),
-            "masqueradeAll": config.settings.masquerade_all,
-            "syncPeriod": seconds(config.sync_period),
-            "minSyncPeriod": seconds(config.min_sync_period),
-        },
-    }})
-    .to_string()
 }

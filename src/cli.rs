@@ -1,29 +1,23 @@
-//! The command line: what can be asked, and the commands that answer at once.
+//! The command line: what can be asked, and who answers.
 
-use std::fmt::Write as _;
+mod args;
+mod flags;
+mod log;
+
 use std::io::Write as _;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use tokio::sync::mpsc::channel;
-use tracing::{error, info};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser};
+use tracing::info;
 
+use self::args::{
+    CleanupArgs, Command, Configuration, EXAMPLES, ExplainArgs, ListArgs, OutputAndConfiguration,
+    RunArgs,
+};
 use crate::app::{self, RunError};
-use crate::config::{self, Config, ConfigError, Flags, Source};
-use crate::host;
-use crate::metrics::Metrics;
-use crate::model::Family;
-use crate::nft::fake::FakeKernel;
-use crate::nft::kernel::{ApplyError, Kernel as _, LoadError};
-use crate::nft::names::TABLE;
-use crate::nft::netlink::{NetlinkKernel, OpenError};
-use crate::nft::text;
-use crate::nft::transaction::{Op, Transaction};
-use crate::reconcile::Proxy;
-use crate::state::State;
-use crate::watch;
-use crate::watch::manifests::{ManifestError, Manifests};
+use crate::commands::{self, Answer, CommandError, Output, Verdict};
+use crate::config::{self, ConfigError, Loaded, Log, Remark};
+use crate::host::{self, PrivilegeError};
 
 /// A Kubernetes service proxy on nftables.
 ///
@@ -39,100 +33,6 @@ pub struct Cli {
     command: Option<Command>,
     #[command(flatten)]
     run: RunArgs,
-    #[command(flatten)]
-    log: LogArgs,
-}
-
-const EXAMPLES: &str = "\
-Examples:
-  nftproxy run --manifests DIR            try it: Services from YAML files, no cluster needed
-  nftproxy run --kubeconfig ~/.kube/config
-  nftproxy render --manifests FILE        the tables as nft text; no root needed
-  nftproxy diff --manifests DIR           what running would change in the kernel
-  nftproxy cleanup                        remove the tables
-  nft list table ip nftproxy              see what is programmed
-
-Exit codes:
-  0  done; for `diff`: nothing to change
-  1  `diff` found something to change
-  2  it failed, and standard error says why";
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Watch and program, until SIGTERM. The tables stay in force afterwards.
-    Run(RunArgs),
-    /// Print the tables that manifests ask for, as nft text. Needs no root and no kernel.
-    Render(RenderArgs),
-    /// Show what running would change in the kernel, and for which object. Changes nothing.
-    Diff(RunArgs),
-    /// Remove the tables `ip nftproxy` and `ip6 nftproxy`. Services stop working on this node.
-    Cleanup,
-}
-
-#[derive(Args, Debug)]
-struct RunArgs {
-    /// Take objects from this YAML or JSON file, or from all of them in this directory, and follow
-    /// their changes.
-    #[arg(long, value_name = "PATH", conflicts_with_all = ["kubeconfig", "master"])]
-    manifests: Option<PathBuf>,
-    /// Take objects from the API server this file names. Without it: from the cluster this runs in.
-    #[arg(long, value_name = "FILE")]
-    kubeconfig: Option<PathBuf>,
-    /// Address of the API server, instead of the one the kubeconfig names.
-    #[arg(long, value_name = "URL")]
-    master: Option<String>,
-    /// A KubeProxyConfiguration file (v1alpha1). A flag given here wins over the file.
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Name of this node's Node object. Without it: the host's name.
-    #[arg(long, value_name = "NODE", env = "NFTPROXY_HOSTNAME_OVERRIDE")]
-    hostname_override: Option<String>,
-    /// Addresses of the cluster's pods, comma-separated: other sources are masqueraded on their way to
-    /// a ClusterIP.
-    #[arg(long, value_name = "CIDRS")]
-    cluster_cidr: Option<String>,
-    /// Masquerade all traffic to ClusterIPs.
-    #[arg(long)]
-    masquerade_all: bool,
-    /// Serve node ports on 127.0.0.1, too, for processes on this node. Turns on the sysctl
-    /// `net.ipv4.conf.all.route_localnet`, and keeps others from reaching loopback addresses by it.
-    #[arg(long)]
-    localhost_node_ports: bool,
-    /// Own the tables: nobody else can change them while this runs, root included. They stay in force
-    /// afterwards. Needs Linux 6.9.
-    #[arg(long)]
-    table_owner: bool,
-}
-
-#[derive(Args, Debug)]
-struct RenderArgs {
-    #[command(flatten)]
-    run: RunArgs,
-    /// Print one family only.
-    #[arg(long, value_enum)]
-    family: Option<FamilyArg>,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum FamilyArg {
-    Ip,
-    Ip6,
-}
-
-#[derive(Args, Debug)]
-struct LogArgs {
-    /// Verbosity: 0 or 1 for events, 2 to 3 for every commit, 4 and more for everything.
-    #[arg(short = 'v', long = "v", value_name = "LEVEL", default_value_t = 0, global = true)]
-    verbosity: u8,
-    /// Format of the log on standard error.
-    #[arg(long, value_enum, default_value_t = LogFormat::Text, global = true)]
-    log_format: LogFormat,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum LogFormat {
-    Text,
-    Json,
 }
 
 /// A command that failed. `main` alone turns it into an exit code.
@@ -141,24 +41,15 @@ pub enum CliError {
     /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// What needs all privileges is not there.
+    #[error(transparent)]
+    Privilege(#[from] PrivilegeError),
     /// The daemon failed.
     #[error(transparent)]
     Run(#[from] RunError),
-    /// The manifests cannot be read.
+    /// A command could not answer.
     #[error(transparent)]
-    Manifests(#[from] ManifestError),
-    /// The kernel cannot be reached.
-    #[error(transparent)]
-    Kernel(#[from] OpenError),
-    /// What the kernel holds cannot be read.
-    #[error("reading back the tables: {0}")]
-    Load(#[from] LoadError),
-    /// Some of the tables could not be removed; each was named.
-    #[error("{} of the tables could not be removed", .0.len())]
-    Cleanup(Vec<ApplyError>),
-    /// Only manifests can be rendered.
-    #[error("render needs --manifests PATH: a file or a directory of them")]
-    NoManifests,
+    Command(#[from] CommandError),
     /// Something was rendered, but not everything that was given.
     #[error("{0} of the manifest files could not be used; what is wrong with them is said above")]
     Refused(usize),
@@ -172,76 +63,125 @@ pub enum CliError {
     },
 }
 
-impl RunArgs {
-    fn resolve(self) -> Result<Config, CliError> {
-        let flags = Flags {
-            config: self.config,
-            manifests: self.manifests,
-            kubeconfig: self.kubeconfig,
-            master: self.master,
-            hostname_override: self.hostname_override,
-            cluster_cidr: self.cluster_cidr,
-            masquerade_all: self.masquerade_all,
-            table_owner: self.table_owner,
-            localhost_node_ports: self.localhost_node_ports,
-        };
-        let (config, remarks) = config::resolve(&flags)?;
-        for remark in remarks {
-            info!("{remark}");
+impl Configuration {
+    /// Reads the configuration and starts the log it asks for.
+    fn load(&self, quiet: bool) -> Result<Loaded, CliError> {
+        let loaded = self.load_silently(quiet)?;
+        loaded.remarks.iter().for_each(Remark::log);
+        Ok(loaded)
+    }
+
+    /// The same, with the remarks left to say.
+    fn load_silently(&self, quiet: bool) -> Result<Loaded, CliError> {
+        match config::load(&self.flags()) {
+            Ok(loaded) => {
+                log::start(loaded.config.log, quiet);
+                Ok(loaded)
+            }
+            Err(error) => {
+                log::start(Log::default(), quiet);
+                Err(error.into())
+            }
         }
-        Ok(config)
     }
 }
 
 impl Cli {
+    /// The command line of this process. Ends it if that is wrong, or asks for help.
+    #[must_use]
+    pub fn of_process() -> Self {
+        let matches = described().get_matches_from(flags::normalized(std::env::args_os()));
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+
     /// Does what was asked.
     pub fn execute(self) -> Result<ExitCode, CliError> {
-        let command = self.command.unwrap_or(Command::Run(self.run));
-        // A command whose result is on standard output only speaks up if something is wrong.
-        let quiet = matches!(command, Command::Render(_) | Command::Diff(_));
-        start_log(&self.log, quiet);
-        match command {
-            Command::Run(args) => {
-                let config = args.resolve()?;
-                runtime()?.block_on(app::run(config))?;
+        match self.command.unwrap_or(Command::Run(self.run)) {
+            Command::Run(args) => run(&args),
+            Command::Cleanup(CleanupArgs { kube_proxy, log }) => {
+                log::start(log.into(), false);
+                if kube_proxy {
+                    commands::cleanup::kube_proxy()?;
+                } else {
+                    commands::cleanup::own()?;
+                }
                 Ok(ExitCode::SUCCESS)
             }
-            Command::Render(args) => render(args),
-            Command::Diff(args) => diff(args.resolve()?),
-            Command::Cleanup => cleanup(),
+            // A command whose result is on standard output only speaks up if something is wrong.
+            Command::Render(args) => {
+                let config = args.configuration.load(true)?.config;
+                let rendered = commands::render::render(config, args.family.map(Into::into))?;
+                print(&rendered.text)?;
+                match rendered.refused {
+                    0 => Ok(ExitCode::SUCCESS),
+                    refused => Err(CliError::Refused(refused)),
+                }
+            }
+            Command::Diff(configuration) => {
+                let config = configuration.load(true)?.config;
+                told(&runtime()?.block_on(commands::diff::diff(&config))?)
+            }
+            Command::Config(OutputAndConfiguration { output, configuration }) => {
+                let loaded = configuration.load(true)?;
+                let format = match output.output {
+                    Output::Text => config::Format::Text,
+                    Output::Json => config::Format::Json,
+                };
+                print(&config::show(&loaded, format))?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Explain(args) => explain(args),
+            Command::List(args) => list(args),
+            Command::Check(OutputAndConfiguration { output, configuration }) => {
+                let config = configuration.load(true)?.config;
+                let answer = commands::check::check(&config, output.output);
+                told(&runtime()?.block_on(answer)?)
+            }
+            Command::Completions { shell } => {
+                print(&commands::manual::completions(described(), shell))?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Man { dir } => man(dir.as_deref()),
         }
     }
 }
 
-/// Where the client says that it cannot read its file of certificates again.
-const CA_BUNDLE: &str = "kube_client::client::tls=warn";
+/// The command line as it is read and described. Commands that only ask have all settings of the daemon,
+/// but their short help names those alone that say where objects are from.
+fn described() -> clap::Command {
+    let source = ["config", "kubeconfig", "master", "manifests", "hostname-override"];
+    Cli::command().mut_subcommands(|command| match command.get_name() {
+        "run" | "config" => command,
+        _ => command.mut_args(|arg| {
+            let is_setting =
+                arg.get_help_heading().is_some_and(|heading| heading == flags::HEADING);
+            let hidden = is_setting && !source.contains(&arg.get_id().as_str());
+            if hidden { arg.hide_short_help(true) } else { arg }
+        }),
+    })
+}
 
-fn start_log(args: &LogArgs, quiet: bool) {
-    use tracing_subscriber::EnvFilter;
-    // The client library has an error line for every try; what it means is said once by `watch`.
-    let level = match args.verbosity {
-        0 if quiet => "warn,kube_client=off",
-        0 | 1 => "info,kube_client=off",
-        2 | 3 => "info,nftproxy=debug,kube_client=off",
-        4 | 5 => "debug",
-        _ => "trace",
-    };
-    // What goes wrong with the API server is said by `watch::api`, once and in full; the client says it
-    // at every attempt, several times, and without what to do.
-    let level = match args.verbosity {
-        0..=3 => format!("{level},kube_runtime=off,kube_client::client=off,{CA_BUNDLE}"),
-        _ => level.to_owned(),
-    };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
-    match args.log_format {
-        LogFormat::Text => subscriber.init(),
-        LogFormat::Json => subscriber.json().init(),
+fn run(args: &RunArgs) -> Result<ExitCode, CliError> {
+    let loaded = args.configuration.load_silently(false)?;
+    if args.write_config_to.is_none() {
+        // Without, nothing else is worth a word.
+        host::check_privileges()?;
     }
+    loaded.remarks.iter().for_each(Remark::log);
+    if let Some(path) = &args.write_config_to {
+        let write = |source| CliError::System { step: "write the configuration", source };
+        std::fs::write(path, config::document(&loaded)).map_err(write)?;
+        info!(file = %path.display(), "wrote the configuration");
+    } else if args.cleanup {
+        let ours = commands::cleanup::own();
+        let theirs = commands::cleanup::kube_proxy();
+        ours.and(theirs)?;
+    } else if args.init_only {
+        app::prepare(&loaded.config.live)?;
+    } else {
+        runtime()?.block_on(app::run(args.configuration.flags(), loaded))?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, CliError> {
@@ -254,11 +194,13 @@ fn runtime() -> Result<tokio::runtime::Runtime, CliError> {
 }
 
 fn print(text: &str) -> Result<(), CliError> {
-    let write = |mut out: std::io::StdoutLock<'_>| {
+    // Colours are for a terminal, unless NO_COLOR says no.
+    let write = || {
+        let mut out = anstream::stdout().lock();
         out.write_all(text.as_bytes())?;
         out.flush()
     };
-    match write(std::io::stdout().lock()) {
+    match write() {
         // A reader like `head` had enough.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         Err(source) => Err(CliError::System { step: "write to standard output", source }),
@@ -266,97 +208,36 @@ fn print(text: &str) -> Result<(), CliError> {
     }
 }
 
-fn render(args: RenderArgs) -> Result<ExitCode, CliError> {
-    let config = args.run.resolve()?;
-    let Source::Manifests(dir) = config.source else { return Err(CliError::NoManifests) };
-    let state = State::new(config.settings, host::node_facts(&config.node_name));
-    let mut proxy = Proxy::new(state, FakeKernel::default());
-    let mut manifests = Manifests::new(dir, config.node_name);
-    let (events, problems) = manifests.read()?;
-    problems.iter().for_each(watch::log);
-    for event in events {
-        proxy.observe(event);
-    }
-    let ruleset = proxy.wanted();
-    let text = match args.family {
-        None => text::ruleset(&ruleset),
-        Some(FamilyArg::Ip) => text::table(&ruleset, Family::V4),
-        Some(FamilyArg::Ip6) => text::table(&ruleset, Family::V6),
-    };
-    print(&text)?;
-    match manifests.refused() {
-        0 => Ok(ExitCode::SUCCESS),
-        refused => Err(CliError::Refused(refused)),
-    }
+/// Prints a command's answer.
+fn told(answer: &Answer) -> Result<ExitCode, CliError> {
+    print(&answer.text)?;
+    Ok(match answer.verdict {
+        Verdict::Good => ExitCode::SUCCESS,
+        Verdict::Attention => ExitCode::from(1),
+        Verdict::Bad => ExitCode::from(2),
+    })
 }
 
-fn diff(config: Config) -> Result<ExitCode, CliError> {
-    let state = State::new(config.settings, host::node_facts(&config.node_name));
-    let mut proxy = Proxy::new(state, NetlinkKernel::open()?);
-    let wanted = format!("{}, node {}", config.source, config.node_name);
-    runtime()?.block_on(async {
-        let (sender, mut events) = channel(64);
-        let source = tokio::spawn(app::watch(
-            config.source,
-            config.node_name,
-            sender,
-            Metrics::default().rest_client,
-        ));
-        while !proxy.is_complete() {
-            let Some(event) = events.recv().await else {
-                // A source that ended has not told everything: no difference follows from it.
-                return source.await.unwrap_or(Ok(())).and(Err(RunError::Ended));
-            };
-            proxy.observe(event);
-        }
-        source.abort();
-        Ok(())
-    })?;
-    let plan = proxy.plan()?;
-    if plan.is_empty() {
-        print(&format!("the kernel's tables are what is wanted ({wanted})\n"))?;
-        return Ok(ExitCode::SUCCESS);
+fn man(dir: Option<&std::path::Path>) -> Result<ExitCode, CliError> {
+    let fail = |source| CliError::System { step: "write the man pages", source };
+    match dir {
+        None => print(&commands::manual::page(described()).map_err(fail)?)?,
+        Some(dir) => commands::manual::pages(described(), dir).map_err(fail)?,
     }
-    let mut lines = format!(
-        "--- kernel: tables ip {TABLE} and ip6 {TABLE} of this network namespace\n+++ wanted: {wanted}\n"
-    );
-    for (op, contributor) in plan {
-        let sign = match op {
-            Op::DeleteTable(_)
-            | Op::FlushChain(..)
-            | Op::DeleteChain(..)
-            | Op::DeleteElement(..) => '-',
-            _ => '+',
-        };
-        for line in text::op(&op).lines() {
-            let _ = write!(lines, "{sign} {line}");
-            if let Some(contributor) = &contributor {
-                let _ = write!(lines, "    # {contributor}");
-            }
-            lines.push('\n');
-        }
-    }
-    print(&lines)?;
-    Ok(ExitCode::from(1))
+    Ok(ExitCode::SUCCESS)
 }
 
-/// Removes what can be removed: one table that cannot go keeps nobody from removing the other.
-fn cleanup() -> Result<ExitCode, CliError> {
-    let mut kernel = NetlinkKernel::open()?;
-    let mut errors = Vec::new();
-    for family in Family::BOTH {
-        match kernel.apply(&Transaction { ops: vec![Op::DeleteTable(family)] }) {
-            Ok(_) => info!("removed table {family} {TABLE}"),
-            Err(error) if is_absent(&error) => info!("there is no table {family} {TABLE}"),
-            Err(error) => {
-                error!("cannot remove table {family} {TABLE}: {error}");
-                errors.push(error);
-            }
-        }
-    }
-    if errors.is_empty() { Ok(ExitCode::SUCCESS) } else { Err(CliError::Cleanup(errors)) }
+fn list(args: ListArgs) -> Result<ExitCode, CliError> {
+    let ListArgs { namespace, service, address, wanted, output, configuration } = args;
+    let config = configuration.load(true)?.config;
+    let filter = commands::list::Filter { namespace, service, address, wanted };
+    told(&runtime()?.block_on(commands::list::list(&config, &filter, output.output))?)
 }
 
-fn is_absent(error: &ApplyError) -> bool {
-    matches!(error, ApplyError::Refused { refusals } if refusals.iter().all(|r| r.errno == libc::ENOENT))
+fn explain(args: ExplainArgs) -> Result<ExitCode, CliError> {
+    let ExplainArgs { target, from, interface, wanted, output, configuration } = args;
+    let config = configuration.load(true)?.config;
+    let question = commands::explain::Question { target, from, interface, wanted };
+    let answer = commands::explain::explain(&config, &question, output.output);
+    told(&runtime()?.block_on(answer)?)
 }

@@ -16,8 +16,8 @@
 //! ```
 //!
 //! Beside that way, `conntrack` removes UDP flows that a commit left without their endpoint, and
-//! `account` keeps what health checks and metrics tell of the last commit: `status` hands it on to
-//! `server`, which answers by the rules of `health`.
+//! `takeover` what kube-proxy left on the node. `account` keeps what health checks and metrics tell of
+//! the last commit: `status` hands it on to `server`, which answers by the rules of `health`.
 //!
 //! Read the modules in that order. Rings, checked by `tests/it/tidy.rs`: `model` knows nothing but
 //! plain values; everything from `state` to `nft::transaction` is pure (no I/O, clock, randomness or
@@ -44,6 +44,7 @@ mod nlmsg;
 
 pub mod app;
 pub mod cli;
+pub mod commands;
 pub mod config;
 pub mod drift;
 pub mod host;
@@ -52,4 +53,5 @@ pub mod program;
 pub mod reconcile;
 pub mod server;
 pub mod status;
+pub mod takeover;
 pub mod watch;

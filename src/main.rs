@@ -1,15 +1,15 @@
 //! Process entry: the command line in, an exit code out.
 //!
-//! 0: done; 1: `diff` found a difference, and nothing else; 2: it failed, or the command line is wrong.
+//! 0: done, and the answer is good; 1: the answer is that something differs, or nobody answers; 2: it
+//! failed, the command line is wrong, or `check` found something bad.
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
 use nftproxy::cli::Cli;
 use tracing::error;
 
 fn main() -> ExitCode {
-    match Cli::parse().execute() {
+    match Cli::of_process().execute() {
         Ok(code) => code,
         Err(failure) => {
             error!("{failure}");

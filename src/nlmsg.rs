@@ -1,6 +1,6 @@
 //! Netlink messages as bytes: where one ends and the next begins, and the attributes in one.
 //!
-//! What nf_tables and connection tracking have in common. It is here once, in safe code, as lengths
+//! What nf_tables, connection tracking and the others asked have in common. It is here once, in safe code, as lengths
 //! that come from outside are never trusted: whatever does not fit ends the reading.
 
 /// Length of `struct nlmsghdr`, behind which the payload begins.
@@ -52,6 +52,20 @@ pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])>
     })
 }
 
+/// Appends an attribute, padded to four bytes.
+pub(crate) fn put(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    let len = u16::try_from(4 + value.len()).expect("an attribute is short");
+    bytes.extend(len.to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend_from_slice(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+}
+
+/// A text as attributes hold it: closed by a NUL.
+pub(crate) fn terminated(text: &str) -> Vec<u8> {
+    [text.as_bytes(), &[0]].concat()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -64,6 +78,14 @@ mod tests {
             prop_assert!(messages(&bytes).count() <= bytes.len() / HEADER);
             prop_assert!(attributes(&bytes).count() <= bytes.len() / 4);
         }
+    }
+
+    #[test]
+    fn what_is_put_is_read_back() {
+        let mut bytes = Vec::new();
+        put(&mut bytes, 7, &terminated("four"));
+        put(&mut bytes, 8, &[]);
+        assert_eq!(attributes(&bytes).collect::<Vec<_>>(), [(7, &b"four\0"[..]), (8, &[])]);
     }
 
     #[test]

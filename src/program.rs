@@ -6,17 +6,22 @@
 //!   programming never takes more than a fixed share of one core for long, whatever the size.
 //! - After a failure it is tried again with growing pauses, up to `syncPeriod`.
 //! - What others do to the tables is put right ([`crate::drift`]).
+//! - A changed configuration is taken over between two commits.
 
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 use tokio::sync::mpsc::{Receiver, error::TryRecvError};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
+use crate::config::Live;
 use crate::conntrack::Sweeper;
 use crate::drift::{self, Repairs};
-use crate::model::{Event, Kind};
+use crate::host::Sysctl;
+use crate::model::{Event, Family, Kind};
+use crate::nft::dataplane::{LOOPBACK_GUARD, Loopback};
 use crate::nft::kernel::Kernel;
 use crate::nft::netlink::{Intrusion, NetlinkKernel};
 use crate::reconcile::{CommitError, Committed, Proxy};
@@ -34,19 +39,28 @@ const MOST: Duration = Duration::from_millis(100);
 /// Shared chains nobody uses are removed when nothing was committed for so long.
 const COLLECT_AFTER: Duration = Duration::from_secs(2);
 
-/// How often start-up says what it waits for.
-const WAITING: Duration = Duration::from_secs(10);
+/// How long start-up waits before it says what for, and how often it says so again.
+const WAITING: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(10)];
+
+/// How long the first commit waits for the ranges of the Node's pods, as in kube-proxy.
+const POD_CIDR_PATIENCE: Duration = Duration::from_secs(300);
 
 /// First pause after a failed commit; doubled up to `syncPeriod`.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 
 /// When to commit.
 #[derive(Clone, Copy, Debug)]
-pub struct Pacing {
+struct Pacing {
     /// Least time between the end of a commit and the next.
-    pub min_sync_period: Duration,
+    min_sync_period: Duration,
     /// Longest time between a failed commit and the next.
-    pub sync_period: Duration,
+    sync_period: Duration,
+}
+
+impl From<&Live> for Pacing {
+    fn from(live: &Live) -> Self {
+        Self { min_sync_period: live.min_sync_period, sync_period: live.sync_period }
+    }
 }
 
 /// The state of the thread.
@@ -54,9 +68,15 @@ pub struct Program {
     proxy: Proxy<NetlinkKernel>,
     sweeper: Sweeper,
     clock: Clock,
+    live: watch::Receiver<Live>,
     /// From the first commit on: that one would only fill it.
     intrusions: Option<Receiver<Intrusion>>,
     repairs: Repairs,
+    after_sync: Option<Box<dyn FnOnce() + Send>>,
+    /// What the tables and the host have for loopback addresses.
+    loopback: Loopback,
+    /// Whether the kernel is to route them, which it may behind the commit that keeps others from them.
+    routing_due: bool,
     reporter: Reporter,
 }
 
@@ -64,6 +84,8 @@ pub struct Program {
 enum Input {
     Event(Event),
     Intrusion(Intrusion),
+    /// The configuration changed.
+    Live,
     Due,
     /// Nobody will send any more events.
     Closed,
@@ -75,12 +97,64 @@ impl Program {
     pub fn new(
         proxy: Proxy<NetlinkKernel>,
         sweeper: Sweeper,
-        pacing: Pacing,
+        mut live: watch::Receiver<Live>,
         reporter: Reporter,
     ) -> Self {
-        let clock = Clock::new(pacing);
+        let wanted = live.borrow_and_update().clone();
+        let clock = Clock::new(Pacing::from(&wanted));
         let repairs = Repairs::new(clock.started);
-        Self { proxy, sweeper, clock, intrusions: None, repairs, reporter }
+        let mut this = Self {
+            proxy,
+            sweeper,
+            clock,
+            live,
+            intrusions: None,
+            repairs,
+            after_sync: None,
+            loopback: Loopback::Untouched,
+            routing_due: false,
+            reporter,
+        };
+        this.loopback = this.loopback_of_former_run();
+        this.configure(&wanted);
+        this
+    }
+
+    /// What the tables that are in force have for loopback addresses.
+    fn loopback_of_former_run(&mut self) -> Loopback {
+        match self.proxy.kernel_mut().has_rule(Family::V4, LOOPBACK_GUARD) {
+            Ok(true) => Loopback::Guarded,
+            Ok(false) => Loopback::Untouched,
+            Err(error) => {
+                warn!(%error, "cannot tell whether loopback addresses are guarded");
+                Loopback::Untouched
+            }
+        }
+    }
+
+    /// Takes over a configuration.
+    fn configure(&mut self, live: &Live) {
+        self.clock.pacing = Pacing::from(live);
+        let mut settings = live.settings.clone();
+        let routed = Sysctl::default().routes_loopback();
+        settings.loopback = settings.loopback.after(self.loopback, routed);
+        if settings.loopback == Loopback::Guarded {
+            // Somebody else may rely on it by now.
+            warn!(
+                "node ports are no longer served on 127.0.0.1, but net.ipv4.conf.all.route_localnet is \
+                 still 1: others are kept from loopback addresses until it is 0"
+            );
+        }
+        self.loopback = settings.loopback;
+        self.routing_due = self.loopback == Loopback::NodePorts;
+        self.proxy.configure(settings);
+    }
+
+    /// Has something done once, when the tables are in force.
+    #[must_use]
+    pub fn after_sync(mut self, then: impl FnOnce() + Send + 'static) -> Self {
+        self.after_sync = Some(Box::new(then));
+        self
     }
 
     /// Takes in events and commits, until the sender is gone.
@@ -101,6 +175,10 @@ impl Program {
                 match input {
                     Input::Event(event) => self.proxy.observe(event),
                     Input::Intrusion(intrusion) => self.repairs.add(intrusion),
+                    Input::Live => {
+                        let live = self.live.borrow_and_update().clone();
+                        self.configure(&live);
+                    }
                     Input::Due => {}
                     Input::Closed => open = false,
                 }
@@ -134,6 +212,8 @@ impl Program {
         tokio::select! {
             event = events.recv() => event.map_or(Input::Closed, Input::Event),
             intrusion = intrusion => Input::Intrusion(intrusion),
+            // Without a file there is no sender, and this never comes.
+            Ok(()) = self.live.changed() => Input::Live,
             () = timer => Input::Due,
         }
     }
@@ -163,6 +243,17 @@ impl Program {
         }
         if self.clock.synced && self.intrusions.is_none() {
             self.watch_others();
+        }
+        if self.routing_due && self.clock.synced && !self.proxy.is_stale() {
+            self.routing_due = false;
+            if let Err(error) = Sysctl::default().route_loopback() {
+                warn!(%error, "node ports are not served on 127.0.0.1");
+            }
+        }
+        if self.clock.synced
+            && let Some(then) = self.after_sync.take()
+        {
+            then();
         }
     }
 
@@ -225,7 +316,8 @@ struct Clock {
     retry: Duration,
     last_commit: Instant,
     synced: bool,
-    said_waiting: Instant,
+    /// When to say what start-up waits for.
+    say_waiting: Instant,
 }
 
 impl Clock {
@@ -239,14 +331,32 @@ impl Clock {
             retry: FIRST_RETRY,
             last_commit: now,
             synced: false,
-            said_waiting: now,
+            say_waiting: now + WAITING[0],
+        }
+    }
+
+    /// What the first commit waits for.
+    fn waits_for<K: Kernel>(&self, proxy: &Proxy<K>) -> Option<String> {
+        let missing = proxy.state().missing();
+        if !missing.is_empty() {
+            Some(format!("the first complete list of {missing:?}"))
+        } else if !self.synced
+            && proxy.state().lacks_pod_cidrs()
+            && Instant::now() < self.started + POD_CIDR_PATIENCE
+        {
+            Some(
+                "the Node's spec.podCIDRs, by which detectLocalMode: NodeCIDR tells its pods"
+                    .into(),
+            )
+        } else {
+            None
         }
     }
 
     /// When something has to be done, if no event comes first.
     fn deadline<K: Kernel>(&self, proxy: &Proxy<K>) -> Option<Instant> {
-        if !proxy.is_complete() {
-            return Some(self.said_waiting + WAITING);
+        if self.waits_for(proxy).is_some() {
+            return Some(self.say_waiting);
         }
         if proxy.is_stale() {
             return Some(self.next);
@@ -257,14 +367,20 @@ impl Clock {
     /// Does what is due.
     fn act<K: Kernel>(&mut self, proxy: &mut Proxy<K>, reporter: &mut Reporter) {
         let now = Instant::now();
-        if !proxy.is_complete() {
-            if now >= self.said_waiting + WAITING {
-                self.said_waiting = now;
-                let missing = proxy.state().missing();
-                info!(?missing, "waiting for the first complete list; nothing is programmed yet");
+        if let Some(what) = self.waits_for(proxy) {
+            if now >= self.say_waiting {
+                self.say_waiting = now + WAITING[1];
+                info!("waiting for {what}; nothing is programmed yet");
             }
         } else if proxy.is_stale() {
             if now >= self.next {
+                if !self.synced && proxy.state().lacks_pod_cidrs() {
+                    error!(
+                        "the Node has no spec.podCIDRs after {POD_CIDR_PATIENCE:?}: Services are \
+                         served, but until it has some, what comes from outside of the cluster to a \
+                         ClusterIP is not masqueraded"
+                    );
+                }
                 let before = processor_time();
                 let outcome = proxy.commit();
                 self.debt.owe(processor_time().saturating_sub(before), Instant::now());

@@ -17,16 +17,21 @@ use crate::frontend::Frontend;
 use crate::ledger::{Ledger, Staged};
 use crate::model::{Event, NamespacedName, Problem};
 use crate::nft::dataplane::Options;
-use crate::nft::diff::{diff, foreign};
+use crate::nft::diff::{Foreign, diff, foreign};
 use crate::nft::element::{ElementId, Key};
 use crate::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
+use crate::nft::names::{LAYOUT, LAYOUTS};
 use crate::nft::ruleset::Ruleset;
 use crate::nft::text;
 use crate::nft::transaction::{Op, Transaction};
+use crate::settings::Settings;
 use crate::state::State;
 
 /// How many contributors one commit may set aside before it gives up until the next try.
 const MAX_SET_ASIDE: usize = 100;
+
+/// How often a commit reads back the tables because their elements were others than it was told.
+const MAX_READINGS: usize = 5;
 
 /// From so many objects on, a list that loses most of them is worth a word.
 const SUSPICIOUS: usize = 10;
@@ -119,6 +124,11 @@ impl<K: Kernel> Proxy<K> {
             // It changed: what the kernel refused may be gone.
             self.set_aside.remove(&contributor);
         }
+    }
+
+    /// Takes over other settings.
+    pub fn configure(&mut self, settings: Settings) {
+        self.state.configure(settings);
     }
 
     /// Whether every kind of object was listed, so that committing is safe.
@@ -243,7 +253,7 @@ impl<K: Kernel> Proxy<K> {
             report_found(&loaded);
             self.adopt_slots(&loaded);
         }
-        let mut set_aside = 0;
+        let (mut set_aside, mut readings) = (0, 1);
         loop {
             let staged = self.stage_all();
             let ruleset = staged.ruleset(self.options.clone());
@@ -262,6 +272,13 @@ impl<K: Kernel> Proxy<K> {
                 Err(CommitError::Apply { source: ApplyError::Refused { refusals }, .. })
                     if set_aside < MAX_SET_ASIDE =>
                 {
+                    // New chains may be there already.
+                    let found = std::mem::replace(&mut loaded, self.kernel.load(&self.options)?);
+                    if readings < MAX_READINGS && !same_elements(&found, &loaded) {
+                        readings += 1;
+                        debug!(reason = %refusals[0], "refused, but the elements are others than were read");
+                        continue;
+                    }
                     let guilty = self.guilty(&staged, &transaction, &refusals);
                     if guilty.is_empty() {
                         let operations = transaction.ops.len();
@@ -270,8 +287,6 @@ impl<K: Kernel> Proxy<K> {
                     }
                     set_aside += guilty.len();
                     self.set_aside.extend(guilty);
-                    // New chains may be there already.
-                    loaded = self.kernel.load(&self.options)?;
                 }
                 Err(error) => return Err(error),
             }
@@ -357,6 +372,12 @@ impl<K: Kernel> Proxy<K> {
     }
 }
 
+/// Whether two readings found the same elements. If not, a refusal between them is no object's fault.
+fn same_elements(first: &Loaded, second: &Loaded) -> bool {
+    let [first, second] = [first, second].map(|loaded| loaded.tables.values());
+    first.flat_map(|table| &table.elements).eq(second.flat_map(|table| &table.elements))
+}
+
 /// The frontend that an element is about, if it is a dispatch or a refusal.
 fn frontend_of(id: &ElementId) -> Option<Frontend> {
     match id.key {
@@ -428,6 +449,12 @@ fn report_found(loaded: &Loaded) {
         let (chains, sets, elements) = (table.chains.len(), table.sets.len(), table.elements.len());
         match foreign(table) {
             None => info!(%family, chains, sets, elements, "adopting the table found"),
+            Some(Foreign::Layout(Some(layout))) if layout.starts_with(LAYOUTS) => info!(
+                %family,
+                chains,
+                sets,
+                "replacing the table of another version ({layout:?} by {LAYOUT:?}) as a whole"
+            ),
             Some(why) => warn!(
                 %family,
                 chains,

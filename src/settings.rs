@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::model::{Family, NodeFacts};
-use crate::nft::dataplane::{Detector, NodePorts, Options};
+use crate::nft::dataplane::{Detector, Loopback, NodePorts, Options};
 use crate::nft::rule::InterfaceName;
 
 /// How a client inside the cluster is told from one outside.
@@ -28,6 +28,8 @@ pub enum NodePortAddresses {
     /// Addresses of interfaces in these ranges; a family without a range accepts them on all
     /// addresses, and so does one whose range has the length 0.
     Ranges(Vec<IpNet>),
+    /// The primary addresses and those in these ranges.
+    PrimaryAnd(Vec<IpNet>),
 }
 
 /// What the data plane is to be like.
@@ -41,8 +43,10 @@ pub struct Settings {
     pub detect_local: DetectLocal,
     /// Where node ports are served.
     pub node_port_addresses: NodePortAddresses,
+    /// Taken for the node's first address, whatever its Node object says.
+    pub node_address: Option<IpAddr>,
     /// Whether they are served on 127.0.0.0/8, too, for the node itself.
-    pub localhost_node_ports: bool,
+    pub loopback: Loopback,
 }
 
 impl Default for Settings {
@@ -52,7 +56,8 @@ impl Default for Settings {
             masquerade_all: false,
             detect_local: DetectLocal::ClusterCidr(Vec::new()),
             node_port_addresses: NodePortAddresses::default(),
-            localhost_node_ports: false,
+            node_address: None,
+            loopback: Loopback::default(),
         }
     }
 }
@@ -71,19 +76,22 @@ impl Settings {
     /// The addresses of a family that node ports are served on; None stands for all but loopback.
     #[must_use]
     pub fn node_port_ips(&self, node: &NodeFacts, family: Family) -> Option<Vec<IpAddr>> {
-        match &self.node_port_addresses {
-            NodePortAddresses::Primary => node.primary(family).map(|address| vec![address]),
-            NodePortAddresses::Ranges(ranges) => {
-                let of_family = || ranges.iter().filter(|range| Family::of(range.addr()) == family);
-                if of_family().next().is_none() || of_family().any(|range| range.prefix_len() == 0)
-                {
-                    return None;
-                }
-                let within = |address: &&IpAddr| of_family().any(|range| range.contains(*address));
-                let addresses = node.interfaces.iter().filter(|address| !address.is_loopback());
-                Some(addresses.filter(within).copied().collect())
-            }
+        let primary = || node.primary(family);
+        let (ranges, primary) = match &self.node_port_addresses {
+            NodePortAddresses::Primary => return primary().map(|address| vec![address]),
+            NodePortAddresses::Ranges(ranges) => (ranges, None),
+            NodePortAddresses::PrimaryAnd(ranges) => (ranges, primary()),
+        };
+        let of_family = || ranges.iter().filter(|range| Family::of(range.addr()) == family);
+        let nothing = of_family().next().is_none() && primary.is_none();
+        if nothing || of_family().any(|range| range.prefix_len() == 0) {
+            return None;
         }
+        let within = |address: &&IpAddr| of_family().any(|range| range.contains(*address));
+        let addresses = node.interfaces.iter().filter(|address| !address.is_loopback());
+        let mut served: Vec<_> = addresses.filter(within).copied().collect();
+        served.extend(primary.filter(|address| !served.contains(address)));
+        Some(served)
     }
 
     /// What shapes the rules on this node.
@@ -106,7 +114,37 @@ impl Settings {
             masquerade_all: self.masquerade_all,
             detect_local: Family::BOTH.map(detector),
             node_ports: Family::BOTH.map(node_ports),
-            localhost_node_ports: self.localhost_node_ports,
+            loopback: self.loopback,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn node_ports_are_served_on_the_primary_address_and_in_ranges() {
+        let addresses: Vec<IpAddr> =
+            ["192.0.2.10", "192.0.2.11", "10.1.1.1"].map(|a| a.parse().unwrap()).into();
+        let node = NodeFacts {
+            addresses: addresses[..1].to_vec(),
+            interfaces: addresses.clone(),
+            ..NodeFacts::default()
+        };
+        let served = |scope: NodePortAddresses, family| {
+            let settings = Settings { node_port_addresses: scope, ..Settings::default() };
+            settings.node_port_ips(&node, family)
+        };
+        let ranges = |text: &str| vec![text.parse().unwrap()];
+        let both = NodePortAddresses::PrimaryAnd(ranges("10.1.0.0/16"));
+        assert_eq!(served(both.clone(), Family::V4), Some(vec![addresses[2], addresses[0]]));
+        assert_eq!(served(both, Family::V6), None);
+        let overlapping = NodePortAddresses::PrimaryAnd(ranges("192.0.2.0/24"));
+        assert_eq!(served(overlapping, Family::V4), Some(addresses[..2].to_vec()));
+        let all = NodePortAddresses::PrimaryAnd(ranges("0.0.0.0/0"));
+        assert_eq!(served(all, Family::V4), None);
+        let some = NodePortAddresses::Ranges(ranges("10.1.0.0/16"));
+        assert_eq!(served(some, Family::V4), Some(vec![addresses[2]]));
     }
 }

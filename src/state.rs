@@ -22,7 +22,7 @@ use crate::nft::dataplane::{FIRST_LOCAL_SLOT, Options};
 use crate::nft::element::{ElementId, Key, Value};
 use crate::nft::names::SetName;
 use crate::selection::anybody;
-use crate::settings::Settings;
+use crate::settings::{DetectLocal, Settings};
 use crate::slots::Slots;
 
 /// The objects of the cluster that concern this node.
@@ -32,8 +32,8 @@ pub struct State {
     /// The Node object where there is one, completed by what the host tells.
     node: NodeFacts,
     host: HostFacts,
-    /// Whether the Node object names addresses.
-    registered: bool,
+    /// The addresses that the Node object names; none while there is no such object.
+    registered: Vec<IpAddr>,
     /// Whether there is a Node object.
     seen: bool,
     objects: Objects,
@@ -55,21 +55,40 @@ impl State {
     /// Nothing known yet but the node's own facts as far as the host tells them.
     #[must_use]
     pub fn new(settings: Settings, node: NodeFacts) -> Self {
-        Self {
+        let mut this = Self {
             settings,
             host: HostFacts {
                 addresses: node.addresses.clone(),
                 interfaces: node.interfaces.clone(),
             },
-            registered: false,
+            registered: Vec::new(),
             seen: false,
-            node,
+            node: NodeFacts::default(),
             objects: Objects::default(),
             cidrs: BTreeMap::new(),
             frontends: Frontends::default(),
             stale: BTreeSet::from([Contributor::Node]),
             listings: BTreeMap::new(),
+        };
+        this.node(node);
+        this
+    }
+
+    /// Takes over other settings.
+    pub fn configure(&mut self, settings: Settings) {
+        if settings == self.settings {
+            return;
         }
+        self.settings = settings;
+        let touched = self.node(self.node.clone());
+        self.stale.extend(touched);
+        self.stale.insert(Contributor::Node);
+    }
+
+    /// Whether pods are to be told from others by ranges of the Node that are not known yet.
+    #[must_use]
+    pub fn lacks_pod_cidrs(&self) -> bool {
+        self.settings.detect_local == DetectLocal::NodeCidr && self.node.pod_cidrs.is_empty()
     }
 
     /// Whether every kind was listed once: before that, programming would look like deletions.
@@ -128,7 +147,7 @@ impl State {
                 BTreeSet::from([Contributor::Node])
             }
             Event::Node(node) => {
-                self.registered = !node.addresses.is_empty();
+                self.registered.clone_from(&node.addresses);
                 self.seen = true;
                 self.node(node)
             }
@@ -217,9 +236,13 @@ impl State {
     }
 
     fn node(&mut self, mut node: NodeFacts) -> BTreeSet<Contributor> {
-        if !self.registered {
-            // A Node that is not there, or not registered completely.
-            node.addresses.clone_from(&self.host.addresses);
+        // The host's count if the Node is not there, or not registered completely.
+        let registered = !self.registered.is_empty();
+        let addresses = if registered { &self.registered } else { &self.host.addresses };
+        node.addresses.clone_from(addresses);
+        if let Some(first) = self.settings.node_address {
+            node.addresses.retain(|address| *address != first);
+            node.addresses.insert(0, first);
         }
         node.interfaces.clone_from(&self.host.interfaces);
         let before = std::mem::replace(&mut self.node, node);
@@ -348,6 +371,35 @@ impl State {
         let services = self.objects.services().filter(|(.., service)| is_accountable(service));
         let services = services.map(|(name, ..)| Contributor::Service(name.clone()));
         std::iter::once(Contributor::Node).chain(services)
+    }
+
+    /// All Services, by name.
+    pub fn services(&self) -> impl Iterator<Item = &Service> {
+        self.objects.services().map(|(_, _, service)| service)
+    }
+
+    /// The Service of this name.
+    #[must_use]
+    pub fn service_named(&self, name: &NamespacedName) -> Option<&Service> {
+        self.objects.service(name).map(|(_, service)| service)
+    }
+
+    /// The slices of a Service.
+    #[must_use]
+    pub fn slices_of(&self, service: &NamespacedName) -> Vec<&EndpointSlice> {
+        self.objects.service(service).map_or_else(Vec::new, |(holding, _)| holding.slices())
+    }
+
+    /// The Service that serves a frontend.
+    #[must_use]
+    pub fn owner(&self, frontend: Frontend) -> Option<&NamespacedName> {
+        self.frontends.owner(frontend)
+    }
+
+    /// The node, as it is known now.
+    #[must_use]
+    pub fn node_facts(&self) -> &NodeFacts {
+        &self.node
     }
 
     /// Whether a Service is one of them.

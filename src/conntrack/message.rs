@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::sweep::{Filter, Flow, Tuple};
 use crate::model::{Family, Protocol};
-use crate::nlmsg::{self, DONE, DUMP_INTERRUPTED, ERROR, GENMSG, HEADER, attributes, number};
+use crate::nlmsg::{self, DONE, DUMP_INTERRUPTED, ERROR, GENMSG, HEADER, attributes, number, put};
 
 const REQUEST: u16 = 0x1;
 const DUMP: u16 = 0x300;
@@ -96,15 +96,15 @@ pub(super) fn list(sequence: u32, filter: &Filter, in_kernel: bool) -> Vec<u8> {
                 nested(bytes, TUPLE_IP, |bytes| destination(bytes, address));
             }
             nested(bytes, TUPLE_PROTO, |bytes| {
-                attribute(bytes, PROTO_NUM, &[Protocol::Udp.number()]);
+                put(bytes, PROTO_NUM, &[Protocol::Udp.number()]);
                 if let Some(port) = filter.port {
                     matching |= MATCH_PROTO_DST_PORT;
-                    attribute(bytes, PROTO_DST_PORT, &port.to_be_bytes());
+                    put(bytes, PROTO_DST_PORT, &port.to_be_bytes());
                 }
             });
         });
         nested(bytes, FILTER, |bytes| {
-            attribute(bytes, FILTER_ORIG_FLAGS, &matching.to_ne_bytes());
+            put(bytes, FILTER_ORIG_FLAGS, &matching.to_ne_bytes());
         });
     });
     bytes
@@ -119,7 +119,7 @@ pub(super) fn delete(bytes: &mut Vec<u8>, sequence: u32, flow: &Flow) {
     message(bytes, DELETE, REQUEST, sequence, family, |bytes| {
         nested(bytes, TUPLE_ORIG, |bytes| tuple(bytes, protocol, &original));
         if let Some(id) = id {
-            attribute(bytes, ID, &id.to_be_bytes());
+            put(bytes, ID, &id.to_be_bytes());
         }
     });
 }
@@ -127,22 +127,22 @@ pub(super) fn delete(bytes: &mut Vec<u8>, sequence: u32, flow: &Flow) {
 fn tuple(bytes: &mut Vec<u8>, protocol: u8, tuple: &Tuple) {
     nested(bytes, TUPLE_IP, |bytes| {
         match tuple.source.ip() {
-            IpAddr::V4(v4) => attribute(bytes, V4_SRC, &v4.octets()),
-            IpAddr::V6(v6) => attribute(bytes, V6_SRC, &v6.octets()),
+            IpAddr::V4(v4) => put(bytes, V4_SRC, &v4.octets()),
+            IpAddr::V6(v6) => put(bytes, V6_SRC, &v6.octets()),
         }
         destination(bytes, tuple.destination.ip());
     });
     nested(bytes, TUPLE_PROTO, |bytes| {
-        attribute(bytes, PROTO_NUM, &[protocol]);
-        attribute(bytes, PROTO_SRC_PORT, &tuple.source.port().to_be_bytes());
-        attribute(bytes, PROTO_DST_PORT, &tuple.destination.port().to_be_bytes());
+        put(bytes, PROTO_NUM, &[protocol]);
+        put(bytes, PROTO_SRC_PORT, &tuple.source.port().to_be_bytes());
+        put(bytes, PROTO_DST_PORT, &tuple.destination.port().to_be_bytes());
     });
 }
 
 fn destination(bytes: &mut Vec<u8>, address: IpAddr) {
     match address {
-        IpAddr::V4(v4) => attribute(bytes, V4_DST, &v4.octets()),
-        IpAddr::V6(v6) => attribute(bytes, V6_DST, &v6.octets()),
+        IpAddr::V4(v4) => put(bytes, V4_DST, &v4.octets()),
+        IpAddr::V6(v6) => put(bytes, V6_DST, &v6.octets()),
     }
 }
 
@@ -175,22 +175,10 @@ fn family_number(family: Family) -> u8 {
     u8::try_from(number).expect("address families are small numbers")
 }
 
-fn attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    nested_as(bytes, kind, |bytes| bytes.extend(value));
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
-}
-
 fn nested(bytes: &mut Vec<u8>, kind: u16, body: impl FnOnce(&mut Vec<u8>)) {
-    nested_as(bytes, kind | NESTED, body);
-}
-
-fn nested_as(bytes: &mut Vec<u8>, kind: u16, body: impl FnOnce(&mut Vec<u8>)) {
-    let start = bytes.len();
-    bytes.extend([0; 2]);
-    bytes.extend(kind.to_ne_bytes());
-    body(bytes);
-    let len = u16::try_from(bytes.len() - start).expect("an attribute is short");
-    bytes[start..start + 2].copy_from_slice(&len.to_ne_bytes());
+    let mut content = Vec::new();
+    body(&mut content);
+    put(bytes, kind | NESTED, &content);
 }
 
 /// Reads a listed flow, behind the message header.
@@ -283,10 +271,10 @@ mod tests {
             nested(bytes, TUPLE_ORIG, |bytes| tuple(bytes, flow.protocol, &flow.original));
             nested(bytes, TUPLE_REPLY, |bytes| tuple(bytes, flow.protocol, &flow.reply));
             if let Some(id) = flow.id {
-                attribute(bytes, ID, &id.to_be_bytes());
+                put(bytes, ID, &id.to_be_bytes());
             }
             if flow.zone != 0 {
-                attribute(bytes, ZONE, &flow.zone.to_be_bytes());
+                put(bytes, ZONE, &flow.zone.to_be_bytes());
             }
         });
         bytes

@@ -31,9 +31,8 @@ pub struct Options {
     pub detect_local: [Detector; 2],
     /// Which addresses of the node serve node ports, by family.
     pub node_ports: [NodePorts; 2],
-    /// Whether the node itself reaches node ports on 127.0.0.0/8, too. There is no such thing for `::1`,
-    /// which the kernel never routes.
-    pub localhost_node_ports: bool,
+    /// What becomes of 127.0.0.0/8. There is no such thing for `::1`, which the kernel never routes.
+    pub loopback: Loopback,
 }
 
 /// How a pod is told from other sources.
@@ -58,6 +57,28 @@ pub enum NodePorts {
     All,
 }
 
+/// What the rules have to do with loopback addresses of IPv4.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Loopback {
+    /// Nothing.
+    #[default]
+    Untouched,
+    /// The kernel still routes them, since node ports were served there: others are kept from them.
+    Guarded,
+    /// The node itself reaches node ports there; others are kept from them.
+    NodePorts,
+}
+
+impl Loopback {
+    /// What follows on `before`: while the kernel routes loopback addresses because of what was, the
+    /// guard stays.
+    #[must_use]
+    pub fn after(self, before: Self, routed: bool) -> Self {
+        let guarded = routed && before != Self::Untouched;
+        if self == Self::Untouched && guarded { Self::Guarded } else { self }
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         Self {
@@ -65,7 +86,7 @@ impl Default for Options {
             masquerade_all: false,
             detect_local: Default::default(),
             node_ports: Default::default(),
-            localhost_node_ports: false,
+            loopback: Loopback::default(),
         }
     }
 }
@@ -75,7 +96,7 @@ struct Shape<'a> {
     options: &'a Options,
     detector: &'a Detector,
     node_ports: NodePorts,
-    localhost: bool,
+    loopback: Loopback,
 }
 
 impl Shape<'_> {
@@ -128,7 +149,10 @@ pub fn chain(name: ChainName, family: Family, options: &Options) -> Chain {
         options,
         detector: &options.detect_local[index],
         node_ports: options.node_ports[index],
-        localhost: options.localhost_node_ports && family == Family::V4,
+        loopback: match family {
+            Family::V4 => options.loopback,
+            Family::V6 => Loopback::Untouched,
+        },
     };
     Chain { base: base(&name), rules: rules(&name, &shape), name }
 }
@@ -213,8 +237,10 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
                 Rule::new(node_port),
                 Rule::new([CtStateNew, Vmap(FRONTEND.into(), SetName::NoEndpoints)]),
             ];
-            if shape.localhost {
+            if shape.loopback != Loopback::Untouched {
                 rules.extend(guard_loopback());
+            }
+            if shape.loopback == Loopback::NodePorts {
                 rules.push(Rule::new([CtStateNew, ToLoopback, refuse]));
             }
             rules
@@ -246,7 +272,7 @@ fn postrouting(shape: &Shape<'_>) -> Vec<Rule> {
         ])
         .comment("a pod that was given itself"),
     );
-    if shape.localhost {
+    if shape.loopback == Loopback::NodePorts {
         let outside = Statement::NotToInterface(InterfaceName::Whole("lo".into()));
         rules.push(
             Rule::new([CtStatusDnat, Statement::FromLoopback, outside, Masquerade])
@@ -354,11 +380,14 @@ fn dispatch(shape: &Shape<'_>) -> Vec<Rule> {
     let mut to_node_port = shape.to_node_port_address();
     to_node_port.push(node_ports());
     rules.extend(twice(Rule::new(to_node_port)));
-    if shape.localhost {
+    if shape.loopback == Loopback::NodePorts {
         rules.extend(twice(Rule::new([Statement::ToLoopback, node_ports()])));
     }
     rules
 }
+
+/// The comment of the rules that keep others from loopback addresses; tells whether a table has them.
+pub const LOOPBACK_GUARD: &str = "loopback is for this host alone";
 
 /// Where loopback addresses are routed, as translating connections to them asks for, nobody else may
 /// reach them or claim to be one.
@@ -367,7 +396,7 @@ fn guard_loopback() -> [Rule; 2] {
     [Statement::ToLoopback, Statement::FromLoopback].map(|loopback| {
         let outside = Statement::NotFromInterface(lo());
         Rule::new([Statement::CtStateNew, outside, loopback, Statement::Drop])
-            .comment("loopback is for this host alone")
+            .comment(LOOPBACK_GUARD)
     })
 }
 

@@ -340,11 +340,13 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Takes a field and its padding.
+    /// Takes a field and its padding, which is zero in all that is ours: with another, it is another key
+    /// to the kernel.
     fn field<const N: usize>(&mut self) -> Option<[u8; N]> {
         let (field, rest) = self.bytes.split_at_checked(N.next_multiple_of(4))?;
         self.bytes = rest;
-        field[..N].try_into().ok()
+        let (field, padding) = field.split_at(N);
+        padding.iter().all(|&byte| byte == 0).then(|| field.try_into().ok())?
     }
 
     fn address(&mut self, family: Family) -> Option<IpAddr> {
@@ -497,6 +499,15 @@ mod tests {
                     Some((family, set, key))
                 },
             )
+    }
+
+    #[test]
+    fn a_key_with_something_in_its_padding_is_none_of_ours() {
+        let read = |bytes: &[u8]| Key::from_bytes(Family::V4, SetName::Nodeports, bytes);
+        let key = Key::NodePort(Protocol::Tcp, 80);
+        assert_eq!(read(&[6, 0, 0, 0, 0, 80, 0, 0]), Some(key));
+        assert_eq!(read(&[6, 0, 0, 1, 0, 80, 0, 0]), None);
+        assert_eq!(read(&[6, 0, 0, 0, 0, 80, 0, 1]), None);
     }
 
     proptest! {

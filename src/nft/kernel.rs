@@ -6,13 +6,13 @@ use std::io;
 
 use super::dataplane::Options;
 use super::element::{Backend, ElementId, Value};
-use super::names::AffinityName;
+use super::names::{AffinityName, SetName};
 use super::transaction::Transaction;
 use crate::model::Family;
 
 /// What holds the tables.
 pub trait Kernel {
-    /// Reads back both tables. `options` tell which rules a chain of ours should have.
+    /// Reads back both tables, all of them or an error. `options` tell which rules a chain of ours should have.
     fn load(&mut self, options: &Options) -> Result<Loaded, LoadError>;
 
     /// Applies a transaction, all of it or nothing; then it forgets clients, which is repeated until it
@@ -159,6 +159,18 @@ pub enum LoadError {
     /// The ruleset changed at every attempt to read it.
     #[error("the ruleset kept changing while it was read ({attempts} attempts)")]
     Unstable {
+        /// How often it was tried.
+        attempts: u32,
+    },
+    /// Elements of a set came twice at every attempt, so that others may be missing.
+    #[error(
+        "the kernel kept moving the elements of the {family} map {set} while they were read ({attempts} attempts)"
+    )]
+    Moving {
+        /// Whose table.
+        family: Family,
+        /// The set or map.
+        set: SetName,
         /// How often it was tried.
         attempts: u32,
     },

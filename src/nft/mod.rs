@@ -7,6 +7,8 @@ pub mod dataplane;
 pub mod diff;
 pub mod element;
 pub mod fake;
+pub mod interpret;
+pub mod jhash;
 pub mod kernel;
 pub mod names;
 pub mod netlink;

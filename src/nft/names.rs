@@ -23,6 +23,9 @@ pub const TABLE: &str = "nftproxy";
 /// in it; a table without it, or with another number, is replaced as a whole at start-up.
 pub const LAYOUT: &str = "nftproxy layout 1";
 
+/// What that comment begins with in every version.
+pub const LAYOUTS: &str = "nftproxy layout ";
+
 /// Longest name of a set or chain: `NFT_NAME_MAXLEN` of the kernel, less its NUL.
 const NAME_LIMIT: usize = 255;
 

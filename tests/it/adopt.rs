@@ -2,12 +2,20 @@
 //! an operation, whatever differs is repaired in one transaction, and a table of our name that is not
 //! ours is replaced.
 
-use nftproxy::model::Event;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use nftproxy::model::{Event, Family, Protocol};
 use nftproxy::nft::dataplane::Options;
+use nftproxy::nft::element::{Backend, ElementId, Key, Value};
 use nftproxy::nft::kernel::Kernel as _;
+use nftproxy::nft::names::SetName;
 use nftproxy::nft::netlink::NetlinkKernel;
 use nftproxy::nft::text;
+use nftproxy::nft::transaction::{Op, Transaction};
 use nftproxy::reconcile::{Committed, Proxy};
+use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
+use nix::unistd::Pid;
 
 use crate::model::{all_listed, example, state};
 use crate::namespace::{in_namespace, nft};
@@ -140,5 +148,45 @@ fn a_refused_operation_is_named_by_the_kernel() {
             panic!("{error}")
         };
         assert_eq!((refusals[0].op, refusals[0].errno), (Some(1), libc::ENOENT), "{refusals:?}");
+    });
+}
+
+/// The kernel makes the hash table of a map larger or smaller a moment after a commit, which reorders
+/// the elements under whoever reads them. How often that meets a reading is up to chance; more often
+/// on one processor, where the kernel's thread waits for the reader's.
+#[test]
+fn a_table_is_read_whole_right_after_a_big_commit() {
+    let elements: BTreeMap<_, _> = (0..2000_u16)
+        .map(|slot| {
+            let key = Key::Slot([10, 96, 0, 10].into(), Protocol::Tcp, 80, slot);
+            let [high, low] = slot.to_be_bytes();
+            let address = [10, 0, high, low].into();
+            let id = ElementId { family: Family::V4, set: SetName::Endpoints, key };
+            (id, Value::Backend(Backend { address, port: 80 }))
+        })
+        .collect();
+    let change = |op: fn(ElementId, Value) -> Op| Transaction {
+        ops: elements.iter().map(|(id, value)| op(*id, value.clone())).collect(),
+    };
+    let (add, delete) = (change(Op::AddElement), change(Op::DeleteElement));
+    in_namespace(|| {
+        let (_, mut kernel) = (start(vec![]), NetlinkKernel::open().unwrap());
+        let mut one = CpuSet::new();
+        one.set(sched_getcpu().unwrap()).unwrap();
+        sched_setaffinity(Pid::from_raw(0), &one).unwrap();
+        let end = Instant::now() + Duration::from_secs(3);
+        let (mut rounds, mut bad) = (0, Vec::new());
+        while Instant::now() < end {
+            rounds += 1;
+            kernel.apply(&add).unwrap();
+            let loaded = kernel.load(&Options::default()).unwrap();
+            let read = &loaded.tables[&Family::V4].elements;
+            let missing = elements.iter().filter(|(id, value)| read.get(id) != Some(value)).count();
+            if missing > 0 {
+                bad.push((rounds, missing));
+            }
+            kernel.apply(&delete).unwrap();
+        }
+        assert!(bad.is_empty(), "of {rounds} rounds, these (round, missing): {bad:?}");
     });
 }

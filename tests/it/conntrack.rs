@@ -17,7 +17,7 @@ use nftproxy::model::{Family, Protocol};
 use crate::model::name;
 use crate::namespace::{in_namespace, nft};
 use crate::net::{
-    CLIENT, Daemon, NODE, NODE_SECOND, Net, POD_A, POD_B, REMOTE, in_netns, ip, wait_until,
+    CLIENT, Daemon, NODE, NODE_SECOND, Net, POD_A, POD_B, REMOTE, in_netns, ip, patient, wait_until,
 };
 use crate::objects::{CLUSTER, Svc, slice};
 use crate::serve::{Outcome, udp, udp_on};
@@ -126,7 +126,7 @@ struct Asked(BufReader<TcpStream>);
 impl Asked {
     fn open(net: &Net, from: &str, to: SocketAddr) -> Self {
         let stream = in_netns(&net.name(from), || TcpStream::connect(to).unwrap());
-        stream.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+        stream.set_read_timeout(Some(patient(std::time::Duration::from_secs(5)))).unwrap();
         let mut asked = Self(BufReader::new(stream));
         asked.line();
         asked

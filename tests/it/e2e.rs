@@ -21,9 +21,9 @@ use crate::net::{CLIENT, Daemon, NODE, Net, enter, in_netns, ip, tcp_counter, wr
 use crate::objects::{CLUSTER, Svc, slice};
 use crate::serve::{Outcome, tcp};
 
-const CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
-const HTTP: [(&str, &str, u16); 1] = [("http", "TCP", 8080)];
-const A: &str = "10.244.1.5!";
+pub(crate) const CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
+pub(crate) const HTTP: [(&str, &str, u16); 1] = [("http", "TCP", 8080)];
+pub(crate) const A: &str = "10.244.1.5!";
 const B: &str = "10.244.1.6!";
 const REMOTE: &str = "10.244.2.9";
 
@@ -59,7 +59,7 @@ impl Cluster<'_> {
         self.runtime.block_on(self.plane.apply(yaml));
     }
 
-    fn delete(&self, kind: &str, name: &str) {
+    pub(crate) fn delete(&self, kind: &str, name: &str) {
         self.runtime.block_on(self.plane.delete(kind, "default", name));
     }
 
@@ -67,7 +67,7 @@ impl Cluster<'_> {
         self.apply(&slice(service, "4", &HTTP, endpoints));
     }
 
-    fn arguments(&self, user: User) -> Vec<String> {
+    pub(crate) fn arguments(&self, user: User) -> Vec<String> {
         let kubeconfig = self.plane.kubeconfig(user).to_str().unwrap().to_owned();
         ["--kubeconfig", &kubeconfig, "--hostname-override", "node-1", "--cluster-cidr", CIDRS]
             .map(str::to_owned)
@@ -75,7 +75,7 @@ impl Cluster<'_> {
     }
 
     /// Starts the program as a user, and does not wait for it.
-    fn spawn(&self, user: User) -> Daemon {
+    pub(crate) fn spawn(&self, user: User) -> Daemon {
         let mut arguments = vec!["run".to_owned()];
         arguments.extend(self.arguments(user));
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -90,14 +90,14 @@ impl Cluster<'_> {
     }
 
     /// Runs a command of the program on the node.
-    fn command(&self, arguments: &[String]) -> Output {
+    pub(crate) fn command(&self, arguments: &[String]) -> Output {
         let netns = self.net.name("node");
         let command = ["netns", "exec", &netns, env!("CARGO_BIN_EXE_nftproxy")];
         Command::new("ip").args(command).args(arguments).output().unwrap()
     }
 
     /// The table of a family as text.
-    fn table(&self, family: &str) -> String {
+    pub(crate) fn table(&self, family: &str) -> String {
         let netns = self.net.name("node");
         let list = ["netns", "exec", &netns, "nft", "list", "table", family, "nftproxy"];
         let output = Command::new("ip").args(list).output().unwrap();
@@ -106,14 +106,14 @@ impl Cluster<'_> {
     }
 
     /// Asserts that the table of a family is as it was.
-    fn still_has(&self, family: &str, before: &str) {
+    pub(crate) fn still_has(&self, family: &str, before: &str) {
         let now = self.table(family);
         let new: Vec<_> = now.lines().filter(|line| !before.contains(line)).collect();
         assert!(now == before, "the table {family} was changed; new lines: {new:#?}");
     }
 
     /// One connection from a namespace: who answered.
-    fn ask(&self, from: &str, address: &str, port: u16) -> Answer {
+    pub(crate) fn ask(&self, from: &str, address: &str, port: u16) -> Answer {
         match tcp(&self.net.name(from), SocketAddr::new(ip(address), port)) {
             Outcome::Answered { by, port, .. } => Answer::By(by, port),
             Outcome::Refused => Answer::Refused,
@@ -122,7 +122,7 @@ impl Cluster<'_> {
     }
 
     /// Waits until connections from the client are answered by exactly these.
-    fn answers(&self, address: &str, port: u16, by: &[&str]) {
+    pub(crate) fn answers(&self, address: &str, port: u16, by: &[&str]) {
         let expected: BTreeSet<Answer> = match by {
             [] => [Answer::Refused].into(),
             by => by.iter().map(|by| Answer::By((*by).to_owned(), 8080)).collect(),
@@ -135,7 +135,7 @@ impl Cluster<'_> {
     }
 
     /// Waits until one connection from a namespace meets this.
-    fn meets(&self, from: &str, address: &str, port: u16, expected: &Answer) {
+    pub(crate) fn meets(&self, from: &str, address: &str, port: u16, expected: &Answer) {
         eventually(&format!("{from} to {address}:{port} to be {expected:?}"), || {
             let seen = self.ask(from, address, port);
             if seen == *expected { Ok(()) } else { Err(format!("{seen:?}")) }
@@ -145,14 +145,14 @@ impl Cluster<'_> {
 
 /// What a client met.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Answer {
+pub(crate) enum Answer {
     By(String, u16),
     Refused,
     Lost,
 }
 
 /// Waits for what must come about; panics with the last that was seen instead.
-fn eventually(what: &str, mut condition: impl FnMut() -> Result<(), String>) {
+pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> Result<(), String>) {
     let began = Instant::now();
     while let Err(seen) = condition() {
         assert!(began.elapsed() < PATIENCE, "waited in vain for {what}; last seen: {seen}");
@@ -161,18 +161,18 @@ fn eventually(what: &str, mut condition: impl FnMut() -> Result<(), String>) {
 }
 
 /// Waits until the log has these words.
-fn said(daemon: &Daemon, words: &str) {
+pub(crate) fn said(daemon: &Daemon, words: &str) {
     eventually(&format!("{words:?} in the log"), || {
         let log = daemon.log();
         if log.contains(words) { Ok(()) } else { Err(log) }
     });
 }
 
-fn lines(daemon: &Daemon, words: &str) -> Vec<String> {
+pub(crate) fn lines(daemon: &Daemon, words: &str) -> Vec<String> {
     daemon.log().lines().filter(|line| line.contains(words)).map(str::to_owned).collect()
 }
 
-fn service<'a>(name: &'a str, cluster_ip: &'a [&'a str]) -> Svc<'a> {
+pub(crate) fn service<'a>(name: &'a str, cluster_ip: &'a [&'a str]) -> Svc<'a> {
     Svc {
         name,
         cluster_ips: cluster_ip,
@@ -187,7 +187,7 @@ fn service<'a>(name: &'a str, cluster_ip: &'a [&'a str]) -> Svc<'a> {
 /// It is pod `b`, whose connections are not masqueraded. Masquerading gives them ports at random, so that
 /// a server soon meets one that it has in TIME-WAIT from another, with timestamps that look older
 /// (`TcpExtPAWSTimewait`); such a SYN is lost without anybody's fault.
-struct Connecting {
+pub(crate) struct Connecting {
     netns: String,
     lost_before: u64,
     stop: Arc<AtomicBool>,
@@ -196,7 +196,7 @@ struct Connecting {
 
 impl Connecting {
     /// One connection after the other.
-    fn start(net: &Net, to: SocketAddr) -> Self {
+    pub(crate) fn start(net: &Net, to: SocketAddr) -> Self {
         let netns = net.name("b");
         let lost_before = tcp_counter(&netns, "TCPSynRetrans");
         let stop = Arc::new(AtomicBool::new(false));
@@ -219,7 +219,7 @@ impl Connecting {
     }
 
     /// Ends, and panics if any connection failed. How many there were.
-    fn none_failed(self) -> u32 {
+    pub(crate) fn none_failed(self) -> u32 {
         self.stop.store(true, Ordering::Relaxed);
         let (answered, failed) = self.thread.join().unwrap();
         assert!(failed.is_empty(), "{} of {answered} failed: {failed:?}", failed.len());

@@ -357,6 +357,9 @@ fn node_ports_are_served_where_the_configuration_says() {
     }
 }
 
+/// The comment of the rules that keep others from loopback addresses.
+const GUARD: &str = "loopback is for this host alone";
+
 #[test]
 fn node_ports_on_loopback_are_opt_in_and_for_the_node_alone() {
     let Some(net) = Net::new() else { return };
@@ -386,10 +389,28 @@ fn node_ports_on_loopback_are_opt_in_and_for_the_node_alone() {
     net.write("web.yaml", &web);
     wait_until("nobody to be left", || one(&net, "node", loopback) == Outcome::Refused);
     daemon.terminate();
-    // Without the flag the rules are gone.
+    // Without the flag nothing is served there; while the kernel routes it, others are kept from it.
     net.write("web.yaml", &(web + &endpoints(&["a"])));
-    let _daemon = run(&net, &["--cluster-cidr", CIDRS]);
+    let guarded = || in_netns(&net.name("node"), || nft(&["list", "ruleset"], "")).contains(GUARD);
+    let daemon = run(&net, &["--cluster-cidr", CIDRS]);
+    daemon.wait_for("net.ipv4.conf.all.route_localnet is still 1");
     assert_eq!(one(&net, "node", loopback), Outcome::Refused);
+    assert_eq!(one(&net, "client", to("127.0.0.1", 8080)), Outcome::TimedOut);
+    assert!(guarded());
+    daemon.terminate();
+    let mut cleanup = Command::new(env!("CARGO_BIN_EXE_nftproxy"));
+    let cleanup = in_netns(&net.name("node"), || cleanup.arg("cleanup").output().unwrap());
+    let said = String::from_utf8_lossy(&cleanup.stderr).into_owned();
+    assert!(said.contains("route_localnet is still 1"), "{said}");
+    run(&net, &["--cluster-cidr", CIDRS, "--localhost-node-ports"]).terminate();
+    assert!(guarded());
+    // Where the kernel does not route it, nothing has to be kept off.
+    in_netns(&net.name("node"), || {
+        std::fs::write("/proc/sys/net/ipv4/conf/all/route_localnet", "0").unwrap();
+    });
+    let _daemon = run(&net, &["--cluster-cidr", CIDRS]);
+    wait_until("the guard to go", || !guarded());
+    assert_eq!(one(&net, "client", to("127.0.0.1", 8080)), Outcome::TimedOut);
 }
 
 #[test]

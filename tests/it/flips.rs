@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use nftproxy::model::{Event, Family, Kind, Protocol};
@@ -22,13 +22,14 @@ use socket2::{Domain, Socket, Type};
 
 use crate::model::{all_listed, name, node, port, service, slice};
 use crate::net::{
-    Net, POD_A, POD_B, REMOTE, enter, in_netns, ip, ip_batch_in, sysctl, tcp_counter, wait_until,
+    Net, POD_A, POD_B, REMOTE, enter, in_netns, ip, ip_batch_in, number, patient, sysctl,
+    tcp_counter, wait_until,
 };
 
-/// Connections in one phase, at least.
-const CONNECTIONS: u64 = 20_000;
+/// Connections in one phase, at least. Fewer where a kernel is emulated (tests/kernels).
+static CONNECTIONS: LazyLock<u64> = LazyLock::new(|| number("NFTPROXY_TEST_FLIPS", 20_000));
 /// Commits meanwhile, at least.
-const COMMITS: u64 = 6_000;
+static COMMITS: LazyLock<u64> = LazyLock::new(|| *CONNECTIONS * 3 / 10);
 /// Shared chains that nobody uses are removed now and then, and made again at the next flip. The
 /// daemon does so when nothing was committed for a while; here that is a moment.
 const COLLECT_EVERY: u64 = 21;
@@ -43,7 +44,7 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(3);
 const PHASE_WITHIN: Duration = Duration::from_secs(60);
 
 /// The endpoints of the Service: namespace, address by family, port.
-const ENDPOINTS: [(&str, [&str; 2], u16); 5] = [
+pub(crate) const ENDPOINTS: [(&str, [&str; 2], u16); 5] = [
     ("a", POD_A, 9001),
     ("b", POD_B, 9001),
     ("remote", REMOTE, 9001),
@@ -52,7 +53,7 @@ const ENDPOINTS: [(&str, [&str; 2], u16); 5] = [
 ];
 
 /// Connections that each endpoint was given.
-type Accepted = Arc<[AtomicU64; ENDPOINTS.len()]>;
+pub(crate) type Accepted = Arc<[AtomicU64; ENDPOINTS.len()]>;
 
 /// A time of flips.
 struct Phase {
@@ -82,12 +83,12 @@ struct Outcome {
     timeouts: u64,
 }
 
-fn vip(family: Family) -> &'static str {
+pub(crate) fn vip(family: Family) -> &'static str {
     if family == Family::V4 { "10.96.0.10" } else { "fd00:10:96::10" }
 }
 
 /// Starts a server for each endpoint that accepts and forgets.
-fn serve(net: &Net) -> Accepted {
+pub(crate) fn serve(net: &Net) -> Accepted {
     let accepted = Accepted::default();
     for (i, (pod, _, port)) in ENDPOINTS.into_iter().enumerate() {
         let listener: TcpListener = in_netns(&net.name(pod), || {
@@ -188,7 +189,7 @@ impl Flipper {
 }
 
 /// Connects and resets, once: no state stays behind on either side.
-fn connect(from: SocketAddr, to: SocketAddr) -> std::io::Result<()> {
+pub(crate) fn connect(from: SocketAddr, to: SocketAddr) -> std::io::Result<()> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
     socket.set_linger(Some(Duration::ZERO))?;
     socket.set_tcp_user_timeout(Some(CONNECT_WITHIN))?;
@@ -240,15 +241,15 @@ fn flip(phase: &Phase, progress: &Progress, ready: Sender<()>) -> (u64, u64) {
 
 /// Connects from one address until enough happened.
 fn dial(from: IpAddr, to: SocketAddr, progress: &Progress) {
-    let deadline = Instant::now() + PHASE_WITHIN;
+    let deadline = Instant::now() + patient(PHASE_WITHIN);
     for port in SOURCE_PORTS {
         let connections = progress.connections.load(Relaxed);
-        let enough = connections >= CONNECTIONS && progress.commits.load(Relaxed) >= COMMITS;
+        let enough = connections >= *CONNECTIONS && progress.commits.load(Relaxed) >= *COMMITS;
         if enough || progress.over.load(Relaxed) {
             return;
         }
         assert!(Instant::now() < deadline, "{connections} connections and no end");
-        if connections >= 2 * CONNECTIONS {
+        if connections >= 2 * *CONNECTIONS {
             // The commits are behind: leave them some time.
             std::thread::sleep(Duration::from_micros(200));
         }
@@ -312,7 +313,8 @@ fn run(net: &Net, accepted: &Accepted, number: u16, phase: &Phase) -> Outcome {
     };
     if failures.is_empty() {
         let all = || accepted().iter().sum::<u64>() == connections;
-        wait_until("every connection to be accepted", all);
+        let what = format!("{connections} connections to be accepted, after {flips} flips");
+        wait_until(&what, all);
     }
     let [repeated_syns, timeouts] = {
         let now = counters();
@@ -325,7 +327,7 @@ fn run(net: &Net, accepted: &Accepted, number: u16, phase: &Phase) -> Outcome {
 /// Nothing was lost, and it was put to the test: every endpoint that was ever in force got a share.
 fn check(phase: &Phase, outcome: &Outcome) {
     let Outcome { connections, flips, beside, .. } = *outcome;
-    assert!(connections >= CONNECTIONS && flips + beside >= COMMITS, "{outcome:?}");
+    assert!(connections >= *CONNECTIONS && flips + beside >= *COMMITS, "{outcome:?}");
     assert_eq!(beside, if phase.beside { 2 * flips } else { 0 }, "{outcome:?}");
     assert_eq!(outcome.failures, BTreeMap::new(), "{outcome:?}");
     assert_eq!((outcome.repeated_syns, outcome.timeouts), (0, 0), "{outcome:?}");

@@ -527,3 +527,46 @@ fn a_refused_change_leaves_no_trace_of_the_chains_made_for_it() {
     proxy.collect_idle().unwrap();
     assert!(proxy.plan().unwrap().is_empty());
 }
+
+/// A kernel whose next answer lacks these elements, or for which somebody adds them just then.
+struct Forgetful(FakeKernel, Vec<ElementId>);
+
+impl Kernel for Forgetful {
+    fn load(&mut self, options: &Options) -> Result<Loaded, LoadError> {
+        let mut loaded = self.0.load(options)?;
+        for id in self.1.drain(..) {
+            loaded.tables.get_mut(&id.family).unwrap().elements.remove(&id).unwrap();
+        }
+        Ok(loaded)
+    }
+
+    fn apply(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+        self.0.apply(transaction)
+    }
+}
+
+#[test]
+fn what_the_kernel_holds_against_what_was_read_is_no_fault_of_an_object() {
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    all_listed().for_each(|event| proxy.observe(event));
+    // The newcomer takes the first slot: [5, 2, 3].
+    for endpoints in [["10.0.0.1", "10.0.0.2", "10.0.0.3"], ["10.0.0.2", "10.0.0.3", "10.0.0.5"]] {
+        web(&endpoints).into_iter().for_each(|event| proxy.observe(event));
+        committed(&mut proxy);
+    }
+    let kernel = proxy.kernel_mut().clone();
+    let slot = |slot| ElementId {
+        family: Family::V4,
+        set: SetName::Endpoints,
+        key: Key::Slot([10, 96, 0, 10].into(), Protocol::Tcp, 80, slot),
+    };
+    // A start that does not see the first two numbers them anew, which the kernel refuses.
+    let mut restarted = Proxy::new(state(), Forgetful(kernel.clone(), vec![slot(0), slot(1)]));
+    let endpoints = ["10.0.0.2", "10.0.0.3", "10.0.0.5"];
+    web(&endpoints).into_iter().chain(all_listed()).for_each(|event| restarted.observe(event));
+    let done = restarted.commit().unwrap();
+    assert_eq!((done.set_aside, restarted.set_aside_count()), (0, 0));
+    assert!(restarted.plan().unwrap().is_empty());
+    let elements = |kernel: &FakeKernel| kernel.elements().count();
+    assert_eq!(elements(&restarted.kernel_mut().0), elements(&kernel));
+}

@@ -145,7 +145,12 @@ const ON_FAILURE: [&str; 2] = [
 ];
 
 fn text(net: &Net) -> String {
-    let page = get(net, "node", to("127.0.0.1", 10249), "/metrics").expect("it listens");
+    let mut page = None;
+    wait_until("it to listen", || {
+        page = get(net, "node", to("127.0.0.1", 10249), "/metrics");
+        page.is_some()
+    });
+    let page = page.unwrap();
     assert_eq!(page.code, 200);
     assert_eq!(page.headers["content-type"], "text/plain; version=0.0.4; charset=utf-8");
     page.body

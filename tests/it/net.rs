@@ -16,6 +16,7 @@ use std::io::{Read as _, Write as _};
 use std::net::IpAddr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -235,11 +236,26 @@ pub(crate) fn enter(netns: &str) {
     setns(file, CloneFlags::CLONE_NEWNET).unwrap();
 }
 
+/// A time to wait on this machine: an emulated one (tests/kernels) takes `NFTPROXY_TEST_PATIENCE`
+/// times as long as others.
+pub(crate) fn patient(time: Duration) -> Duration {
+    static FACTOR: LazyLock<u32> = LazyLock::new(|| number("NFTPROXY_TEST_PATIENCE", 1));
+    time * *FACTOR
+}
+
+/// A number above zero from the environment.
+pub(crate) fn number<T: std::str::FromStr + Default + PartialEq>(name: &str, default: T) -> T {
+    let Ok(text) = std::env::var(name) else { return default };
+    let number = text.parse().ok().filter(|number| *number != T::default());
+    number.unwrap_or_else(|| panic!("{name}={text}: not a number above zero"))
+}
+
 /// Waits for a condition that must come true soon; panics after ten seconds.
 pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let began = Instant::now();
     while !condition() {
-        assert!(began.elapsed() < Duration::from_secs(10), "waited in vain for {what}");
+        let within = patient(Duration::from_secs(10));
+        assert!(began.elapsed() < within, "waited in vain for {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -272,9 +288,16 @@ impl Daemon {
 
     /// Starts it and does not wait.
     pub(crate) fn spawn(netns: &str, arguments: &[&str]) -> Self {
+        Self::spawn_by(netns, &[], arguments)
+    }
+
+    /// The same by another program, which is given ours and its arguments.
+    pub(crate) fn spawn_by(netns: &str, by: &[&str], arguments: &[&str]) -> Self {
         let log = tempfile::NamedTempFile::new().unwrap().into_temp_path().keep().unwrap();
         let child = Command::new("ip")
-            .args(["netns", "exec", netns, env!("CARGO_BIN_EXE_nftproxy")])
+            .args(["netns", "exec", netns])
+            .args(by)
+            .arg(env!("CARGO_BIN_EXE_nftproxy"))
             .args(arguments)
             .env_remove("RUST_LOG")
             .stdin(Stdio::null())
@@ -297,7 +320,8 @@ impl Daemon {
         let began = Instant::now();
         while !self.log().contains(words) {
             let log = self.log();
-            assert!(began.elapsed() < Duration::from_secs(10), "no {words:?} in the log:\n{log}");
+            let within = patient(Duration::from_secs(10));
+            assert!(began.elapsed() < within, "no {words:?} in the log:\n{log}");
             std::thread::sleep(Duration::from_millis(5));
         }
     }

@@ -2,6 +2,7 @@
 //! in another, is listed the same by nft.
 
 use nftproxy::model::Event;
+use nftproxy::nft::dataplane::Loopback;
 use nftproxy::nft::diff::diff;
 use nftproxy::nft::fake::FakeKernel;
 use nftproxy::nft::kernel::{Kernel as _, Loaded};
@@ -15,12 +16,13 @@ use nftproxy::state::State;
 use serde_json::Value;
 
 use crate::model::{all_listed, example, node, settings};
-use crate::namespace::{in_namespace, nft};
+use crate::namespace::{in_namespace, lacks, nft, refused};
 
 /// Everything that settings can bring into the rules.
-fn all_settings() -> [Settings; 2] {
+fn all_settings() -> [Settings; 3] {
     [
-        Settings { localhost_node_ports: true, ..settings() },
+        Settings { loopback: Loopback::NodePorts, ..settings() },
+        Settings { loopback: Loopback::Guarded, ..settings() },
         Settings {
             detect_local: DetectLocal::Interface(InterfaceName::Prefix("veth".into())),
             node_port_addresses: NodePortAddresses::Ranges(vec![
@@ -81,19 +83,37 @@ fn whatever_the_settings_are() {
 fn compare(ruleset: &Ruleset) {
     let (mut by_text, mut by_netlink) = (Value::Null, Value::Null);
     in_namespace(|| {
-        nft(&["-f", "-"], &text::ruleset(ruleset));
-        by_text = listed();
-    });
-    in_namespace(|| {
         let transaction = diff(&Loaded::default(), ruleset.clone());
         NetlinkKernel::open().unwrap().apply(&transaction).unwrap();
         by_netlink = listed();
+    });
+    assert_ne!(by_netlink, Value::Null);
+    if !text_loads() {
+        return;
+    }
+    in_namespace(|| {
+        nft(&["-f", "-"], &text::ruleset(ruleset));
+        by_text = listed();
     });
     if by_text != by_netlink {
         let lines = |v: &Value| serde_json::to_string_pretty(v).unwrap();
         panic!("text:\n{}\nnetlink:\n{}", lines(&by_text), lines(&by_netlink));
     }
-    assert_ne!(by_text, Value::Null);
+}
+
+/// Whether the installed nft can load a protocol in a key of ranges, in whatever table: an old one
+/// (1.0.6; not 1.1.3) swaps the protocol's one byte, and newer kernels (6.12.117) refuse that.
+fn text_loads() -> bool {
+    let table = "add table ip probe
+        add set ip probe s { typeof meta l4proto . ip saddr; flags interval; }
+        add chain ip probe c
+        add rule ip probe c meta l4proto . ip saddr @s drop";
+    let mut refusal = None;
+    in_namespace(|| refusal = refused(table));
+    let Some(refusal) = refusal else { return true };
+    assert!(refusal.contains("Operation not supported"), "{refusal}");
+    lacks("byte swaps of one byte, which this nft puts into keys of ranges: nft -f is left out");
+    false
 }
 
 /// Newer kernels refuse the swap of a one-byte number, and with it the whole table.
@@ -113,6 +133,9 @@ fn a_dump_reads_back_what_either_of_them_made() {
     let ruleset = wanted(example());
     let transaction = diff(&Loaded::default(), ruleset.clone());
     for by_text in [true, false] {
+        if by_text && !text_loads() {
+            continue;
+        }
         in_namespace(|| {
             let mut kernel = NetlinkKernel::open().unwrap();
             if by_text {

@@ -6,12 +6,14 @@
 use std::fs;
 use std::path::Path;
 
-use nftproxy::model::Family;
+use nftproxy::model::{Family, NodeFacts};
+use nftproxy::nft::dataplane::Loopback;
 use nftproxy::nft::fake::FakeKernel;
+use nftproxy::nft::rule::InterfaceName;
 use nftproxy::nft::ruleset::Ruleset;
 use nftproxy::nft::text;
 use nftproxy::reconcile::Proxy;
-use nftproxy::settings::Settings;
+use nftproxy::settings::{DetectLocal, NodePortAddresses, Settings};
 use nftproxy::state::State;
 use nftproxy::watch::manifests::Manifests;
 
@@ -24,7 +26,10 @@ pub(crate) fn wanted(manifests: &str, settings: Settings) -> (Ruleset, Vec<Strin
     fs::write(dir.path().join("case.yaml"), manifests).unwrap();
     let read = Manifests::new(dir.path().to_owned(), "node-1".to_owned()).read();
     let (events, problems) = read.unwrap();
-    let mut proxy = Proxy::new(State::new(settings, node()), FakeKernel::default());
+    // What an interface of the host has beside the addresses of the Node object.
+    let interfaces = vec!["192.0.2.10".parse().unwrap(), "203.0.113.10".parse().unwrap()];
+    let facts = NodeFacts { interfaces, ..node() };
+    let mut proxy = Proxy::new(State::new(settings, facts), FakeKernel::default());
     events.into_iter().for_each(|event| proxy.observe(event));
     (proxy.wanted(), problems.iter().map(ToString::to_string).collect())
 }
@@ -80,4 +85,24 @@ fn masquerading_follows_the_configuration() {
     check("cluster-ip--no-cluster-cidr", manifests, Settings::default());
     let all = Settings { masquerade_all: true, masquerade_mark: 1, ..settings() };
     check("cluster-ip--masquerade-all", manifests, all);
+}
+
+#[test]
+fn node_ports_and_pods_are_told_as_the_configuration_says() {
+    let manifests = include_str!("../fixtures/node-port.yaml");
+    let ranges = |ranges: &[&str]| {
+        NodePortAddresses::Ranges(ranges.iter().map(|range| range.parse().unwrap()).collect())
+    };
+    let all = Settings { node_port_addresses: ranges(&["0.0.0.0/0"]), ..settings() };
+    check("node-port--all-addresses", manifests, all);
+    let some = Settings { node_port_addresses: ranges(&["203.0.113.0/24"]), ..settings() };
+    check("node-port--ranges", manifests, some);
+    let localhost = Settings { loopback: Loopback::NodePorts, ..settings() };
+    check("node-port--localhost", manifests, localhost);
+    let prefix = DetectLocal::Interface(InterfaceName::Prefix("veth".into()));
+    check(
+        "node-port--pods-by-interface",
+        manifests,
+        Settings { detect_local: prefix, ..settings() },
+    );
 }

@@ -77,6 +77,7 @@ const RINGS: [Ring; 4] = [
             "src/settings.rs",
             "src/conntrack/serving.rs",
             "src/conntrack/sweep.rs",
+            "src/takeover/chains.rs",
             "src/nft/names",
             "src/nft/element.rs",
             "src/nft/rule.rs",
@@ -84,6 +85,8 @@ const RINGS: [Ring; 4] = [
             "src/nft/ruleset.rs",
             "src/nft/transaction.rs",
             "src/nft/diff.rs",
+            "src/nft/interpret.rs",
+            "src/nft/jhash.rs",
         ],
         banned: &[
             "kube::",

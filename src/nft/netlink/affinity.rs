@@ -5,7 +5,8 @@
 //! entries are found in a dump, of which nothing but their keys is kept, and deleted; if one of them
 //! timed out meanwhile, the kernel refuses and the map is looked through again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use nftnl::nftnl_sys as sys;
 
@@ -81,6 +82,26 @@ pub(super) fn backends(
         held.insert(backend);
     })?;
     Ok(held)
+}
+
+/// The clients of a map, and the backend that each is held to.
+pub(super) fn clients(
+    socket: &mut NetlinkSocket,
+    family: Family,
+    name: &AffinityName,
+) -> Result<BTreeMap<IpAddr, Backend>, LoadError> {
+    let mut clients = BTreeMap::new();
+    entries(socket, family, name, |key, backend| {
+        if let Some(client) = address(key) {
+            clients.insert(client, backend);
+        }
+    })?;
+    Ok(clients)
+}
+
+fn address(key: &[u8]) -> Option<IpAddr> {
+    let four = <[u8; 4]>::try_from(key).map(IpAddr::from);
+    four.or_else(|_| <[u8; 16]>::try_from(key).map(IpAddr::from)).ok()
 }
 
 /// How many entries a map has, by counting them.

@@ -23,6 +23,9 @@ struct Position {
 
 const ELEMENT_LIST: u16 = 3;
 
+/// `NFNL_SUBSYS_NFTABLES`
+const NFTABLES: u16 = 10;
+
 /// The begin message's number; the others follow it.
 const FIRST_SEQUENCE: u32 = 1;
 
@@ -212,6 +215,19 @@ const SUBSYSTEM: u16 = 10;
 /// Flag of a message that is a request.
 const REQUEST: u16 = 1;
 const ACK: u16 = 4;
+
+/// A message of nf_tables: header, `struct nfgenmsg`, attributes.
+pub(super) fn message(kind: u16, flags: u16, sequence: u32, family: u16, body: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(HEADER + GENMSG + body.len()).expect("messages are short");
+    let mut bytes = len.to_ne_bytes().to_vec();
+    bytes.extend((NFTABLES << 8 | kind).to_ne_bytes());
+    bytes.extend(flags.to_ne_bytes());
+    bytes.extend(sequence.to_ne_bytes());
+    bytes.extend([0; 4]); // address: the kernel
+    bytes.extend([u8::try_from(family).expect("families are small numbers"), 0, 0, 0]);
+    bytes.extend_from_slice(body);
+    bytes
+}
 
 /// Which element of an element message lies at this offset.
 fn element_at(message: &[u8], offset: usize) -> Option<usize> {

@@ -11,24 +11,33 @@ mod dump;
 mod encode;
 mod ffi;
 mod fill;
+mod foreign;
 mod instruction;
 mod monitor;
+mod probe;
 mod socket;
 mod userdata;
 
+use std::collections::BTreeMap;
 use std::io;
+use std::net::IpAddr;
 
 use tracing::{debug, warn};
 
 pub use self::fill::{AffinityFill, affinity_fill};
+pub use self::foreign::{ForeignChain, ForeignOp, ForeignTable};
 pub use self::monitor::{Intrusion, Monitor};
+pub use self::probe::{FEATURES, Feature, Missing, ProbeError};
 pub use self::socket::OpenError;
 
 use self::batch::Batch;
 use self::socket::{Answer, NetlinkSocket};
 use super::dataplane::Options;
+use super::element::Backend;
 use super::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
+use super::names::AffinityName;
 use super::transaction::{Op, Transaction};
+use crate::model::Family;
 
 /// The nf_tables of the network namespace it was opened in.
 #[derive(Debug)]
@@ -72,6 +81,15 @@ impl NetlinkKernel {
     /// The number of the last commit of anyone in the network namespace.
     pub fn generation(&mut self) -> Result<u32, LoadError> {
         dump::generation(&mut self.socket)
+    }
+
+    /// The clients that an affinity map remembers, and the backend that each is held to.
+    pub fn clients(
+        &mut self,
+        family: Family,
+        name: &AffinityName,
+    ) -> Result<BTreeMap<IpAddr, Backend>, LoadError> {
+        affinity::clients(&mut self.socket, family, name)
     }
 
     /// Encodes a transaction without sending it, for benches that time the kernel alone.

@@ -139,14 +139,12 @@ fn author<'a>(attributes: impl Iterator<Item = (u16, &'a [u8])>) -> Intrusion {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nlmsg::put;
 
     fn message(kind: libc::c_int, sender: u32, attributes: &[(u16, &[u8])]) -> Vec<u8> {
         let mut body = vec![0; GENMSG];
         for (kind, value) in attributes {
-            body.extend(u16::try_from(4 + value.len()).unwrap().to_ne_bytes());
-            body.extend(kind.to_ne_bytes());
-            body.extend_from_slice(value);
-            body.resize(body.len().next_multiple_of(4), 0);
+            put(&mut body, *kind, value);
         }
         let kind = (10_u16 << 8) | u16::try_from(kind).unwrap();
         let mut bytes = u32::try_from(HEADER + body.len()).unwrap().to_ne_bytes().to_vec();

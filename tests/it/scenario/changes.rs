@@ -17,8 +17,8 @@ use super::services::UDP_NUMBER;
 use super::table::Target;
 use super::world::{BEHIND_ONE, HOST_BEYOND, Objects, SOURCES, Setting, source};
 use crate::namespace::nft;
-use crate::net::{CLIENT, NODE, Net, in_netns, ip};
-use crate::serve::{Outcome, PATIENCE, tcp_from, tcp_here, udp_on, udp_socket};
+use crate::net::{CLIENT, NODE, Net, in_netns, ip, patient};
+use crate::serve::{Outcome, patience, tcp_from, tcp_here, udp_on, udp_socket};
 
 /// The proxy has had its time to do what it should not.
 const AFTERWARDS: Duration = Duration::from_secs(1);
@@ -39,7 +39,7 @@ struct Lasting {
 impl Lasting {
     fn open(net: &Net, to: SocketAddr) -> Self {
         let stream = in_netns(&net.name("client"), || TcpStream::connect(to).unwrap());
-        stream.set_read_timeout(Some(PATIENCE * 5)).unwrap();
+        stream.set_read_timeout(Some(patience() * 5)).unwrap();
         let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
         lines.next().unwrap().unwrap();
         Self { stream, lines }
@@ -217,7 +217,7 @@ impl Changes<'_> {
                 self.found(flow.row, family, &flow.case("another flow"), flow.new, &met);
             }
         }
-        std::thread::sleep(AFTERWARDS);
+        std::thread::sleep(patient(AFTERWARDS));
         for ((row, family), connection) in &mut established {
             let answer = connection.ask();
             self.found(*row, *family, "established", "a", &answer);
@@ -323,11 +323,17 @@ impl Changes<'_> {
             self.one(107, family, "then", &again);
             moved.push(list(&again));
             self.objects.set("sticky", family, &ENDPOINTS);
+            self.objects.set("tcp-leaves", family, &["a"]);
         }
         self.proxy.update(&self.objects);
-        std::thread::sleep(AFTERWARDS);
         for family in FAMILIES {
             let web = vip("sticky", family);
+            // Asking would pin. Changes are told in the order of names: when this one has come, that
+            // one has.
+            let marker = vip("tcp-leaves", family);
+            let there = "a:8081 masq";
+            let met = self.eventually(there, || self.meets("client", marker));
+            self.found(107, family, "ready again, marker", there, &met);
             // Clients that have not been here before.
             let all = self.choices(web, family, SOURCES / 2..SOURCES);
             let seen = if all.contains(&kept[family]) { "there" } else { "not there" };
@@ -345,7 +351,7 @@ impl Changes<'_> {
             before.push(self.choices(vip("sticky-short", family), family, SOME));
         }
         let began = Instant::now();
-        while began.elapsed() < Duration::from_secs(4) {
+        while began.elapsed() < Duration::from_secs(6) {
             for family in FAMILIES {
                 used[family].extend(self.who(Some(CLIENT[family]), vip("sticky-short", family), 1));
             }

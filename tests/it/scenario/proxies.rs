@@ -73,7 +73,7 @@ impl Proxy for Nftproxy<'_> {
     }
 
     fn patience(&self) -> Duration {
-        Duration::from_secs(5)
+        Duration::from_secs(10)
     }
 
     fn start(&mut self, setting: Setting, objects: &Objects) {

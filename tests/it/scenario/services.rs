@@ -200,7 +200,7 @@ pub(crate) const SERVICES: &[Service] = &[
         second: Some(("TCP", 443, 30903)),
         ..service("sticky", &["a", "b", "remote"])
     },
-    Service { affinity: Some(2), ..service("sticky-short", &["a", "b", "remote"]) },
+    Service { affinity: Some(4), ..service("sticky-short", &["a", "b", "remote"]) },
     Service { target_port: 8081, ..service("tcp-leaves", &["a"]) },
     service("udp-leaves", &["a"]).udp(),
     service("udp-ends", &["a"]).udp(),

@@ -153,8 +153,9 @@ const fn absent(number: u8, what: &'static str, why: &'static str) -> Row {
     Row { number, what, how: How::Absent(why) }
 }
 
-const GATE: &str = "the gate KubeProxyNFTablesLocalhostNodePorts is alpha and off in 1.37";
-const HEALTH: &str = "health servers are an issue of their own";
+const GATE: &str = "the gate KubeProxyNFTablesLocalhostNodePorts is alpha and off in 1.37; \
+                    `--localhost-node-ports` of nftproxy is tested in `tests/it/features.rs`";
+const HEALTH: &str = "of the health servers: tests/it/health.rs";
 
 use Protocol::{Echo, Sctp, Udp};
 use Setting::{

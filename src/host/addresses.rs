@@ -1,8 +1,8 @@
-//! What the host itself tells about the node: its name, and its addresses while they change.
+//! The host's addresses, while they change.
 //!
-//! Name and primary addresses count where no Node object tells them: with a directory of manifests, or
-//! while the Node is not there. Addresses of interfaces decide where node ports are served when they
-//! are configured by ranges; nothing but the kernel tells when one comes or goes.
+//! Primary addresses count where no Node object tells them: with a directory of manifests, or while
+//! the Node is not there. Addresses of interfaces decide where node ports are served when they are
+//! configured by ranges; nothing but the kernel tells when one comes or goes.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -17,18 +17,6 @@ use nix::sys::socket::{
 use tokio::sync::mpsc::WeakSender;
 
 use crate::model::{Event, Family, HostFacts, NodeFacts};
-
-/// The host's name cannot be had.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot read the host's name: {0}; give it with --hostname-override")]
-pub struct HostnameError(String);
-
-/// The host's name, lower case, as the kubelet takes it for the Node's name.
-pub fn node_name() -> Result<String, HostnameError> {
-    let name = nix::unistd::gethostname().map_err(|errno| HostnameError(errno.to_string()))?;
-    let name = name.to_string_lossy().trim().to_lowercase();
-    if name.is_empty() { Err(HostnameError("it is empty".into())) } else { Ok(name) }
-}
 
 /// Whether this host has IPv6 at all.
 #[must_use]
@@ -59,16 +47,6 @@ fn host_facts() -> HostFacts {
     interfaces.sort_unstable();
     interfaces.dedup();
     HostFacts { addresses, interfaces }
-}
-
-/// Lets connections to 127.0.0.0/8 leave the host once they are translated.
-pub fn route_loopback() -> io::Result<()> {
-    let path = "/proc/sys/net/ipv4/conf/all/route_localnet";
-    let fail = |error: io::Error| io::Error::new(error.kind(), format!("{path}: {error}"));
-    if fs::read_to_string(path).map_err(fail)?.trim() == "1" {
-        return Ok(());
-    }
-    fs::write(path, "1").map_err(fail)
 }
 
 /// The host's addresses cannot be followed.

@@ -1,0 +1,35 @@
+//! The log on standard error: one line an event.
+
+use crate::config::Log;
+
+/// Where the client says that it cannot read its file of certificates again.
+const CA_BUNDLE: &str = "kube_client::client::tls=warn";
+
+pub(super) fn start(log: Log, quiet: bool) {
+    use tracing_subscriber::EnvFilter;
+    // The client library has an error line for every try; what it means is said once by `watch`.
+    let level = match log.verbosity {
+        0 if quiet => "warn,kube_client=off",
+        0 | 1 => "info,kube_client=off",
+        2 | 3 => "info,nftproxy=debug,kube_client=off",
+        4 | 5 => "debug",
+        _ => "trace",
+    };
+    // What goes wrong with the API server is said by `watch::api`, once and in full; the client says it
+    // at every attempt, several times, and without what to do.
+    let level = match log.verbosity {
+        0..=3 => format!("{level},kube_runtime=off,kube_client::client=off,{CA_BUNDLE}"),
+        _ => level.to_owned(),
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
+    if log.json {
+        subscriber.json().init();
+    } else {
+        subscriber.init();
+    }
+}

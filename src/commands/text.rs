@@ -1,0 +1,122 @@
+//! Laying out text for a terminal of 80 columns.
+
+use std::fmt::Write as _;
+
+/// The width that everything is to fit in.
+pub(super) const WIDTH: usize = 80;
+
+/// Breaks text at blanks into lines, each behind `indent` blanks and further ones behind two more. A
+/// word that is longer than a line stays whole.
+pub(super) fn wrap(text: &str, indent: usize) -> String {
+    let mut out = String::new();
+    let mut line = " ".repeat(indent);
+    let mut empty = true;
+    for word in text.split(' ') {
+        if !empty && width(&line) + 1 + width(word) > WIDTH {
+            out.push_str(&line);
+            out.push('\n');
+            line = " ".repeat(indent + 2);
+            empty = true;
+        }
+        if !empty {
+            line.push(' ');
+        }
+        line.push_str(word);
+        empty = false;
+    }
+    out.push_str(&line);
+    out.push('\n');
+    out
+}
+
+/// `label` in a column of its own, and text beside it.
+pub(super) fn labelled(label: &str, text: &str, column: usize) -> String {
+    let wrapped = wrap(text, column);
+    let hanging = wrapped
+        .replace(&format!("\n{}", " ".repeat(column + 2)), &format!("\n{}", " ".repeat(column)));
+    format!("{label:<column$}{}", hanging.trim_start())
+}
+
+/// Rows of cells in aligned columns, without blanks at their ends.
+pub(super) fn columns(rows: &[Vec<String>], indent: usize) -> String {
+    let count = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| self::width(cell)).max()
+    };
+    let widths: Vec<_> = (0..count).map(|column| width(column).unwrap_or(0)).collect();
+    let mut out = String::new();
+    for row in rows {
+        let mut line = " ".repeat(indent);
+        for (cell, width) in row.iter().zip(&widths) {
+            let _ = write!(line, "{cell:<width$}  ");
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+/// A colour. Where standard output is no terminal it is taken out again, when it is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Paint {
+    Good,
+    Attention,
+    Bad,
+    Bold,
+}
+
+impl Paint {
+    /// Paints a text.
+    pub(super) fn on(self, text: &str) -> String {
+        let code = match self {
+            Self::Good => "32",
+            Self::Attention => "33",
+            Self::Bad => "31",
+            Self::Bold => "1",
+        };
+        format!("\x1b[{code}m{text}\x1b[0m")
+    }
+}
+
+/// How wide a text is on a terminal: in characters, colours left out.
+fn width(text: &str) -> usize {
+    let mut chars = text.chars();
+    let mut width = 0;
+    while let Some(c) = chars.next() {
+        if c == '\x1b' {
+            chars.by_ref().find(|c| *c == 'm');
+        } else {
+            width += 1;
+        }
+    }
+    width
+}
+
+/// `1 endpoint`, `2 endpoints`.
+pub(super) fn count(number: usize, what: &str) -> String {
+    if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_broken_at_blanks_and_indented() {
+        let text = wrap("word ".repeat(30).trim(), 4);
+        assert!(text.lines().all(|line| line.len() <= WIDTH), "{text}");
+        assert!(text.starts_with("    word"));
+        assert!(text.lines().nth(1).unwrap().starts_with("      word"));
+        let long = "x".repeat(100);
+        assert_eq!(wrap(&long, 2), format!("  {long}\n"));
+        let beside = labelled("Label", &"word ".repeat(30), 10);
+        let lines: Vec<_> = beside.lines().collect();
+        assert!(lines[0].starts_with("Label     word") && lines[1].starts_with("          word"));
+    }
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest_cell() {
+        let rows = [vec!["a".into(), "bb".into()], vec!["ccc".into(), String::new()]];
+        assert_eq!(columns(&rows, 1), " a    bb\n ccc\n");
+    }
+}
