@@ -34,7 +34,9 @@ use self::cluster::{
 };
 use self::control_plane::{ControlPlane, User};
 use self::field::{Field, OUTSIDE};
-use self::packets::{Arrival, Await, quantile, syn_cost, throughput, until_programmed};
+use self::packets::{
+    Arrival, Await, quantile, syn_cost, throughput, until_programmed, while_sleeping,
+};
 use self::proxy::{Proxy, Which, waits};
 use self::report::{Figures, Report};
 
@@ -220,14 +222,18 @@ impl Bench<'_> {
         std::thread::sleep(self.extent.idle);
         figures.wakeups = (proxy.wakeups() - before) / self.extent.idle.as_secs_f64();
 
-        let lags = self.changes(which, 0, self.extent.changes, &AtomicBool::new(false));
+        let go_on = AtomicBool::new(false);
+        let (lags, mut late) =
+            while_sleeping(|| self.changes(which, 0, self.extent.changes, &go_on));
+        figures.change_late = [0.99, 1.0].map(|at| quantile(&mut late, at));
         figures.missed = lags.missed();
         [figures.change, figures.change_told, figures.change_blind] = lags.quantiles();
         let mut syncs = proxy.syncs().split_off(known.min(proxy.syncs().len()));
         figures.next_sync = quantile(&mut syncs, 0.5);
 
         let before = waits(self.field);
-        let (written, lags, cpu) = self.storm(which, &proxy);
+        let ((written, lags, cpu), mut late) = while_sleeping(|| self.storm(which, &proxy));
+        figures.storm_late = [0.99, 1.0].map(|at| quantile(&mut late, at));
         figures.storm_inside = waits(self.field).since(&before);
         figures.storm_rate = written;
         [figures.storm, figures.storm_told, figures.storm_blind] = lags.quantiles();

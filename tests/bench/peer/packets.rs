@@ -232,6 +232,28 @@ impl Await {
     }
 }
 
+/// Runs `body`, and tells by how many seconds a thread that does nothing but sleep woke too late
+/// meanwhile: a change waits for several threads' turns one after the other, each as late as this.
+#[expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
+pub(crate) fn while_sleeping<T>(body: impl FnOnce() -> T) -> (T, Vec<f64>) {
+    const NAP: Duration = Duration::from_millis(1);
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let sleeper = scope.spawn(|| {
+            let mut late = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                let began = Instant::now();
+                thread::sleep(NAP);
+                late.push(began.elapsed().saturating_sub(NAP).as_secs_f64());
+            }
+            late
+        });
+        let outcome = body();
+        stop.store(true, Ordering::Relaxed);
+        (outcome, sleeper.join().expect("the sleeper ends"))
+    })
+}
+
 fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).expect("less than centuries")
 }
