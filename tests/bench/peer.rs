@@ -34,7 +34,9 @@ use self::cluster::{
 };
 use self::control_plane::{ControlPlane, User};
 use self::field::{Field, OUTSIDE};
-use self::packets::{Await, quantile, syn_cost, throughput, until_programmed};
+use self::packets::{
+    Arrival, Await, quantile, syn_cost, throughput, until_programmed, while_sleeping,
+};
 use self::proxy::{Proxy, Which, waits};
 use self::report::{Figures, Report};
 
@@ -124,11 +126,13 @@ struct Bench<'a> {
 struct Lags {
     acknowledged: Vec<f64>,
     told: Vec<f64>,
+    /// How long of that no datagram was sent that could have shown it.
+    blind: Vec<f64>,
 }
 
 impl Lags {
-    fn quantiles(mut self) -> [[f64; 2]; 2] {
-        [&mut self.acknowledged, &mut self.told]
+    fn quantiles(mut self) -> [[f64; 2]; 3] {
+        [&mut self.acknowledged, &mut self.told, &mut self.blind]
             .map(|lags| [quantile(lags, 0.5), quantile(lags, 0.99)])
     }
 
@@ -218,17 +222,21 @@ impl Bench<'_> {
         std::thread::sleep(self.extent.idle);
         figures.wakeups = (proxy.wakeups() - before) / self.extent.idle.as_secs_f64();
 
-        let lags = self.changes(which, 0, self.extent.changes, &AtomicBool::new(false));
+        let go_on = AtomicBool::new(false);
+        let (lags, mut late) =
+            while_sleeping(|| self.changes(which, 0, self.extent.changes, &go_on));
+        figures.change_late = [0.99, 1.0].map(|at| quantile(&mut late, at));
         figures.missed = lags.missed();
-        [figures.change, figures.change_told] = lags.quantiles();
+        [figures.change, figures.change_told, figures.change_blind] = lags.quantiles();
         let mut syncs = proxy.syncs().split_off(known.min(proxy.syncs().len()));
         figures.next_sync = quantile(&mut syncs, 0.5);
 
         let before = waits(self.field);
-        let (written, lags, cpu) = self.storm(which, &proxy);
+        let ((written, lags, cpu), mut late) = while_sleeping(|| self.storm(which, &proxy));
+        figures.storm_late = [0.99, 1.0].map(|at| quantile(&mut late, at));
         figures.storm_inside = waits(self.field).since(&before);
         figures.storm_rate = written;
-        [figures.storm, figures.storm_told] = lags.quantiles();
+        [figures.storm, figures.storm_told, figures.storm_blind] = lags.quantiles();
         figures.storm_cpu = cpu;
         figures.peak_mb = proxy.peak_mb();
         proxy.end();
@@ -251,13 +259,14 @@ impl Bench<'_> {
             std::thread::sleep(Duration::from_millis(50 + 37 * (change as u64 * 7 % 11)));
             let written = self.runtime.block_on(self.cluster.probe(probe, Some(awaited)));
             let arrived = wait.arrived();
-            let lag = |since_when: Option<Instant>| match (since_when, arrived) {
-                (Some(earlier), Some(later)) => since(earlier, later),
+            let lag = |since_when: Option<Instant>| match (since_when, &arrived) {
+                (Some(earlier), Some(Arrival { sent, .. })) => since(earlier, *sent),
                 _ => f64::NAN,
             };
             self.runtime.block_on(self.cluster.probe(probe, None));
             lags.acknowledged.push(lag(Some(written)));
             lags.told.push(lag(self.told.of(awaited)));
+            lags.blind.extend(arrived.map(|arrival| arrival.blind.as_secs_f64()));
         }
         lags
     }

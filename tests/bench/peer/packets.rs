@@ -176,9 +176,18 @@ fn swallow(stop: &AtomicBool) {
     }
 }
 
-/// Sends datagrams to a Service, each a new connection, until one reaches an address; when that was.
+/// Sends datagrams to a Service, each a new connection, until one reaches an address.
 pub(crate) struct Await {
-    receiver: thread::JoinHandle<Option<Instant>>,
+    receiver: thread::JoinHandle<Option<Arrival>>,
+}
+
+/// The first datagram that reached the address.
+pub(crate) struct Arrival {
+    /// When it was sent; on its way it waits for nobody.
+    pub(crate) sent: Instant,
+    /// How long the sender had not sent any before: on a busy machine it has to wait for its turn, and
+    /// so long nothing can be seen.
+    pub(crate) blind: Duration,
 }
 
 impl Await {
@@ -193,27 +202,60 @@ impl Await {
         let receiver = thread::spawn(move || {
             let done = std::sync::Arc::new(AtomicBool::new(false));
             let stop = done.clone();
+            let began = Instant::now();
             let sender = thread::spawn(move || {
                 super::field::enter(&outside);
+                let mut before = 0;
                 while !stop.load(Ordering::Relaxed) {
                     if let Ok(socket) = UdpSocket::bind("0.0.0.0:0") {
-                        let _ = socket.send_to(b"?", (by, 80));
+                        let now = nanos(began.elapsed());
+                        let times = [now, now - before].map(u64::to_ne_bytes);
+                        let _ = socket.send_to(times.as_flattened(), (by, 80));
+                        before = now;
                     }
                     thread::sleep(Duration::from_micros(100));
                 }
             });
-            let arrived = socket.recv(&mut [0; 8]).ok().map(|_| Instant::now());
+            let mut times = [[0; 8]; 2];
+            let arrived = socket.recv(times.as_flattened_mut()).is_ok();
             done.store(true, Ordering::Relaxed);
             sender.join().expect("the sender ends");
-            arrived
+            let [sent, blind] = times.map(|time| Duration::from_nanos(u64::from_ne_bytes(time)));
+            arrived.then(|| Arrival { sent: began + sent, blind })
         });
         Self { receiver }
     }
 
-    /// When the first arrived; None if none did in time.
-    pub(crate) fn arrived(self) -> Option<Instant> {
+    /// None if none arrived in time.
+    pub(crate) fn arrived(self) -> Option<Arrival> {
         self.receiver.join().expect("the receiver ends")
     }
+}
+
+/// Runs `body`, and tells by how many seconds a thread that does nothing but sleep woke too late
+/// meanwhile: a change waits for several threads' turns one after the other, each as late as this.
+#[expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
+pub(crate) fn while_sleeping<T>(body: impl FnOnce() -> T) -> (T, Vec<f64>) {
+    const NAP: Duration = Duration::from_millis(1);
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let sleeper = scope.spawn(|| {
+            let mut late = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                let began = Instant::now();
+                thread::sleep(NAP);
+                late.push(began.elapsed().saturating_sub(NAP).as_secs_f64());
+            }
+            late
+        });
+        let outcome = body();
+        stop.store(true, Ordering::Relaxed);
+        (outcome, sleeper.join().expect("the sleeper ends"))
+    })
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).expect("less than centuries")
 }
 
 /// A quantile of some figures.

@@ -14,11 +14,17 @@ pub(crate) struct Figures {
     /// the server was told of it.
     pub(crate) change: [f64; 2],
     pub(crate) change_told: [f64; 2],
+    /// And how long no packet could have shown it, as the sender had not its turn.
+    pub(crate) change_blind: [f64; 2],
+    /// How late a thread that only sleeps woke meanwhile: 99th percentile and worst.
+    pub(crate) change_late: [f64; 2],
     pub(crate) missed: usize,
     pub(crate) storm_rate: f64,
     /// The same in the storm.
     pub(crate) storm: [f64; 2],
     pub(crate) storm_told: [f64; 2],
+    pub(crate) storm_blind: [f64; 2],
+    pub(crate) storm_late: [f64; 2],
     /// By the proxy's own word, from taking in an event until it was in force; NaN if it says nothing.
     pub(crate) storm_inside: [f64; 2],
     pub(crate) storm_cpu: f64,
@@ -160,7 +166,11 @@ impl Report {
              one with none, in turn: nftproxy {:.2}, {:.2}, {:.2}, {:.2}; kube-proxy {:.2}, {:.2}, \
              {:.2}, {:.2}. An incremental sync of kube-proxy takes {} ms (median, its own \
              word). In the storm, nftproxy had half of the events in force within {} ms of taking them \
-             in, and 99 of 100 within {} ms (bounds of its own histogram). In the storm the API server took {:.0} and {:.0} changes a second. SYNs that \
+             in, and 99 of 100 within {} ms (bounds of its own histogram). The bench's sender itself \
+             had to wait for its turn before the datagram that showed a change, p99: {} ms, in the \
+             storm {} ms; kube-proxy {}, {}. A thread that only sleeps woke late by {} ms (p99; worst \
+             {}), in the storm by {} ({}): a change waits for several threads one after the other, each \
+             as late as that. In the storm the API server took {:.0} and {:.0} changes a second. SYNs that \
              arrived, of one to every ClusterIP: {:.1} %, {:.1} %. Changes that no packet followed \
              within 30 s: {}, {}.\n",
             self.ours.syn,
@@ -174,6 +184,14 @@ impl Report {
             significant(self.peer.next_sync * 1e3),
             significant(self.ours.storm_inside[0] * 1e3),
             significant(self.ours.storm_inside[1] * 1e3),
+            significant(self.ours.change_blind[1] * 1e3),
+            significant(self.ours.storm_blind[1] * 1e3),
+            significant(self.peer.change_blind[1] * 1e3),
+            significant(self.peer.storm_blind[1] * 1e3),
+            significant(self.ours.change_late[0] * 1e3),
+            significant(self.ours.change_late[1] * 1e3),
+            significant(self.ours.storm_late[0] * 1e3),
+            significant(self.ours.storm_late[1] * 1e3),
             self.ours.storm_rate,
             self.peer.storm_rate,
             self.ours.programmed * 100.0,
