@@ -5,6 +5,7 @@
 //! watch. A changed configuration goes there by a channel of its own, of which only the last value
 //! counts.
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use tokio::sync::mpsc::{Sender, UnboundedReceiver, WeakSender, channel};
@@ -15,7 +16,7 @@ use crate::config::{self, Flags, Live, Loaded, Source};
 use crate::conntrack::Sweeper;
 use crate::host::{self, PrivilegeError};
 use crate::metrics::RestClient;
-use crate::model::{Event, Family};
+use crate::model::{Event, Family, Notice, Standing, Topic};
 use crate::nft::netlink::{FEATURES, NetlinkKernel, OpenError};
 use crate::program::Program;
 use crate::reconcile::Proxy;
@@ -25,7 +26,7 @@ use crate::status::{HealthCheckChange, Reporter, Status};
 use crate::takeover::{self, Purpose};
 use crate::watch::api::{self, ClientError};
 use crate::watch::manifests::{ManifestError, Manifests};
-use crate::watch::notices::{self, Notice};
+use crate::watch::notices::{self, Notices};
 
 /// Events on their way; a source that is faster than the state waits.
 const QUEUE: usize = 4096;
@@ -79,7 +80,10 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
     let mut families = vec![Family::V4];
     families.extend(host::has_ipv6().then_some(Family::V6));
     let status = Arc::new(Status::new(families, config.live.sync_period));
+    let rest_client = status.metrics.rest_client.clone();
+    let notices = notices::start(&config.source, &config.node_name, &rest_client);
     let (reporter, health_checks) = Reporter::new(status.clone());
+    let reporter = reporter.with_notices(notices.clone());
     let swept = status.clone();
     let owning = config.table_owner;
     // Other Services of the node may still need it.
@@ -104,18 +108,21 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
 
     info!(node = config.node_name, source = %config.source, "starting");
     follow_host(sender.downgrade())?;
-    let rest_client = status.metrics.rest_client.clone();
-    let servers = serve(&loaded, status, health_checks);
+    let mut servers = pin!(serve(&loaded, status.clone(), health_checks, notices.clone()));
     follow_config(flags, loaded, live_sender)?;
     tokio::select! {
         signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
         // Sources end with an error only, and only before they are under way.
-        outcome = watch(config.source, config.node_name, sender, rest_client) => outcome?,
-        error = servers => return Err(error.into()),
+        outcome = watch(config.source, config.node_name, sender, rest_client, notices) => outcome?,
+        error = servers.as_mut() => return Err(error.into()),
         _ = &mut end => return Err(RunError::Ended),
     }
-    // With the source, the sender is gone: the thread ends behind its last commit.
-    thread.join().map_err(|_| RunError::Ended)
+    // With the source, the sender is gone: the thread ends behind its last commit. Until then, probes are
+    // answered.
+    let joined = tokio::task::spawn_blocking(move || thread.join());
+    joined.await.ok().and_then(Result::ok).ok_or(RunError::Ended)?;
+    status.drain().await;
+    Ok(())
 }
 
 /// What needs all privileges, and nothing else: `--init-only`.
@@ -143,6 +150,7 @@ fn serve(
     loaded: &Loaded,
     status: Arc<Status>,
     health_checks: UnboundedReceiver<HealthCheckChange>,
+    notices: Notices,
 ) -> impl Future<Output = BindError> + use<> {
     let config = &loaded.config;
     let listen = Listen {
@@ -151,20 +159,18 @@ fn serve(
         hard_fail: config.bind_address_hard_fail,
     };
     let node = config.node_name.clone();
-    let notices = notices::start(&config.source, &config.node_name, &status.metrics.rest_client);
     server::serve(listen, status, config::configz(loaded), health_checks, move |failure| {
         let ListenFailure { service, address, reason } = failure;
-        notices.give(Notice {
+        let standing = reason.map_or(Standing::Over, |reason| {
             // The words of kube-proxy.
-            note: format!(
-                "node {node} failed to start healthcheck \"{service}\" on port {}: listen \
-                     {address}: {reason}",
+            Standing::Is(vec![format!(
+                "node {node} failed to start healthcheck \"{service}\" on port {}: listen {address}: \
+                 {reason}",
                 address.port()
-            ),
-            service,
-            reason: "FailedToStartServiceHealthcheck",
-            action: "Listen",
+            )])
         });
+        let part = address.to_string();
+        notices.give(Notice { part, ..Notice::new(service, Topic::HealthCheck, standing) });
     })
 }
 
@@ -262,13 +268,14 @@ pub async fn watch(
     node_name: String,
     events: Sender<Event>,
     metrics: RestClient,
+    notices: Notices,
 ) -> Result<(), RunError> {
     match source {
         Source::Manifests(dir) => Manifests::new(dir, node_name).run(events).await?,
         Source::Api { kubeconfig, master } => {
             let (kubeconfig, master) = (kubeconfig.as_deref(), master.as_deref());
             let client = api::measured_client(kubeconfig, master, metrics).await?;
-            api::run(client, node_name, events).await;
+            api::run(client, node_name, events, notices).await;
         }
     }
     Ok(())

@@ -50,6 +50,7 @@ pub mod drift;
 pub mod host;
 pub mod metrics;
 pub mod program;
+pub mod quarantine;
 pub mod reconcile;
 pub mod server;
 pub mod status;

@@ -4,7 +4,8 @@
 //! - Nothing is committed before every kind was listed once.
 //! - A change is committed at once while commits are cheap, and later the more they cost, so that
 //!   programming never takes more than a fixed share of one core for long, whatever the size.
-//! - After a failure it is tried again with growing pauses, up to `syncPeriod`.
+//! - After a failure it is tried again with growing pauses, up to `syncPeriod`. A single object that
+//!   the kernel refuses is tried again as well, with longer pauses.
 //! - What others do to the tables is put right ([`crate::drift`]).
 //! - A changed configuration is taken over between two commits.
 
@@ -47,6 +48,16 @@ const POD_CIDR_PATIENCE: Duration = Duration::from_secs(300);
 
 /// First pause after a failed commit; doubled up to `syncPeriod`.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
+
+/// First pause before what the kernel refuses of single objects is tried again; doubled up to
+/// [`SYNC_PERIODS`] times `syncPeriod`, since everything is read back for it.
+const FIRST_AGAIN: Duration = Duration::from_secs(1);
+
+/// See [`FIRST_AGAIN`].
+const SYNC_PERIODS: u32 = 10;
+
+/// Such a pause is at least this many times what the last commit took.
+const SHARE_OF_AGAIN: u32 = 50;
 
 /// When to commit.
 #[derive(Clone, Copy, Debug)]
@@ -315,6 +326,11 @@ struct Clock {
     /// The pause after the next failure.
     retry: Duration,
     last_commit: Instant,
+    last_took: Duration,
+    /// When to take up again what the kernel refused.
+    again: Option<Instant>,
+    /// The pause after the next such refusal.
+    again_pause: Duration,
     synced: bool,
     /// When to say what start-up waits for.
     say_waiting: Instant,
@@ -330,6 +346,9 @@ impl Clock {
             next: now,
             retry: FIRST_RETRY,
             last_commit: now,
+            last_took: Duration::ZERO,
+            again: None,
+            again_pause: FIRST_AGAIN,
             synced: false,
             say_waiting: now + WAITING[0],
         }
@@ -361,12 +380,17 @@ impl Clock {
         if proxy.is_stale() {
             return Some(self.next);
         }
-        proxy.has_idle().then(|| self.last_commit + COLLECT_AFTER)
+        let collect = proxy.has_idle().then(|| self.last_commit + COLLECT_AFTER);
+        collect.into_iter().chain(self.again).min()
     }
 
     /// Does what is due.
     fn act<K: Kernel>(&mut self, proxy: &mut Proxy<K>, reporter: &mut Reporter) {
         let now = Instant::now();
+        if self.again.is_some_and(|again| now >= again) {
+            self.again = None;
+            proxy.retry_set_aside();
+        }
         if let Some(what) = self.waits_for(proxy) {
             if now >= self.say_waiting {
                 self.say_waiting = now + WAITING[1];
@@ -395,6 +419,19 @@ impl Clock {
                 debug!(%error, "idle chains stay for now");
             }
         }
+        self.plan_again(proxy);
+    }
+
+    /// Plans when to take up again what the kernel refuses.
+    fn plan_again<K: Kernel>(&mut self, proxy: &Proxy<K>) {
+        if !proxy.has_refused() {
+            self.again = None;
+            self.again_pause = FIRST_AGAIN;
+        } else if self.again.is_none() && proxy.set_aside_count() > 0 {
+            let pause = self.again_pause.max(self.last_took * SHARE_OF_AGAIN);
+            self.again = Some(Instant::now() + pause);
+            self.again_pause = (self.again_pause * 2).min(self.pacing.sync_period * SYNC_PERIODS);
+        }
     }
 
     fn committed(
@@ -406,6 +443,7 @@ impl Clock {
         let now = Instant::now();
         let took = now - began;
         self.last_commit = now;
+        self.last_took = took;
         match outcome {
             Ok(done) => {
                 self.next = self.debt.due().max(now + self.pacing.min_sync_period);
@@ -433,7 +471,99 @@ impl Clock {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::model::{NamespacedName, NodeFacts, Protocol, Scheduler, Service, ServicePort};
+    use crate::model::{SessionAffinity, TrafficPolicy};
+    use crate::nft::dataplane::Options;
+    use crate::nft::element::Key;
+    use crate::nft::fake::FakeKernel;
+    use crate::nft::kernel::{Applied, ApplyError, LoadError, Loaded, Refusal};
+    use crate::nft::transaction::{Op, Transaction};
+    use crate::settings::Settings;
+    use crate::state::State;
+    use crate::status::Status;
+
+    /// Refuses one ClusterIP as long as it is told to.
+    struct Refusing {
+        kernel: FakeKernel,
+        refuses: bool,
+        tried: Vec<Instant>,
+    }
+
+    impl Kernel for Refusing {
+        fn load(&mut self, options: &Options) -> Result<Loaded, LoadError> {
+            self.kernel.load(options)
+        }
+
+        fn apply(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+            let refused = |op: &Op| matches!(op, Op::AddElement(id, _) if id.key == Key::Address([10, 96, 0, 10].into()));
+            match transaction.ops.iter().position(refused) {
+                Some(op) if self.refuses => {
+                    self.tried.push(Instant::now());
+                    let refusal = Refusal { op: Some(op), errno: libc::ENFILE, message: None };
+                    Err(ApplyError::Refused { refusals: vec![refusal] })
+                }
+                _ => self.kernel.apply(transaction),
+            }
+        }
+    }
+
+    fn web() -> Event {
+        Event::Service(Service {
+            name: NamespacedName::new("default", "web"),
+            created: 0,
+            cluster_ips: vec![[10, 96, 0, 10].into()],
+            external_ips: Vec::new(),
+            load_balancer_ips: Vec::new(),
+            ports: vec![ServicePort {
+                name: "".into(),
+                protocol: Protocol::Tcp,
+                port: 80,
+                node_port: None,
+            }],
+            internal_traffic_policy: TrafficPolicy::Cluster,
+            external_traffic_policy: TrafficPolicy::Cluster,
+            session_affinity: SessionAffinity::None,
+            source_ranges: Vec::new(),
+            scheduler: Scheduler::Random,
+            health_check_node_port: None,
+        })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_kernel_refuses_is_tried_again_ever_more_rarely_until_it_is_accepted() {
+        let kernel = Refusing { kernel: FakeKernel::default(), refuses: true, tried: Vec::new() };
+        let state = State::new(Settings::default(), NodeFacts::default());
+        let mut proxy = Proxy::new(state, kernel);
+        for kind in Kind::ALL {
+            proxy.observe(Event::Listed(kind));
+        }
+        proxy.observe(web());
+        let pacing =
+            Pacing { min_sync_period: Duration::ZERO, sync_period: Duration::from_secs(30) };
+        let mut clock = Clock::new(pacing);
+        let status = Status::new(vec![Family::V4], pacing.sync_period);
+        let (mut reporter, _changes) = Reporter::new(Arc::new(status));
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(1500) {
+            clock.act(&mut proxy, &mut reporter);
+            tokio::time::sleep_until(clock.deadline(&proxy).expect("it is tried again")).await;
+        }
+        let mut pauses: Vec<_> =
+            proxy.kernel_mut().tried.windows(2).map(|t| (t[1] - t[0]).as_secs()).collect();
+        // What is refused is tried once more over what is read back.
+        pauses.retain(|pause| *pause > 0);
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]);
+        assert_eq!(proxy.set_aside_count(), 1);
+
+        proxy.kernel_mut().refuses = false;
+        clock.act(&mut proxy, &mut reporter);
+        assert_eq!((proxy.set_aside_count(), proxy.has_refused()), (0, false));
+        assert!(proxy.plan().unwrap().is_empty(), "everything is programmed");
+        assert_eq!(clock.deadline(&proxy), None, "nothing is left to do");
+    }
 
     #[test]
     fn cheap_commits_follow_each_other_and_dear_ones_take_a_fixed_share() {

@@ -4,9 +4,9 @@
 //! this, as do the benches and the packet tests. A commit that the kernel refuses is first answered
 //! by reading back what the kernel really holds and sending the difference: that cures every case in
 //! which someone else changed our tables. If an operation is refused even then, the contributor it
-//! came from is set aside and everything else is committed.
+//! came from is set aside ([`crate::quarantine`]) and everything else is committed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use tracing::{debug, error, info, warn};
 
@@ -15,7 +15,7 @@ use crate::conntrack::{Serving, Sweep};
 use crate::contribution::{Contribution, Contributor};
 use crate::frontend::Frontend;
 use crate::ledger::{Ledger, Staged};
-use crate::model::{Event, NamespacedName, Problem};
+use crate::model::{Event, NamespacedName, Notice, Problem, Standing, Topic};
 use crate::nft::dataplane::Options;
 use crate::nft::diff::{Foreign, diff, foreign};
 use crate::nft::element::{ElementId, Key};
@@ -24,11 +24,9 @@ use crate::nft::names::{LAYOUT, LAYOUTS};
 use crate::nft::ruleset::Ruleset;
 use crate::nft::text;
 use crate::nft::transaction::{Op, Transaction};
+use crate::quarantine::{MAX_SET_ASIDE, Quarantine};
 use crate::settings::Settings;
 use crate::state::State;
-
-/// How many contributors one commit may set aside before it gives up until the next try.
-const MAX_SET_ASIDE: usize = 100;
 
 /// How often a commit reads back the tables because their elements were others than it was told.
 const MAX_READINGS: usize = 5;
@@ -41,17 +39,21 @@ const SUSPICIOUS: usize = 10;
 pub struct Proxy<K> {
     state: State,
     kernel: K,
-    /// None until the tables were adopted, and after a commit that left them in doubt.
+    /// What was committed; None until the tables were adopted.
     ledger: Option<Ledger>,
+    /// Whether the tables may hold something else, so that they have to be read back.
+    in_doubt: bool,
     options: Options,
-    /// Contributors whose operations the kernel refuses; they keep what they had until they change.
-    set_aside: BTreeSet<Contributor>,
+    /// Contributors whose operations the kernel refuses; they keep what they had.
+    quarantine: Quarantine,
     /// Who answers every UDP frontend as of the last commit.
     serving: Serving,
     /// What the last commit amounts to.
     account: Account,
     /// What was last said about a contributor, so that it is said once.
     reported: BTreeMap<Contributor, Vec<Problem>>,
+    /// What the owners of Services have to know, since this was last asked for.
+    notices: Vec<Notice>,
 }
 
 /// What a commit did.
@@ -91,10 +93,12 @@ impl<K: Kernel> Proxy<K> {
             state,
             kernel,
             ledger: None,
+            in_doubt: false,
             serving: Serving::default(),
             account: Account::default(),
-            set_aside: BTreeSet::new(),
+            quarantine: Quarantine::default(),
             reported: BTreeMap::new(),
+            notices: Vec::new(),
         }
     }
 
@@ -122,7 +126,7 @@ impl<K: Kernel> Proxy<K> {
         }
         for contributor in touched {
             // It changed: what the kernel refused may be gone.
-            self.set_aside.remove(&contributor);
+            self.quarantine.release(&contributor);
         }
     }
 
@@ -157,7 +161,25 @@ impl<K: Kernel> Proxy<K> {
     /// How many objects the kernel refuses to change.
     #[must_use]
     pub fn set_aside_count(&self) -> usize {
-        self.set_aside.len()
+        self.quarantine.len()
+    }
+
+    /// Whether the kernel refused something that was not accepted since.
+    #[must_use]
+    pub fn has_refused(&self) -> bool {
+        !self.quarantine.is_empty()
+    }
+
+    /// Has the next commit take up again what the kernel refused: the cause may be gone.
+    pub fn retry_set_aside(&mut self) {
+        for contributor in self.quarantine.release_all() {
+            self.state.touch(contributor);
+        }
+    }
+
+    /// What the owners of Services have to know, since the last call.
+    pub fn take_notices(&mut self) -> Vec<Notice> {
+        std::mem::take(&mut self.notices)
     }
 
     /// The kernel, for tests and benches.
@@ -173,17 +195,18 @@ impl<K: Kernel> Proxy<K> {
             self.options = options;
             self.ledger = None;
         }
-        if let Some(ledger) = &self.ledger {
+        if self.ledger.is_some() && !self.in_doubt {
             let stale = self.state.stale_contributions();
-            let stale = accepted(stale, &mut self.reported, &self.set_aside);
+            let stale = self.accepted(stale);
             let contributors: Vec<_> = stale.iter().map(|(name, _)| name.clone()).collect();
+            let ledger = self.ledger.as_mut().expect("looked at above");
             let staged = ledger.stage(stale);
             let mut transaction = staged.transaction(&self.options);
             match apply(&mut self.kernel, &mut transaction) {
                 Ok(done) => {
-                    let ledger = self.ledger.as_mut().expect("borrowed above");
                     ledger.accept(staged);
                     self.state.settle();
+                    self.let_go();
                     self.account.apply(&transaction.ops);
                     self.serve(contributors);
                     return Ok(done);
@@ -212,15 +235,18 @@ impl<K: Kernel> Proxy<K> {
         let Some(ledger) = self.ledger.as_mut() else { return Ok(Committed::default()) };
         let staged = ledger.collect();
         let mut transaction = staged.transaction(&self.options);
-        let done = apply(&mut self.kernel, &mut transaction)?;
-        ledger.accept(staged);
-        Ok(done)
+        let done = apply(&mut self.kernel, &mut transaction);
+        match done {
+            Ok(_) => ledger.accept(staged),
+            Err(_) => self.in_doubt = true,
+        }
+        done
     }
 
     /// Everything that is wanted now, as one value.
     pub fn wanted(&mut self) -> Ruleset {
         let all = self.state.all_contributions();
-        let all = accepted(all, &mut self.reported, &self.set_aside);
+        let all = self.accepted(all);
         Ledger::stage_all(all).ruleset(self.state.options())
     }
 
@@ -248,6 +274,10 @@ impl<K: Kernel> Proxy<K> {
     /// Reads back what the kernel holds and sends the difference to what is wanted.
     fn adopt(&mut self) -> Result<Committed, CommitError> {
         let first = self.ledger.is_none();
+        // Also what fails may have taken effect, if only the answer was lost.
+        self.in_doubt = true;
+        // Nothing is stale behind this, so that rules that wait for a commit are part of it.
+        self.options = self.state.options();
         let mut loaded = self.kernel.load(&self.options)?;
         if first {
             report_found(&loaded);
@@ -264,14 +294,14 @@ impl<K: Kernel> Proxy<K> {
                     let mut ledger = Ledger::default();
                     ledger.accept(staged);
                     self.ledger = Some(ledger);
+                    self.in_doubt = false;
                     self.state.settle();
+                    self.let_go();
                     self.account.set_elements(elements);
                     self.serve_all(&loaded);
                     return Ok(Committed { set_aside, adopted: true, ..done });
                 }
-                Err(CommitError::Apply { source: ApplyError::Refused { refusals }, .. })
-                    if set_aside < MAX_SET_ASIDE =>
-                {
+                Err(CommitError::Apply { source: ApplyError::Refused { refusals }, .. }) => {
                     // New chains may be there already.
                     let found = std::mem::replace(&mut loaded, self.kernel.load(&self.options)?);
                     if readings < MAX_READINGS && !same_elements(&found, &loaded) {
@@ -280,13 +310,17 @@ impl<K: Kernel> Proxy<K> {
                         continue;
                     }
                     let guilty = self.guilty(&staged, &transaction, &refusals);
-                    if guilty.is_empty() {
+                    let count = set_aside + guilty.len();
+                    if guilty.is_empty()
+                        || set_aside >= MAX_SET_ASIDE
+                        || self.quarantine.blames_the_system(&refusals, count)
+                    {
                         let operations = transaction.ops.len();
                         let source = ApplyError::Refused { refusals };
                         return Err(CommitError::Apply { operations, source });
                     }
-                    set_aside += guilty.len();
-                    self.set_aside.extend(guilty);
+                    set_aside = count;
+                    self.set_aside(guilty);
                 }
                 Err(error) => return Err(error),
             }
@@ -317,11 +351,11 @@ impl<K: Kernel> Proxy<K> {
     /// The same after everything was committed over tables that were found.
     fn serve_all(&mut self, loaded: &Loaded) {
         let accountable = self.state.accountable();
-        let accountable: Vec<_> = accountable.filter(|c| !self.set_aside.contains(c)).collect();
+        let accountable: Vec<_> = accountable.filter(|c| !self.quarantine.contains(c)).collect();
         self.serve(accountable);
-        let Self { state, set_aside, serving, account, .. } = self;
+        let Self { state, quarantine, serving, account, .. } = self;
         let counts = |name: &NamespacedName| {
-            state.is_accountable(name) || set_aside.contains(&Contributor::Service(name.clone()))
+            state.is_accountable(name) || quarantine.contains(&Contributor::Service(name.clone()))
         };
         account.retain(counts);
         serving.retain(counts);
@@ -332,9 +366,9 @@ impl<K: Kernel> Proxy<K> {
     /// All contributions, on an empty ledger. One that is set aside keeps what it has committed.
     fn stage_all(&mut self) -> Staged {
         let all = self.state.all_contributions();
-        let mut all = accepted(all, &mut self.reported, &self.set_aside);
+        let mut all = self.accepted(all);
         if let Some(ledger) = &self.ledger {
-            let kept = self.set_aside.iter().filter_map(|contributor| {
+            let kept = self.quarantine.iter().filter_map(|contributor| {
                 Some((contributor.clone(), ledger.contribution(contributor)?.clone()))
             });
             all.extend(kept);
@@ -342,15 +376,15 @@ impl<K: Kernel> Proxy<K> {
         Ledger::stage_all(all)
     }
 
-    /// Whose operations were refused, each said once. Nobody's, if the table itself was refused:
-    /// everything in it is refused along with it.
+    /// Whose operations were refused, each with the first of them. Nobody's, if the table itself was
+    /// refused: everything in it is refused along with it.
     fn guilty(
         &self,
         staged: &Staged,
         transaction: &Transaction,
         refusals: &[Refusal],
-    ) -> BTreeSet<Contributor> {
-        let mut guilty = BTreeSet::new();
+    ) -> BTreeMap<Contributor, (String, Refusal)> {
+        let mut guilty = BTreeMap::new();
         let operation = |refusal: &Refusal| transaction.ops.get(refusal.op?);
         let table = |op: &Op| matches!(op, Op::DeleteTable(_) | Op::AddTable(_) | Op::AddSet(..));
         if refusals.iter().filter_map(operation).any(table) {
@@ -359,17 +393,99 @@ impl<K: Kernel> Proxy<K> {
         for refusal in refusals {
             let Some(op) = operation(refusal) else { continue };
             let Some(contributor) = staged.contributor(op) else { continue };
-            if !self.set_aside.contains(contributor) && guilty.insert(contributor.clone()) {
-                error!(
-                    object = %contributor,
-                    operation = text::op(op),
-                    reason = %refusal,
-                    "the kernel refuses this object's change; it is left out until the object changes"
-                );
+            if !self.quarantine.contains(contributor) {
+                guilty
+                    .entry(contributor.clone())
+                    .or_insert_with(|| (text::op(op), refusal.clone()));
             }
         }
         guilty
     }
+
+    /// Leaves contributors out, each said when it begins, and when the reason is another one.
+    fn set_aside(&mut self, guilty: BTreeMap<Contributor, (String, Refusal)>) {
+        for (contributor, (operation, refusal)) in guilty {
+            // Its number is another one each time.
+            let reason = Refusal { op: None, ..refusal }.to_string();
+            if !self.quarantine.put(&contributor, reason.clone()) {
+                debug!(object = %contributor, operation, reason, "the kernel refuses it still");
+                continue;
+            }
+            error!(
+                object = %contributor,
+                operation,
+                reason,
+                "the kernel refuses this object's change; it keeps what it had, and is tried again"
+            );
+            if let Contributor::Service(service) = contributor {
+                let note = format!(
+                    "the kernel refuses the Service's change ({operation}: {reason}); it keeps what it had \
+                     there, and is tried again"
+                );
+                self.notices.push(Notice::new(service, Topic::Refused, Standing::Is(vec![note])));
+            }
+        }
+    }
+
+    /// The kernel took everything that was not set aside for this commit.
+    fn let_go(&mut self) {
+        for contributor in self.quarantine.settle() {
+            info!(object = %contributor, "the kernel accepts this object's change");
+            if let Contributor::Service(service) = contributor {
+                let standing = self.over(&service);
+                self.notices.push(Notice::new(service, Topic::Refused, standing));
+            }
+        }
+    }
+
+    /// What there was to say about a Service is no longer so.
+    fn over(&self, service: &NamespacedName) -> Standing {
+        if self.state.service_named(service).is_some() { Standing::Over } else { Standing::Gone }
+    }
+
+    /// Reports the problems of contributions that are new, and leaves out those set aside.
+    fn accepted(
+        &mut self,
+        contributions: Vec<(Contributor, Contribution, Vec<Problem>)>,
+    ) -> Vec<(Contributor, Contribution)> {
+        let mut list = Vec::with_capacity(contributions.len());
+        for (contributor, contribution, problems) in contributions {
+            let known = self.reported.remove(&contributor).unwrap_or_default();
+            for problem in problems.iter().filter(|problem| !known.contains(problem)) {
+                warn!(object = problem.object, field = problem.field, "{}", problem.message);
+            }
+            if let Contributor::Service(service) = &contributor
+                && problems != known
+            {
+                for topic in [Topic::Conflict, Topic::Partly] {
+                    let (was, is) = (about(topic, &known), about(topic, &problems));
+                    if was != is {
+                        let standing =
+                            if is.is_empty() { self.over(service) } else { Standing::Is(is) };
+                        self.notices.push(Notice::new(service.clone(), topic, standing));
+                    }
+                }
+            }
+            if !problems.is_empty() {
+                self.reported.insert(contributor.clone(), problems);
+            }
+            if !self.quarantine.contains(&contributor) {
+                list.push((contributor, contribution));
+            }
+        }
+        list
+    }
+}
+
+/// What the problems of a contribution say on a topic. Without a field it is about a frontend that is
+/// another Service's.
+fn about(topic: Topic, problems: &[Problem]) -> Vec<String> {
+    let of_topic = |problem: &&Problem| problem.field.is_empty() == (topic == Topic::Conflict);
+    let said = |problem: &Problem| match &*problem.field {
+        "" => problem.message.clone(),
+        field => format!("{field}: {}", problem.message),
+    };
+    problems.iter().filter(of_topic).map(said).collect()
 }
 
 /// Whether two readings found the same elements. If not, a refusal between them is no object's fault.
@@ -417,30 +533,6 @@ fn apply<K: Kernel>(
         Applied { messages: first.messages + then.messages, bytes: first.bytes + then.bytes };
     debug!(operations, bytes = applied.bytes, "committed");
     Ok(Committed { operations, applied, adopted: false, set_aside: 0 })
-}
-
-/// Reports the problems of contributions that are new, and leaves out those set aside.
-fn accepted(
-    contributions: Vec<(Contributor, Contribution, Vec<Problem>)>,
-    reported: &mut BTreeMap<Contributor, Vec<Problem>>,
-    set_aside: &BTreeSet<Contributor>,
-) -> Vec<(Contributor, Contribution)> {
-    let mut list = Vec::with_capacity(contributions.len());
-    for (contributor, contribution, problems) in contributions {
-        let known = reported.get(&contributor).map_or(&[][..], Vec::as_slice);
-        for problem in problems.iter().filter(|problem| !known.contains(problem)) {
-            warn!(object = problem.object, field = problem.field, "{}", problem.message);
-        }
-        if problems.is_empty() {
-            reported.remove(&contributor);
-        } else {
-            reported.insert(contributor.clone(), problems);
-        }
-        if !set_aside.contains(&contributor) {
-            list.push((contributor, contribution));
-        }
-    }
-    list
 }
 
 /// Says what start-up found in the kernel under our name.

@@ -45,11 +45,23 @@ pub async fn serve(
     let mut servers = JoinSet::new();
     if let Some(address) = healthz {
         let pages = health::Pages { status: status.clone() };
-        servers.spawn(listener::keep("health", address, hard_fail, Arc::new(pages)));
+        servers.spawn(listener::keep(
+            "health",
+            address,
+            hard_fail,
+            status.stopping(),
+            Arc::new(pages),
+        ));
     }
     if let Some(address) = metrics {
         let pages = self::metrics::Pages::new(status.clone(), configz, address);
-        servers.spawn(listener::keep("metrics", address, hard_fail, Arc::new(pages)));
+        servers.spawn(listener::keep(
+            "metrics",
+            address,
+            hard_fail,
+            status.stopping(),
+            Arc::new(pages),
+        ));
     }
     let health_checks = serve_health_checks(status, changes, failures);
     servers.spawn(async move {

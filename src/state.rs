@@ -360,6 +360,11 @@ impl State {
         all
     }
 
+    /// A contribution is to be committed although nothing changed it.
+    pub fn touch(&mut self, contributor: Contributor) {
+        self.stale.insert(contributor);
+    }
+
     /// Everything stale was committed.
     pub fn settle(&mut self) {
         self.stale.clear();

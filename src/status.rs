@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::account::{Changes, HealthCheck};
@@ -19,6 +20,7 @@ use crate::metrics::Metrics;
 use crate::model::{Family, Kind, NamespacedName};
 use crate::nft::kernel::Kernel;
 use crate::reconcile::{CommitError, Committed, Proxy};
+use crate::watch::notices::Notices;
 
 /// How far programming is, and all metrics.
 #[derive(Debug)]
@@ -34,7 +36,12 @@ pub struct Status {
     /// Microseconds since the epoch; 0 for never.
     committed: AtomicI64,
     eligible: AtomicBool,
+    /// Whoever serves has a receiver as long as there is something to answer.
+    stopping: watch::Sender<bool>,
 }
+
+/// How long requests that have begun may take when the program stops.
+const DRAIN: Duration = Duration::from_secs(1);
 
 impl Status {
     /// Nothing has happened yet. `families` are those the host has.
@@ -49,7 +56,23 @@ impl Status {
             waiting_since: AtomicU64::new(0),
             committed: AtomicI64::new(0),
             eligible: AtomicBool::new(false),
+            stopping: watch::Sender::new(false),
         }
+    }
+
+    /// Becomes true when the program stops.
+    #[must_use]
+    pub fn stopping(&self) -> watch::Receiver<bool> {
+        self.stopping.subscribe()
+    }
+
+    /// Has servers take no more connections, and waits until what has begun is answered. The answers are
+    /// those of any other time: the tables stay in force, so that a node whose proxy stops is as fit as
+    /// before; that it is to leave is what its Node object says.
+    pub async fn drain(&self) {
+        self.stopping.send_replace(true);
+        // Clients that keep others waiting may be cut off.
+        drop(tokio::time::timeout(DRAIN, self.stopping.closed()).await);
     }
 
     /// The families the host has.
@@ -147,6 +170,7 @@ pub struct Reporter {
     oldest: Option<Instant>,
     /// The last repair failed: what is in force is not what should be, whatever else is committed.
     broken: bool,
+    notices: Notices,
 }
 
 impl Reporter {
@@ -154,8 +178,22 @@ impl Reporter {
     #[must_use]
     pub fn new(status: Arc<Status>) -> (Self, UnboundedReceiver<HealthCheckChange>) {
         let (changes, receiver) = unbounded_channel();
-        let seen = Changes::default();
-        (Self { status, changes, addresses: None, seen, oldest: None, broken: false }, receiver)
+        let this = Self {
+            status,
+            changes,
+            addresses: None,
+            seen: Changes::default(),
+            oldest: None,
+            broken: false,
+            notices: Notices::default(),
+        };
+        (this, receiver)
+    }
+
+    /// Has the owners of Services told what they have to know.
+    #[must_use]
+    pub fn with_notices(self, notices: Notices) -> Self {
+        Self { notices, ..self }
     }
 
     /// Events were taken in that came at this time.
@@ -200,6 +238,9 @@ impl Reporter {
         observe(&kube_proxy.sync);
         own.commit_seconds.observe(took.as_secs_f64());
         own.set_aside.set(int(proxy.set_aside_count()));
+        for notice in proxy.take_notices() {
+            self.notices.give(notice);
+        }
         match outcome {
             Err(_) => {
                 // Nothing may be waiting: it may be a repair that fails.

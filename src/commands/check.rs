@@ -21,7 +21,7 @@ use super::{Answer, CommandError, Output, Verdict, json};
 use crate::config::Config;
 use crate::contribution::Contributor;
 use crate::model::Family;
-use crate::nft::names::TABLE;
+use crate::nft::names::{LAYOUT, TABLE};
 use crate::nft::netlink::NetlinkKernel;
 use crate::nft::rule::AFFINITY_SIZE;
 use crate::reconcile::Proxy;
@@ -155,7 +155,8 @@ fn of_tables(tables: &mut Tables) -> Vec<Finding> {
                 let of_family =
                     tables.ruleset.elements.iter().filter(|(id, _)| id.family == family);
                 let elements = count(of_family.count(), "element");
-                let found = format!("{family} {TABLE} is as nftproxy makes it, with {elements}");
+                let found =
+                    format!("{family} {TABLE} is as nftproxy makes it ({LAYOUT}), with {elements}");
                 findings.push(Finding::good("tables", found));
             }
         } else {

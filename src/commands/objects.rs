@@ -9,6 +9,7 @@ use crate::config::{Config, Source};
 use crate::host;
 use crate::metrics::Metrics;
 use crate::state::State;
+use crate::watch::notices::Notices;
 
 /// How long a source may take to name every object. An API server that does not answer is asked again
 /// and again without end; somebody who waits at a terminal is to be told.
@@ -42,7 +43,7 @@ pub(super) async fn gather(config: &Config) -> Result<State, GatherError> {
     // Nobody reads these counts: the process ends with the answer.
     let metrics = Metrics::default().rest_client;
     let (origin, node_name) = (config.source.clone(), config.node_name.clone());
-    let source = tokio::spawn(app::watch(origin, node_name, sender, metrics));
+    let source = tokio::spawn(app::watch(origin, node_name, sender, metrics, Notices::default()));
     let listing = async {
         while !state.is_complete() {
             let Some(event) = events.recv().await else { return false };

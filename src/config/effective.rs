@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use serde_json::{Map, Value as Json, json};
 
 use super::field::{Effect, FIELDS};
-use super::{Loaded, Origin, Value};
+use super::{Loaded, Origin, Value, escaped};
 
 /// How to print.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +35,7 @@ fn text(loaded: &Loaded) -> String {
                 Effect::Start => "; a change needs a restart",
                 Effect::None(_) => "; without effect",
             };
-            (field.path, setting.value.to_string(), format!("{}{effect}", setting.origin))
+            (field.path, escaped(&setting.value.to_string()), format!("{}{effect}", setting.origin))
         })
         .collect();
     let width = |lens: &mut dyn Iterator<Item = usize>| lens.max().unwrap_or_default();

@@ -158,7 +158,11 @@ pub struct Remark {
 
 impl Remark {
     fn note(origin: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { origin: origin.into(), message: message.into(), is_warning: false }
+        let one_line = |text: String| {
+            if text.contains(char::is_control) { escaped(&text) } else { text }
+        };
+        let (origin, message) = (one_line(origin.into()), one_line(message.into()));
+        Self { origin, message, is_warning: false }
     }
 
     fn warning(origin: impl Into<String>, message: impl Into<String>) -> Self {
@@ -174,6 +178,20 @@ impl Remark {
             tracing::info!("{origin}: {message}");
         }
     }
+}
+
+/// The text without what could end a line, or do something to a terminal: names and values of a file can
+/// hold anything.
+fn escaped(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            line.extend(c.escape_debug());
+        } else {
+            line.push(c);
+        }
+    }
+    line
 }
 
 /// A configuration with where it came from.

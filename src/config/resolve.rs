@@ -232,7 +232,10 @@ fn detect_local(values: &Values, remarks: &mut Vec<Remark>) -> Result<DetectLoca
         }
         "InterfaceNamePrefix" => {
             let name = interface(values, "detectLocal.interfaceNamePrefix")?;
-            DetectLocal::Interface(InterfaceName::Prefix(name))
+            // Only one name begins with so many bytes, and nft does not take a `*` behind them.
+            let whole = name.len() == LONGEST_INTERFACE;
+            let name = if whole { InterfaceName::Whole(name) } else { InterfaceName::Prefix(name) };
+            DetectLocal::Interface(name)
         }
         _ => {
             let ranges = cluster_ranges(values)?;
@@ -264,11 +267,14 @@ fn cluster_ranges(values: &Values) -> Result<Vec<IpNet>, ConfigError> {
     Ok(ranges)
 }
 
-/// The name of a network interface (the kernel takes up to 15 bytes), or what it begins with.
+/// The longest name of a network interface that the kernel takes: `IFNAMSIZ`, less its NUL.
+const LONGEST_INTERFACE: usize = 15;
+
+/// The name of a network interface, or what it begins with.
 fn interface(values: &Values, path: &str) -> Result<Arc<str>, ConfigError> {
     let name = values.text(path);
     let known = |byte: u8| byte.is_ascii_graphic() && !b"/:*\"\\".contains(&byte);
-    if (1..16).contains(&name.len()) && name.bytes().all(known) {
+    if (1..=LONGEST_INTERFACE).contains(&name.len()) && name.bytes().all(known) {
         return Ok(name.into());
     }
     values.refuse(path, "expected an interface name of 1 to 15 characters")

@@ -7,6 +7,7 @@
 mod endpoint;
 mod event;
 mod node;
+mod notice;
 mod service;
 
 use std::fmt;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 pub use endpoint::{Endpoint, EndpointSlice, Hints, SlicePort};
 pub use event::{Event, Kind};
 pub use node::{HostFacts, NodeFacts, ServiceCidr};
+pub use notice::{Notice, Standing, Topic};
 pub use service::{Scheduler, Service, ServicePort, SessionAffinity, TrafficPolicy};
 
 /// An address family: one nftables table each, with no state shared between the two.

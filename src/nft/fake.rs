@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
+use std::io;
 
 use super::dataplane::{self, Options};
 use super::element::{Backend, ElementId, Value};
@@ -31,9 +32,21 @@ pub struct FakeKernel {
     tables: BTreeMap<Family, Table>,
     /// Every transaction that was applied, in order.
     pub applied: Vec<Transaction>,
-    /// Errors to answer the next transactions with, instead of looking at them: what is refused is
-    /// the operation with this index.
-    pub fail: Vec<(usize, i32)>,
+    /// How the next transactions fail.
+    pub fail: Vec<Failure>,
+    /// Errors to answer the next readings with.
+    pub fail_load: Vec<i32>,
+}
+
+/// A failure that has nothing to do with what is asked for; each with its error number.
+#[derive(Clone, Copy, Debug)]
+pub enum Failure {
+    /// The operation with this index is refused, and all others with it.
+    Refuse(usize, i32),
+    /// The transaction does not get to the kernel.
+    Send(i32),
+    /// It is applied, but the answer is lost.
+    Answer(i32),
 }
 
 impl FakeKernel {
@@ -203,6 +216,10 @@ impl Table {
 
 impl Kernel for FakeKernel {
     fn load(&mut self, options: &Options) -> Result<Loaded, LoadError> {
+        if !self.fail_load.is_empty() {
+            let source = io::Error::from_raw_os_error(self.fail_load.remove(0));
+            return Err(LoadError::Socket { step: "receive the tables", source });
+        }
         let mut loaded = Loaded::default();
         for (&family, table) in &self.tables {
             let chains = table.chains.iter().map(|(name, (chain, rules))| {
@@ -230,10 +247,17 @@ impl Kernel for FakeKernel {
     }
 
     fn apply(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
-        if !self.fail.is_empty() {
-            let (op, errno) = self.fail.remove(0);
-            let refusals = vec![Refusal { op: Some(op), errno, message: None }];
-            return Err(ApplyError::Refused { refusals });
+        let failure = (!self.fail.is_empty()).then(|| self.fail.remove(0));
+        let broken = |step, errno| {
+            Err(ApplyError::Socket { step, source: io::Error::from_raw_os_error(errno) })
+        };
+        match failure {
+            Some(Failure::Refuse(op, errno)) => {
+                let refusals = vec![Refusal { op: Some(op), errno, message: None }];
+                return Err(ApplyError::Refused { refusals });
+            }
+            Some(Failure::Send(errno)) => return broken("send the batch", errno),
+            Some(Failure::Answer(_)) | None => {}
         }
         let mut tables = self.tables.clone();
         let refused = transaction.ops.iter().enumerate().filter_map(|(index, op)| {
@@ -246,6 +270,9 @@ impl Kernel for FakeKernel {
         }
         self.tables = tables;
         self.applied.push(transaction.clone());
+        if let Some(Failure::Answer(errno)) = failure {
+            return broken("receive the answer", errno);
+        }
         Ok(Applied { messages: transaction.ops.len(), bytes: 0 })
     }
 }

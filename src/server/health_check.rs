@@ -21,15 +21,15 @@ use crate::account::HealthCheck;
 use crate::model::{Family, NamespacedName};
 use crate::status::{Addresses, HealthCheckChange, Status};
 
-/// A health-check node port that cannot be opened.
+/// A health-check node port that cannot be opened, or can after all.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListenFailure {
     /// The Service it belongs to.
     pub service: NamespacedName,
     /// Address and port.
     pub address: SocketAddr,
-    /// The system's reason.
-    pub reason: String,
+    /// The system's reason; None if it is open now.
+    pub reason: Option<String>,
 }
 
 /// Connections of one port at a time; there can be hundreds of ports.
@@ -50,7 +50,8 @@ struct Ports<F> {
     failures: F,
 }
 
-/// Opens and closes ports as told, until nobody tells any more.
+/// Opens and closes ports as told. When nobody tells any more, they stay as they are until this is
+/// dropped.
 pub async fn serve(
     status: Arc<Status>,
     mut changes: UnboundedReceiver<HealthCheckChange>,
@@ -70,7 +71,7 @@ pub async fn serve(
         tokio::select! {
             count = changes.recv_many(&mut batch, 1024) => {
                 if count == 0 {
-                    return;
+                    return std::future::pending().await;
                 }
                 let touched = batch.drain(..).flat_map(|change| ports.take_in(change)).collect();
                 ports.follow(&touched).await;
@@ -166,11 +167,15 @@ impl<F: FnMut(ListenFailure)> Ports<F> {
         match bind(*address, Scope::Own) {
             Ok(listener) => {
                 info!(%service, %address, "opened the health-check node port");
-                self.failed.remove(&place);
+                if self.failed.remove(&place).is_some() {
+                    let (service, address) = place.clone();
+                    (self.failures)(ListenFailure { service, address, reason: None });
+                }
                 let status = self.status.clone();
+                let stopping = status.stopping();
                 let pages = Arc::new(Pages { status, service: service.clone(), endpoints });
                 let task = tokio::spawn(async move {
-                    serve_listener(listener, MAX_CONNECTIONS, pages).await;
+                    serve_listener(listener, MAX_CONNECTIONS, stopping, pages).await;
                 });
                 self.open.insert(place, task);
             }
@@ -183,7 +188,7 @@ impl<F: FnMut(ListenFailure)> Ports<F> {
                     %service, %address, %error, retry_in = ?RETRY,
                     "cannot open the health-check node port"
                 );
-                let reason = error.to_string();
+                let reason = Some(error.to_string());
                 let (service, address) = place;
                 (self.failures)(ListenFailure { service, address, reason });
             }

@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
@@ -85,6 +87,7 @@ pub(super) async fn keep(
     what: &'static str,
     address: SocketAddr,
     hard_fail: bool,
+    stopping: watch::Receiver<bool>,
     answers: Arc<impl Answers>,
 ) -> BindError {
     let mut said = None;
@@ -92,7 +95,7 @@ pub(super) async fn keep(
         match bind(address, Scope::Both) {
             Ok(listener) => {
                 info!(%address, "serving {what}");
-                serve(listener, MAX_CONNECTIONS, answers).await;
+                serve(listener, MAX_CONNECTIONS, stopping, answers).await;
                 return std::future::pending().await;
             }
             Err(source) if hard_fail => return BindError { what, address, source },
@@ -106,21 +109,23 @@ pub(super) async fn keep(
     }
 }
 
-/// Answers connections, so many at a time, until it is aborted, which ends them as well.
+/// Answers connections, so many at a time, until the program stops: then it takes no more, and ends when
+/// every request that has begun is answered. Aborted, it ends at once.
 pub(super) async fn serve(
     listener: TcpListener,
     limit: usize,
+    mut stopping: watch::Receiver<bool>,
     answers: Arc<impl Answers>,
-) -> Infallible {
+) {
     let mut connections = JoinSet::new();
-    loop {
+    while !*stopping.borrow() {
         if connections.len() >= limit {
             connections.join_next().await;
         }
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
-                    let connection = answer(stream, answers.clone());
+                    let connection = answer(stream, stopping.clone(), answers.clone());
                     connections.spawn(tokio::time::timeout(LIFETIME, connection));
                 }
                 Err(error) => {
@@ -130,22 +135,37 @@ pub(super) async fn serve(
                 }
             },
             Some(_) = connections.join_next() => {}
+            _ = stopping.changed() => {}
         }
     }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
 }
 
-async fn answer(stream: TcpStream, answers: Arc<impl Answers>) {
+async fn answer(
+    stream: TcpStream,
+    mut stopping: watch::Receiver<bool>,
+    answers: Arc<impl Answers>,
+) {
     let service = service_fn(|request: Request<hyper::body::Incoming>| {
         let reply = answers.reply(request.uri().path());
         std::future::ready(Ok::<_, Infallible>(response(reply)))
     });
-    let served = hyper::server::conn::http1::Builder::new()
+    let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .title_case_headers(true)
         .header_read_timeout(PATIENCE)
         .max_buf_size(16 << 10)
-        .serve_connection(TokioIo::new(stream), service)
-        .await;
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = pin!(connection);
+    let stop = async move { drop(stopping.wait_for(|stopping| *stopping).await) };
+    let served = tokio::select! {
+        served = connection.as_mut() => served,
+        () = stop => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
     if let Err(error) = served {
         debug!(%error, "a connection ended early");
     }

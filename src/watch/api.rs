@@ -12,6 +12,7 @@ mod connect;
 mod incoming;
 mod outage;
 
+use std::collections::BTreeMap;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,15 +33,16 @@ pub use self::connect::{ClientError, client, measured_client};
 use self::incoming::Incoming;
 use self::outage::{Connection, Report, Trouble};
 use super::convert::{HEADLESS_LABEL, PROXY_NAME_LABEL, name_of, one_line};
+use super::notices::Notices;
 use super::{Causes, ProblemLog, Watched};
-use crate::model::{Event, Kind, Problem};
+use crate::model::{Event, Kind, NamespacedName, Notice, Problem, Standing, Topic};
 
 /// How long the server may be silent while it streams a list. One that does not know streaming takes
 /// the request for a watch, and would be silent for ever after the first objects.
 const STREAMING_PATIENCE: Duration = Duration::from_secs(30);
 
-/// Failures in a row after which a watch is not resumed but begun anew. A server that was restored
-/// from a backup may never accept the place where the watch stopped.
+/// Failures in a row after which a watch is not resumed but begun anew. A server may never accept the
+/// place where the watch stopped.
 const RESUMPTIONS: u32 = 10;
 
 /// How long a kind that the server does not know is left alone.
@@ -52,11 +54,13 @@ struct Shared {
     connection: Arc<Connection>,
     /// Whether the server is believed to stream lists.
     streams: AtomicBool,
+    notices: Notices,
 }
 
 impl Default for Shared {
     fn default() -> Self {
-        Self { connection: Arc::default(), streams: AtomicBool::new(true) }
+        let notices = Notices::default();
+        Self { connection: Arc::default(), streams: AtomicBool::new(true), notices }
     }
 }
 
@@ -70,9 +74,9 @@ impl Shared {
 }
 
 /// Watches all kinds and sends what happens, until the receiver is gone. Dropping the future stops
-/// the watches.
-pub async fn run(client: Client, node_name: String, events: mpsc::Sender<Event>) {
-    let shared = Arc::new(Shared::default());
+/// the watches. Owners of Services are given notice of what makes no sense.
+pub async fn run(client: Client, node_name: String, events: mpsc::Sender<Event>, notices: Notices) {
+    let shared = Arc::new(Shared { notices, ..Shared::default() });
     let node_name: Arc<str> = node_name.into();
     let mut watches = JoinSet::new();
     watches.spawn(Watch::<Service>::new(&client, &node_name, &shared, &events).run());
@@ -108,6 +112,8 @@ struct Watch<K> {
     report: Arc<Report>,
     events: mpsc::Sender<Event>,
     problems: ProblemLog,
+    /// Objects whose problems the owner of a Service was given notice of.
+    noticed: BTreeMap<NamespacedName, NamespacedName>,
     backoff: DefaultBackoff,
     /// Errors since something last worked.
     failures: u32,
@@ -150,6 +156,7 @@ impl<K: Watched> Watch<K> {
             report,
             events: events.clone(),
             problems: ProblemLog::default(),
+            noticed: BTreeMap::new(),
             backoff: DefaultBackoff::default(),
             failures: 0,
             denials: 0,
@@ -244,6 +251,7 @@ impl<K: Watched> Watch<K> {
                 self.works();
                 if let Ok(name) = name_of(K::KIND, object.meta()) {
                     self.problems.report(&format!("{} {name}", K::KIND), &[]);
+                    self.forget(&name);
                     self.send(Event::Gone(K::KIND, name)).await?;
                 }
             }
@@ -292,8 +300,12 @@ impl<K: Watched> Watch<K> {
                         one_line(&fault.message)
                     ),
                 };
-                self.problems.report(&key, &[problem]);
+                self.problems.report(&key, std::slice::from_ref(&problem));
                 return match name {
+                    Ok(name) if K::KIND == Kind::Service => {
+                        self.notice(&name, &name, &[problem]);
+                        self.send(Event::Unreadable(K::KIND, name)).await
+                    }
                     Ok(name) => self.send(Event::Unreadable(K::KIND, name)).await,
                     Err(_) => Ok(()),
                 };
@@ -302,11 +314,54 @@ impl<K: Watched> Watch<K> {
         let (event, problems) = object.event(&self.node_name);
         drop(object);
         self.problems.report(&key, &problems);
+        if let Ok(name) = &name {
+            match &event {
+                Some(Event::EndpointSlice(slice)) => self.notice(name, &slice.service, &problems),
+                _ if K::KIND == Kind::Service => self.notice(name, name, &problems),
+                _ => {}
+            }
+        }
         match (event, name) {
             (Some(event), _) => self.send(event).await,
             (None, Ok(name)) => self.send(Event::Gone(K::KIND, name)).await,
             (None, Err(_)) => Ok(()),
         }
+    }
+
+    /// Tells the owner of a Service what makes no sense in an object of it, or no longer does.
+    fn notice(&mut self, object: &NamespacedName, service: &NamespacedName, problems: &[Problem]) {
+        if self.noticed.get(object).is_some_and(|before| before != service) {
+            self.forget(object);
+        }
+        let standing = if problems.is_empty() {
+            if self.noticed.remove(object).is_none() {
+                return;
+            }
+            Standing::Over
+        } else {
+            if self.noticed.len() >= ProblemLog::LIMIT {
+                return;
+            }
+            self.noticed.insert(object.clone(), service.clone());
+            // The Service is what it is about; other objects have to be named.
+            let said = |problem: &Problem| match (&*problem.field, K::KIND) {
+                ("", Kind::Service) => problem.message.clone(),
+                (field, Kind::Service) => format!("{field}: {}", problem.message),
+                _ => problem.to_string(),
+            };
+            Standing::Is(problems.iter().map(said).collect())
+        };
+        let part = part(K::KIND, object);
+        let notice = Notice::new(service.clone(), Topic::Invalid, standing);
+        self.shared.notices.give(Notice { part, ..notice });
+    }
+
+    /// An object is gone, or another Service's.
+    fn forget(&mut self, object: &NamespacedName) {
+        let Some(service) = self.noticed.remove(object) else { return };
+        let standing = if K::KIND == Kind::Service { Standing::Gone } else { Standing::Over };
+        let part = part(K::KIND, object);
+        self.shared.notices.give(Notice { part, ..Notice::new(service, Topic::Invalid, standing) });
     }
 
     /// Says what went wrong, waits, and decides how to go on.
@@ -355,16 +410,24 @@ impl<K: Watched> Watch<K> {
             () = back, if matches!(trouble, Trouble::Unreachable(_)) => self.backoff.reset(),
             () = self.events.closed() => return Err(Closed),
         }
+        // Behind an outage it may be another server, or one restored from a backup: that takes a place
+        // it has not come to yet, and is silent until it has, or one where it once told something else.
+        let outage = phase == Phase::Watching && trouble.is_outage();
         // A broken list must not be completed: what was lost from it would count as gone. A change
         // that could not be read is lost, too. And 410 in answer to a request, rather than in the
         // stream, is not understood by the watcher.
         let broken_list = matches!(phase, Phase::Begun | Phase::Listing);
         let lost = matches!(trouble, Trouble::Expired | Trouble::Undecodable(_) | Trouble::NoEvent);
-        if broken_list || lost || self.failures.is_multiple_of(RESUMPTIONS) {
+        if broken_list || lost || outage || self.failures.is_multiple_of(RESUMPTIONS) {
             return Ok(Next::Anew);
         }
         Ok(Next::Resume)
     }
+}
+
+/// What a notice about an object is told from others of the same Service by.
+fn part(kind: Kind, object: &NamespacedName) -> String {
+    if kind == Kind::Service { String::new() } else { object.to_string() }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::process::{Command, Output};
 
 use nftproxy::config::{self, Effect, FIELDS, Flags, Format, LONE_FLAGS, Loaded, Origin, Type};
 use nftproxy::nft::dataplane::Loopback;
+use nftproxy::nft::rule::InterfaceName;
 use nftproxy::settings::{DetectLocal, NodePortAddresses};
 use serde_json::{Value as Json, json};
 
@@ -446,4 +447,34 @@ fn what_is_written_is_read_back_as_the_same() {
 
 fn path(path: &Path) -> &str {
     path.to_str().unwrap()
+}
+
+/// Found by `fuzz::configuration`: a name with a line break made two lines of a remark, and a value with an
+/// escape sequence reached the terminal.
+#[test]
+fn names_and_values_of_a_file_stay_on_their_line() {
+    let lines = "\"a\\nb\": 1\nshowHiddenMetricsForVersion: \"1\\n2\"\nnftproxy: { master: \"\\e[31mred\" }\n";
+    let loaded = load(lines, &[]).unwrap();
+    let said = remarks(&loaded);
+    assert!(
+        said.iter().any(|line| line.contains(r"config.conf: a\nb: there is no such field")),
+        "{said:#?}"
+    );
+    assert!(said.iter().all(|line| !line.contains(char::is_control)), "{said:#?}");
+    let shown = config::show(&loaded, Format::Text);
+    assert!(shown.contains(r"\u{1b}[31mred") && !shown.contains('\u{1b}'), "{shown}");
+}
+
+/// Found by `fuzz::names`: nft does not take a `*` behind fifteen characters, so that the listed table could
+/// not be loaded.
+#[test]
+fn a_prefix_as_long_as_a_name_can_be_is_a_whole_name() {
+    let of = |prefix: &str| {
+        let mode = "detectLocalMode: InterfaceNamePrefix\n";
+        let lines = format!("{mode}detectLocal: {{ interfaceNamePrefix: {prefix} }}\n");
+        load(&lines, &[]).unwrap().config.live.settings.detect_local
+    };
+    let long = "veth-9012345678";
+    assert_eq!(of(long), DetectLocal::Interface(InterfaceName::Whole(long.into())));
+    assert_eq!(of(&long[..14]), DetectLocal::Interface(InterfaceName::Prefix(long[..14].into())));
 }

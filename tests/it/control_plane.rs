@@ -16,7 +16,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::authentication::v1::TokenRequest;
+use k8s_openapi::api::core::v1::{Service, ServiceAccount};
 use kube::api::{
     Api, DeleteParams, DynamicObject, GetParams, ListParams, Patch, PatchParams, PostParams,
     TypeMeta,
@@ -69,8 +70,11 @@ pub(crate) struct ControlPlane {
     etcd_port: u16,
     // Fields are dropped in this order: no program outlives its folder.
     apiserver: Option<Process>,
-    etcd: Process,
+    etcd: Option<Process>,
+    peer_port: u16,
     folder: TempDir,
+    /// What else the API server is started with.
+    pub(crate) further_flags: Vec<String>,
 }
 
 impl ControlPlane {
@@ -81,13 +85,29 @@ impl ControlPlane {
         let [etcd_port, peer_port, port] =
             free_ports([Ipv4Addr::LOCALHOST.into(), Ipv4Addr::LOCALHOST.into(), bind]);
         write_credentials(folder.path());
-        let (client_url, peer_url) =
-            (format!("http://127.0.0.1:{etcd_port}"), format!("http://127.0.0.1:{peer_port}"));
-        let etcd = Process::start(
+        let address = SocketAddr::new(bind, port);
+        let mut this = Self {
+            address,
+            etcd_port,
+            peer_port,
+            apiserver: None,
+            etcd: None,
+            folder,
+            further_flags: Vec::new(),
+        };
+        this.start_etcd();
+        this.start_apiserver().await;
+        this
+    }
+
+    fn start_etcd(&mut self) {
+        let [client_url, peer_url] =
+            [self.etcd_port, self.peer_port].map(|port| format!("http://127.0.0.1:{port}"));
+        self.etcd = Some(Process::start(
             "etcd",
-            folder.path(),
+            self.folder.path(),
             &[
-                &format!("--data-dir={}", folder.path().join("etcd").display()),
+                &format!("--data-dir={}", self.folder.path().join("etcd").display()),
                 "--unsafe-no-fsync",
                 "--log-level=warn",
                 &format!("--listen-client-urls={client_url}"),
@@ -96,11 +116,30 @@ impl ControlPlane {
                 &format!("--initial-advertise-peer-urls={peer_url}"),
                 &format!("--initial-cluster=default={peer_url}"),
             ],
-        );
-        let address = SocketAddr::new(bind, port);
-        let mut this = Self { address, etcd_port, apiserver: None, etcd, folder };
-        this.start_apiserver().await;
-        this
+        ));
+    }
+
+    /// Ends both programs, keeps a copy of what they know, and starts them again.
+    pub(crate) async fn back_up(&mut self) {
+        self.with_data_at_rest(["etcd", "backup"]).await;
+    }
+
+    /// Ends both programs, and starts them with what they knew at the time of the copy.
+    pub(crate) async fn restore(&mut self) {
+        self.with_data_at_rest(["backup", "etcd"]).await;
+    }
+
+    async fn with_data_at_rest(&mut self, [from, to]: [&str; 2]) {
+        self.apiserver = None;
+        self.etcd = None;
+        let [from, to] = [from, to].map(|name| self.folder.path().join(name));
+        if to.exists() {
+            fs::remove_dir_all(&to).expect(WRITABLE);
+        }
+        let copy = Command::new("cp").arg("-a").args([&from, &to]).output().expect("there is cp");
+        assert!(copy.status.success(), "{}", String::from_utf8_lossy(&copy.stderr));
+        self.start_etcd();
+        self.start_apiserver().await;
     }
 
     /// Starts the API server again after [`Self::kill_apiserver`], at the same address and with the
@@ -120,26 +159,25 @@ impl ControlPlane {
             IpAddr::V6(ip) if ip.is_loopback() || ip.is_unspecified() => "2001:db8::1".into(),
             ip => ip.to_string(),
         };
-        self.apiserver = Some(Process::start(
-            "kube-apiserver",
-            self.folder.path(),
-            &[
-                &format!("--etcd-servers=http://127.0.0.1:{}", self.etcd_port),
-                &format!("--bind-address={}", self.address.ip()),
-                &format!("--secure-port={}", self.address.port()),
-                &format!("--advertise-address={advertised}"),
-                &format!("--cert-dir={}", path("certificates")),
-                &format!("--service-cluster-ip-range={}", ranges.join(",")),
-                "--service-account-issuer=https://kubernetes.default.svc",
-                &format!("--service-account-key-file={}", path("service-account.key")),
-                &format!("--service-account-signing-key-file={}", path("service-account.key")),
-                &format!("--token-auth-file={}", path("tokens.csv")),
-                "--authorization-mode=Node,RBAC",
-                "--disable-admission-plugins=ServiceAccount", // pods would wait for a controller
-            ],
-        ));
+        let mut flags = vec![
+            format!("--etcd-servers=http://127.0.0.1:{}", self.etcd_port),
+            format!("--bind-address={}", self.address.ip()),
+            format!("--secure-port={}", self.address.port()),
+            format!("--advertise-address={advertised}"),
+            format!("--cert-dir={}", path("certificates")),
+            format!("--service-cluster-ip-range={}", ranges.join(",")),
+            "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
+            format!("--service-account-key-file={}", path("service-account.key")),
+            format!("--service-account-signing-key-file={}", path("service-account.key")),
+            format!("--token-auth-file={}", path("tokens.csv")),
+            "--authorization-mode=Node,RBAC".to_owned(),
+            "--disable-admission-plugins=ServiceAccount".to_owned(), // pods would wait for a controller
+        ];
+        flags.extend(self.further_flags.iter().cloned());
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        self.apiserver = Some(Process::start("kube-apiserver", self.folder.path(), &flags));
         if let Err(reason) = self.ready().await {
-            let logs = self.apiserver.iter().chain([&self.etcd]).map(Process::end_of_log);
+            let logs = self.apiserver.iter().chain(&self.etcd).map(Process::end_of_log);
             panic!("no control plane: {reason}\n{}", logs.collect::<String>());
         }
     }
@@ -149,10 +187,38 @@ impl ControlPlane {
         assert!(self.apiserver.take().is_some(), "the API server does not run");
     }
 
+    /// Where the API server is, as `address:port`.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The certificate by which clients know the API server.
+    pub(crate) fn certificate(&self) -> PathBuf {
+        self.folder.path().join("certificates/apiserver.crt")
+    }
+
+    /// A token of a service account, as a kubelet asks for one.
+    pub(crate) async fn token(&self, namespace: &str, account: &str) -> String {
+        let accounts: Api<ServiceAccount> = Api::namespaced(self.client().await, namespace);
+        let asked = TokenRequest::default();
+        let made = accounts.create_token_request(account, &PostParams::default(), &asked).await;
+        let made = made.unwrap_or_else(|error| panic!("no token for {account}: {error}"));
+        made.status.expect("the server fills it in").token
+    }
+
     /// Writes a kubeconfig file for a user.
     pub(crate) fn kubeconfig(&self, user: User) -> PathBuf {
         let path = self.folder.path().join(format!("{user:?}.kubeconfig"));
         fs::write(&path, self.kubeconfig_of(user).to_string()).expect(WRITABLE);
+        path
+    }
+
+    /// The same, with another address in the place of the server's.
+    pub(crate) fn kubeconfig_at(&self, user: User, server: &str) -> PathBuf {
+        let path = self.folder.path().join(format!("{user:?}-elsewhere.kubeconfig"));
+        let mut kubeconfig = self.kubeconfig_of(user);
+        kubeconfig["clusters"][0]["cluster"] = json!({ "server": server });
+        fs::write(&path, kubeconfig.to_string()).expect(WRITABLE);
         path
     }
 
@@ -235,7 +301,7 @@ impl ControlPlane {
             "kind": "Config",
             "clusters": [{ "name": "test", "cluster": {
                 "server": format!("https://{}", self.address),
-                "certificate-authority": self.folder.path().join("certificates/apiserver.crt"),
+                "certificate-authority": self.certificate(),
             }}],
             "users": [{ "name": "test", "user": { "token": user.token() } }],
             "contexts": [{ "name": "test", "context": { "cluster": "test", "user": "test" } }],
@@ -243,7 +309,8 @@ impl ControlPlane {
         })
     }
 
-    async fn client_of(&self, user: User) -> Result<Client, Box<dyn Error>> {
+    /// A new client of a user. It belongs to the runtime in which it is made.
+    pub(crate) async fn client_of(&self, user: User) -> Result<Client, Box<dyn Error>> {
         client_by(self.kubeconfig_of(user)).await
     }
 
@@ -255,7 +322,7 @@ impl ControlPlane {
                     Ok(()) => return Ok(()),
                     Err(error) => last_error = error.to_string(),
                 }
-                for process in self.apiserver.iter_mut().chain([&mut self.etcd]) {
+                for process in self.apiserver.iter_mut().chain(&mut self.etcd) {
                     if let Ok(Some(status)) = process.child.try_wait() {
                         return Err(format!("{status}, log {}", process.log.display()));
                     }

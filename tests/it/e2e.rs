@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,7 +26,7 @@ pub(crate) const CIDRS: &str = "10.244.0.0/16,fd00:10:244::/56";
 pub(crate) const HTTP: [(&str, &str, u16); 1] = [("http", "TCP", 8080)];
 pub(crate) const A: &str = "10.244.1.5!";
 const B: &str = "10.244.1.6!";
-const REMOTE: &str = "10.244.2.9";
+pub(crate) const REMOTE: &str = "10.244.2.9";
 
 /// The longest pause between two tries of a watch is a minute.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -68,17 +69,19 @@ impl Cluster<'_> {
     }
 
     pub(crate) fn arguments(&self, user: User) -> Vec<String> {
-        let kubeconfig = self.plane.kubeconfig(user).to_str().unwrap().to_owned();
-        ["--kubeconfig", &kubeconfig, "--hostname-override", "node-1", "--cluster-cidr", CIDRS]
-            .map(str::to_owned)
-            .into()
+        arguments(&self.plane.kubeconfig(user))
     }
 
     /// Starts the program as a user, and does not wait for it.
     pub(crate) fn spawn(&self, user: User) -> Daemon {
-        let mut arguments = vec!["run".to_owned()];
-        arguments.extend(self.arguments(user));
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        self.spawn_with(&self.plane.kubeconfig(user))
+    }
+
+    /// The same with a kubeconfig.
+    pub(crate) fn spawn_with(&self, kubeconfig: &Path) -> Daemon {
+        let all = arguments(kubeconfig);
+        let arguments: Vec<_> =
+            std::iter::once("run").chain(all.iter().map(String::as_str)).collect();
         Daemon::spawn(&self.net.name("node"), &arguments)
     }
 
@@ -141,6 +144,13 @@ impl Cluster<'_> {
             if seen == *expected { Ok(()) } else { Err(format!("{seen:?}")) }
         });
     }
+}
+
+fn arguments(kubeconfig: &Path) -> Vec<String> {
+    let kubeconfig = kubeconfig.to_str().unwrap();
+    ["--kubeconfig", kubeconfig, "--hostname-override", "node-1", "--cluster-cidr", CIDRS]
+        .map(str::to_owned)
+        .into()
 }
 
 /// What a client met.

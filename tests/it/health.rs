@@ -1,9 +1,10 @@
 //! Health of the proxy, the node and single Services, as probes and load balancers see it. Numbers
 //! are rows of SEMANTICS.md section 11.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::events::v1::Event;
@@ -12,9 +13,9 @@ use kube::api::{Api, ListParams};
 use crate::control_plane::User;
 use crate::e2e::with_cluster;
 use crate::http::{Page, get, request};
-use crate::net::{Daemon, NODE, NODE_SECOND, Net, in_netns, wait_until};
+use crate::net::{CLIENT, Daemon, NODE, NODE_SECOND, Net, in_netns, wait_until};
 use crate::objects::{CLUSTER, Svc, slice};
-use crate::packets::{CIDRS, HTTP, run, to};
+use crate::packets::{CIDRS, HTTP, answered, one, run, to};
 
 const PORT: u16 = 32100;
 
@@ -198,6 +199,56 @@ fn a_node_that_leaves_is_not_sent_traffic_and_not_restarted() {
     assert_eq!((page.code, page.body.as_str()), (404, "404 page not found\n"));
     // Go's listener for 0.0.0.0 takes both families.
     assert_eq!(get(&net, "client", to(NODE[1], 10256), "/livez").unwrap().code, 200);
+}
+
+/// A rolling update stops it on a node that goes on working: nobody is to be told otherwise.
+#[test]
+fn a_proxy_that_stops_answers_what_was_asked_and_then_no_more() {
+    let Some(net) = Net::new() else { return };
+    net.write("cluster.yaml", CLUSTER);
+    net.write("web.yaml", &service("web", 10, PORT));
+    net.write("web-4.yaml", &slice("web", "4", &HTTP, &["10.244.1.5!"]));
+    let daemon = run(&net, &["--cluster-cidr", CIDRS]);
+    hears(&net, PORT, [Some((200, 1)), Some((503, 0))]);
+    let places = [(to(NODE[0], 10256), "/healthz"), (to(NODE[0], PORT), "/")];
+    // Connections with half a request each, an idle one, and probes without a pause.
+    let mut begun: Vec<_> = in_netns(&net.name("client"), || {
+        let connect = |at: SocketAddr| std::net::TcpStream::connect(at).unwrap();
+        let idle = connect(places[0].0);
+        let half = places.map(|(at, path)| {
+            let mut stream = connect(at);
+            stream.write_all(format!("GET {path} HTTP/1.1\r\nHost").as_bytes()).unwrap();
+            stream
+        });
+        half.into_iter().chain([idle]).collect()
+    });
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let probing = scope.spawn(|| {
+            let mut codes = std::collections::BTreeSet::new();
+            while !stop.load(Ordering::Relaxed) {
+                codes.extend(get(&net, "client", places[0].0, "/healthz").map(|page| page.code));
+            }
+            codes
+        });
+        let terminating = scope.spawn(move || daemon.terminate());
+        std::thread::sleep(Duration::from_millis(300));
+        for stream in &mut begun[..2] {
+            stream.write_all(b": x\r\n\r\n").unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).expect("it is answered, and closed");
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+            assert!(answer.to_lowercase().contains("connection: close"), "{answer}");
+        }
+        terminating.join().unwrap();
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(probing.join().unwrap(), [200].into(), "as fit as before");
+    });
+    for (at, path) in places {
+        assert_eq!(get(&net, "client", at, path), None, "nobody listens");
+    }
+    let seen = one(&net, "client", to("203.0.113.10", 80));
+    assert_eq!(seen, answered("a", 8080, CLIENT[0]), "traffic goes on");
 }
 
 /// Tables of our name that belong to somebody else, who has to be alive for that.

@@ -6,29 +6,45 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use nftproxy::model::{
-    Endpoint, EndpointSlice, Event, Family, HostFacts, Kind, NamespacedName, Protocol, Scheduler,
-    Service, ServiceCidr, ServicePort, SessionAffinity, SlicePort, TrafficPolicy,
+    Endpoint, EndpointSlice, Event, Family, Hints, HostFacts, Kind, NamespacedName, NodeFacts,
+    Protocol, Scheduler, Service, ServiceCidr, ServicePort, SessionAffinity, SlicePort,
+    TrafficPolicy,
 };
 use nftproxy::nft::dataplane::Options;
 use nftproxy::nft::element::{Backend, ElementId, Key, Value};
-use nftproxy::nft::fake::FakeKernel;
+use nftproxy::nft::fake::{Failure, FakeKernel};
 use nftproxy::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
 use nftproxy::nft::names::SetName;
 use nftproxy::nft::netlink::NetlinkKernel;
+use nftproxy::nft::rule::InterfaceName;
 use nftproxy::nft::text;
 use nftproxy::nft::transaction::{Op, Transaction};
 use nftproxy::reconcile::Proxy;
+use nftproxy::settings::{DetectLocal, NodePortAddresses, Settings};
+use nftproxy::state::State;
 use proptest::prelude::*;
 
-use crate::model::{all_listed, example, name, port, service, slice, state};
+use crate::fuzz::cases;
+use crate::model::{all_listed, example, name, node, port, service, settings, slice, state};
 use crate::namespace::in_namespace;
 
-/// What happens to the proxy: an event, or a commit.
+/// What happens to the proxy.
 #[derive(Clone, Debug)]
-enum Step {
+pub(crate) enum Step {
     Event(Event),
+    /// Other settings, of [`ALL_SETTINGS`].
+    Settings(usize),
+    /// A listing of a kind begins, names what is there, and ends.
+    Relist(Kind),
     Commit,
+    /// What nobody uses is removed.
+    Collect,
+    /// Somebody else takes one of so many elements away, and it is put right.
+    Tamper(proptest::sample::Index),
 }
+
+/// Histories that once ended otherwise.
+const SEEDS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/fuzz/seeds/ledger.txt");
 
 const SERVICES: [&str; 4] = ["a", "b", "c", "d"];
 /// A small world, so that Services get into each other's way.
@@ -36,7 +52,8 @@ const ADDRESSES: [&str; 6] =
     ["10.96.0.1", "10.96.0.2", "fd00:10:96::1", "203.0.113.1", "198.51.100.1", "fd00:203::1"];
 
 fn any_ports() -> impl Strategy<Value = Vec<ServicePort>> {
-    let protocol = prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)];
+    let protocol =
+        prop_oneof![3 => Just(Protocol::Tcp), 3 => Just(Protocol::Udp), 1 => Just(Protocol::Sctp)];
     let one = (0..2_usize, protocol, 80..82_u16, 30000..30003_u16).prop_map(
         |(name, protocol, number, node_port)| {
             // 30000 stands for "none".
@@ -99,29 +116,54 @@ fn any_service() -> impl Strategy<Value = Service> {
     )
 }
 
+fn any_hints() -> impl Strategy<Value = Option<Box<Hints>>> {
+    let names = |names: [&'static str; 2]| {
+        let names: Vec<Box<str>> = names.map(Into::into).into();
+        proptest::sample::subsequence(names, 0..=2)
+    };
+    let hints = (names(["zone-a", "zone-b"]), names(["node-1", "node-2"]));
+    proptest::option::weighted(
+        0.3,
+        hints.prop_map(|(zones, nodes)| Box::new(Hints { zones, nodes })),
+    )
+}
+
 fn any_endpoint() -> impl Strategy<Value = Endpoint> {
     let weight = prop_oneof![6 => Just(1), 1 => Just(0), 1 => Just(3)];
     let flags = any::<[bool; 4]>();
-    (1..8_u8, flags, weight).prop_map(|(host, [ready, serving, terminating, local], weight)| {
-        let address = [10, 244, 0, host].into();
-        Endpoint { address, ready, serving, terminating, local, weight, hints: None }
-    })
+    (1..8_u8, flags, weight, any_hints()).prop_map(
+        |(host, [ready, serving, terminating, local], weight, hints)| {
+            let address = [10, 244, 0, host].into();
+            Endpoint { address, ready, serving, terminating, local, weight, hints }
+        },
+    )
 }
 
 fn any_slice() -> impl Strategy<Value = EndpointSlice> {
     let endpoints = proptest::collection::vec(any_endpoint(), 0..6);
-    (0..SERVICES.len(), 0..2_u8, 0..SERVICES.len(), endpoints).prop_map(
-        |(named_after, number, owner, endpoints)| {
+    let six = proptest::bool::weighted(0.3);
+    (0..SERVICES.len(), 0..3_u8, 0..SERVICES.len(), endpoints, six).prop_map(
+        |(named_after, number, owner, mut endpoints, six)| {
             let port = |name: &str, protocol| SlicePort { name: name.into(), protocol, port: 8080 };
+            // A slice keeps its family, as the API has it.
+            let six = six && number == 2;
+            if six {
+                for endpoint in &mut endpoints {
+                    let IpAddr::V4(four) = endpoint.address else { unreachable!() };
+                    endpoint.address =
+                        format!("fd00:10:244::{}", four.octets()[3]).parse().unwrap();
+                }
+            }
             EndpointSlice {
                 // Mostly of one Service, at times moved to another.
                 name: name(&format!("{}-{number}", SERVICES[named_after])),
                 service: name(SERVICES[if number == 0 { named_after } else { owner }]),
-                family: Family::V4,
+                family: if six { Family::V6 } else { Family::V4 },
                 ports: vec![
                     port("", Protocol::Tcp),
                     port("x", Protocol::Tcp),
                     port("", Protocol::Udp),
+                    port("", Protocol::Sctp),
                 ],
                 endpoints,
                 last_change_trigger: None,
@@ -130,7 +172,37 @@ fn any_slice() -> impl Strategy<Value = EndpointSlice> {
     )
 }
 
-fn any_step() -> impl Strategy<Value = Step> {
+/// Settings that a changed configuration can bring.
+const ALL_SETTINGS: [fn() -> Settings; 4] = [
+    settings,
+    || Settings { masquerade_all: true, masquerade_mark: 2, ..settings() },
+    || Settings { detect_local: DetectLocal::NodeCidr, ..settings() },
+    || Settings {
+        detect_local: DetectLocal::Interface(InterfaceName::Prefix("veth".into())),
+        node_port_addresses: NodePortAddresses::Ranges(vec!["10.0.0.0/8".parse().unwrap()]),
+        ..settings()
+    },
+];
+
+fn any_node() -> impl Strategy<Value = NodeFacts> {
+    let addresses: Vec<IpAddr> =
+        ["192.0.2.10", "192.0.2.11", "fd00:192::10"].map(|a| a.parse().unwrap()).into();
+    let ranges: Vec<IpNet> =
+        ["10.244.0.0/24", "fd00:10:244::/64"].map(|range| range.parse().unwrap()).into();
+    let zone = prop_oneof![Just(None), Just(Some("zone-a")), Just(Some("zone-b"))];
+    let addresses = proptest::sample::subsequence(addresses, 0..=3).prop_shuffle();
+    (addresses, proptest::sample::subsequence(ranges, 0..=2), zone, any::<bool>()).prop_map(
+        |(addresses, pod_cidrs, zone, leaving)| NodeFacts {
+            addresses,
+            pod_cidrs,
+            zone: zone.map(Into::into),
+            leaving,
+            ..node()
+        },
+    )
+}
+
+pub(crate) fn any_step() -> impl Strategy<Value = Step> {
     let which = 0..SERVICES.len();
     let cidr = || ServiceCidr {
         name: NamespacedName::cluster_scoped("one"),
@@ -148,6 +220,13 @@ fn any_step() -> impl Strategy<Value = Step> {
         } else {
             Event::Gone(Kind::ServiceCidr, NamespacedName::cluster_scoped("one"))
         })),
+        1 => any_node().prop_map(|node| Step::Event(Event::Node(node))),
+        1 => (0..ALL_SETTINGS.len()).prop_map(Step::Settings),
+        1 => proptest::sample::select(&Kind::ALL[..]).prop_map(Step::Relist),
+        1 => proptest::sample::select(&Kind::ALL[..]).prop_map(|kind| Step::Event(Event::Unavailable(kind))),
+        1 => (0..SERVICES.len()).prop_map(|w| Step::Event(Event::Unreadable(Kind::Service, name(SERVICES[w])))),
+        1 => any::<proptest::sample::Index>().prop_map(Step::Tamper),
+        1 => Just(Step::Collect),
         1 => (any::<bool>(), any::<bool>()).prop_map(|(moved, two)| {
             let mut addresses = vec![IpAddr::from([192, 0, 2, if moved { 200 } else { 10 }])];
             // A family that loses its only address changes rules, for which everything is read back.
@@ -162,7 +241,7 @@ fn any_step() -> impl Strategy<Value = Step> {
 
 /// The elements with the slots of a frontend in sorted order: numbers depend on history, the set of
 /// backends does not.
-fn normal(kernel: &FakeKernel) -> BTreeMap<String, Vec<String>> {
+pub(crate) fn normal(kernel: &FakeKernel) -> BTreeMap<String, Vec<String>> {
     let mut content: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut slots: BTreeMap<String, Vec<u16>> = BTreeMap::new();
     for (id, value) in kernel.elements() {
@@ -196,13 +275,51 @@ fn committed(proxy: &mut Proxy<FakeKernel>) {
 }
 
 /// A proxy that sees only the final objects, in the order of their names.
-fn fresh(objects: &BTreeMap<String, Event>) -> Proxy<FakeKernel> {
-    let mut proxy = Proxy::new(state(), FakeKernel::default());
+pub(crate) fn fresh(objects: &BTreeMap<String, Event>) -> Proxy<FakeKernel> {
+    fresh_with(settings(), objects)
+}
+
+fn fresh_with(settings: Settings, objects: &BTreeMap<String, Event>) -> Proxy<FakeKernel> {
+    let mut proxy = Proxy::new(State::new(settings, node()), FakeKernel::default());
     for event in objects.values().cloned().chain(all_listed()) {
         proxy.observe(event);
     }
     committed(&mut proxy);
     proxy
+}
+
+/// The objects that there are after some events, by kind and name.
+#[derive(Debug, Default)]
+pub(crate) struct Objects(pub(crate) BTreeMap<String, Event>);
+
+impl Objects {
+    pub(crate) fn observe(&mut self, event: &Event) {
+        match identity(event) {
+            Some((id, true)) => drop(self.0.insert(id, event.clone())),
+            Some((id, false)) => drop(self.0.remove(&id)),
+            None => {}
+        }
+    }
+}
+
+/// Commits. `rules` is what shaped the rules of the last commit: others are no reason for the kernel to
+/// refuse anything, but for everything to be read back.
+fn accepted(proxy: &mut Proxy<FakeKernel>, rules: &mut Options) -> Result<(), TestCaseError> {
+    let before = std::mem::replace(rules, proxy.state().options());
+    let done = proxy.commit().unwrap();
+    prop_assert!(!done.adopted || before != *rules, "the fake kernel refused a transaction");
+    prop_assert_eq!(done.set_aside, 0);
+    Ok(())
+}
+
+fn kind_of(event: &Event) -> Option<Kind> {
+    Some(match event {
+        Event::Service(_) => Kind::Service,
+        Event::EndpointSlice(_) => Kind::EndpointSlice,
+        Event::ServiceCidr(_) => Kind::ServiceCidr,
+        Event::Node(_) => Kind::Node,
+        _ => return None,
+    })
 }
 
 fn identity(event: &Event) -> Option<(String, bool)> {
@@ -211,45 +328,62 @@ fn identity(event: &Event) -> Option<(String, bool)> {
         Event::EndpointSlice(s) => (format!("EndpointSlice {}", s.name), true),
         Event::ServiceCidr(c) => (format!("ServiceCIDR {}", c.name), true),
         Event::Host(_) => ("host".into(), true),
+        Event::Node(_) => ("node".into(), true),
         Event::Gone(kind, name) => (format!("{kind} {name}"), false),
         _ => return None,
     })
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: 400,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    })]
+    #![proptest_config(cases(400, SEEDS))]
 
     #[test]
     fn any_history_ends_like_a_fresh_start(steps in proptest::collection::vec(any_step(), 1..60)) {
         let mut proxy = Proxy::new(state(), FakeKernel::default());
-        let mut objects = BTreeMap::new();
+        let mut objects = Objects::default();
+        let mut settings = settings();
+        let mut rules = proxy.state().options();
         all_listed().for_each(|event| proxy.observe(event));
         committed(&mut proxy);
         for step in steps {
             match step {
                 Step::Event(event) => {
-                    match identity(&event) {
-                        Some((id, true)) => drop(objects.insert(id, event.clone())),
-                        Some((id, false)) => drop(objects.remove(&id)),
-                        None => {}
-                    }
+                    objects.observe(&event);
                     proxy.observe(event);
                 }
-                Step::Commit => {
-                    let done = proxy.commit().unwrap();
-                    prop_assert!(!done.adopted, "the fake kernel refused a transaction");
+                Step::Settings(number) => {
+                    settings = ALL_SETTINGS[number]();
+                    proxy.configure(settings.clone());
+                }
+                Step::Relist(kind) => {
+                    proxy.observe(Event::Listing(kind));
+                    for event in objects.0.values().filter(|event| kind_of(event) == Some(kind)) {
+                        proxy.observe(event.clone());
+                    }
+                    proxy.observe(Event::Listed(kind));
+                }
+                Step::Commit => accepted(&mut proxy, &mut rules)?,
+                Step::Collect => {
+                    proxy.collect_idle().unwrap();
+                }
+                Step::Tamper(which) => {
+                    let kernel = proxy.kernel_mut();
+                    let ids: Vec<_> = kernel.elements().map(|(id, _)| *id).collect();
+                    if !ids.is_empty() {
+                        prop_assert!(kernel.tamper(&ids[which.index(ids.len())]));
+                        prop_assert_eq!(proxy.repair().unwrap().set_aside, 0);
+                        rules = proxy.state().options();
+                        prop_assert!(proxy.plan().unwrap().is_empty());
+                    }
                 }
             }
         }
-        let done = proxy.commit().unwrap();
-        prop_assert!(!done.adopted, "the fake kernel refused a transaction");
+        accepted(&mut proxy, &mut rules)?;
         proxy.collect_idle().unwrap();
+        prop_assert!(proxy.plan().unwrap().is_empty());
+        let Objects(objects) = objects;
 
-        let mut fresh = fresh(&objects);
+        let mut fresh = fresh_with(settings.clone(), &objects);
         prop_assert_eq!(normal(proxy.kernel_mut()), normal(fresh.kernel_mut()));
         let chains = |dump: String| -> Vec<String> {
             dump.lines().filter(|l| l.contains(" chain ")).map(Into::into).collect()
@@ -259,7 +393,7 @@ proptest! {
         // A restart adopts: nothing to do, not even renumbering.
         let kernel = proxy.kernel_mut().clone();
         let before = kernel.dump();
-        let mut restarted = Proxy::new(state(), kernel);
+        let mut restarted = Proxy::new(State::new(settings, node()), kernel);
         for event in objects.values().cloned().chain(all_listed()) {
             restarted.observe(event);
         }
@@ -289,7 +423,7 @@ proptest! {
         let objects = |steps: Vec<Step>| -> BTreeMap<String, Event> {
             steps.into_iter().filter_map(|step| match step {
                 Step::Event(event) => identity(&event).filter(|(_, there)| *there).map(|(id, _)| (id, event)),
-                Step::Commit => None,
+                _ => None,
             }).collect()
         };
         let (one, other) = (objects(one), objects(other));
@@ -303,12 +437,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: 25,
-        max_shrink_iters: 40,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    })]
+    #![proptest_config(ProptestConfig { max_shrink_iters: 40, ..cases(25, SEEDS) })]
 
     /// What the fake kernel accepts, the real one does: a sample of the histories above.
     #[test]
@@ -316,17 +445,30 @@ proptest! {
         in_namespace(|| {
             let mut proxy = Proxy::new(state(), NetlinkKernel::open().unwrap());
             all_listed().for_each(|event| proxy.observe(event));
+            let mut rules = proxy.state().options();
+            let commit = |proxy: &mut Proxy<NetlinkKernel>, rules: &mut Options| {
+                let before = std::mem::replace(rules, proxy.state().options());
+                let done = proxy.commit().unwrap();
+                assert!(!done.adopted || before != *rules, "the kernel refused a transaction");
+                assert_eq!(done.set_aside, 0);
+            };
             proxy.commit().unwrap();
             for step in &steps {
                 match step {
                     Step::Event(event) => proxy.observe(event.clone()),
-                    Step::Commit => {
-                        let done = proxy.commit().unwrap();
-                        assert!(!done.adopted, "the kernel refused a transaction");
+                    Step::Settings(number) => proxy.configure(ALL_SETTINGS[*number]()),
+                    Step::Relist(kind) => proxy.observe(Event::Listed(*kind)),
+                    Step::Commit => commit(&mut proxy, &mut rules),
+                    Step::Collect => {
+                        proxy.collect_idle().unwrap();
+                    }
+                    Step::Tamper(_) => {
+                        assert_eq!(proxy.repair().unwrap().set_aside, 0);
+                        rules = proxy.state().options();
                     }
                 }
             }
-            assert!(!proxy.commit().unwrap().adopted, "the kernel refused a transaction");
+            commit(&mut proxy, &mut rules);
             proxy.collect_idle().unwrap();
             let left = proxy.plan().unwrap();
             let left: Vec<_> = left.iter().map(|(op, _)| text::op(op)).collect();
@@ -423,7 +565,7 @@ fn a_refused_service_is_left_out_and_everything_else_committed() {
         let plan = proxy.plan().unwrap();
         plan.iter().position(|(op, _)| format!("{op:?}").contains("10.96.0.10")).unwrap()
     };
-    proxy.kernel_mut().fail = vec![(last, libc::ENOMEM), (last, libc::ENOMEM)];
+    proxy.kernel_mut().fail = vec![Failure::Refuse(last, libc::ENFILE); 2];
     proxy.observe(Event::EndpointSlice(slice(
         "dns",
         "4",
@@ -457,6 +599,21 @@ fn an_element_that_vanished_is_put_back_when_a_commit_meets_it() {
         proxy.kernel_mut().elements().filter(|(id, _)| matches!(id.key, Key::Slot(..))).count(),
         1
     );
+}
+
+/// Found by `any_history_ends_like_a_fresh_start`: other rules were forgotten until the next event.
+#[test]
+fn a_repair_brings_rules_that_wait_to_be_committed() {
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    for event in web(&["10.0.0.1"]).into_iter().chain(all_listed()) {
+        proxy.observe(event);
+    }
+    committed(&mut proxy);
+    proxy.configure(Settings { masquerade_all: true, ..settings() });
+    assert!(proxy.is_stale());
+    proxy.repair().unwrap();
+    assert!(!proxy.is_stale());
+    assert!(proxy.plan().unwrap().is_empty());
 }
 
 #[test]
@@ -497,7 +654,7 @@ impl Kernel for Refusing {
         let Some(op) = transaction.ops.iter().position(refused) else {
             return self.0.apply(transaction);
         };
-        let refusal = Refusal { op: Some(op), errno: libc::ENOMEM, message: None };
+        let refusal = Refusal { op: Some(op), errno: libc::ENFILE, message: None };
         Err(ApplyError::Refused { refusals: vec![refusal] })
     }
 }

@@ -12,16 +12,22 @@
 )]
 
 mod adopt;
+mod agree;
+mod between;
+mod broken_api;
 mod commands;
 mod config;
 mod conntrack;
 mod control_plane;
+mod deploy;
 mod drift;
 mod e2e;
+mod events;
 mod example;
 mod explain;
 mod features;
 mod flips;
+mod fuzz;
 mod health;
 mod host;
 mod hostile;
@@ -29,6 +35,7 @@ mod http;
 mod ledger;
 mod metrics;
 mod model;
+mod monitoring;
 mod namespace;
 mod net;
 mod objects;
@@ -41,3 +48,4 @@ mod scenario;
 mod serve;
 mod takeover;
 mod tidy;
+mod trouble;

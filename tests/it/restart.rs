@@ -211,8 +211,13 @@ fn start(net: &Net) -> Daemon {
 
 /// Whether the kernel holds what the manifests ask for.
 fn is_as_asked_for(net: &Net) -> (bool, String) {
+    command(net, "diff")
+}
+
+/// Whether a command finds nothing, and what it says.
+fn command(net: &Net, command: &str) -> (bool, String) {
     let mut arguments = arguments(net);
-    arguments[0] = "diff".into();
+    arguments[0] = command.into();
     let node = net.name("node");
     let command = ["netns", "exec", &node, env!("CARGO_BIN_EXE_nftproxy")];
     let output = Command::new("ip").args(command).args(arguments).output().unwrap();
@@ -310,9 +315,14 @@ fn an_upgrade_to_another_layout_costs_no_connection() {
     for _ in 0..upgrades {
         let replace = "delete table ip nftproxy\ndelete table ip6 nftproxy\n".to_owned() + &older;
         in_netns(&node, || nft(&["-f", "-"], &replace));
+        let (_, said) = command(&net, "check");
+        assert_eq!(said.matches("\"nftproxy layout 0\" instead of").count(), 2, "{said}");
         let load = Load::start(&net);
         std::thread::sleep(Duration::from_millis(50));
         let daemon = start(&net);
+        let (_, said) = command(&net, "check");
+        let is = format!("is as nftproxy makes it ({LAYOUT})");
+        assert_eq!(said.matches(&is).count(), 2, "{said}");
         assert_eq!(in_netns(&node, || nft(&["list", "ruleset"], "")), wanted);
         let log = daemon.log();
         assert_eq!(log.matches("replacing the table of another version").count(), 2, "{log}");

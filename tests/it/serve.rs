@@ -289,7 +289,7 @@ fn tag(packet: &[u8]) -> u32 {
 }
 
 fn tag_of(who: &str) -> u32 {
-    who.bytes().fold(7, |tag, byte| tag * 31 + u32::from(byte))
+    who.bytes().fold(7, |tag: u32, byte| tag.wrapping_mul(31).wrapping_add(byte.into()))
 }
 
 fn answer_sctp(socket: &Socket, domain: Domain, who: &str) {
@@ -313,7 +313,11 @@ pub(crate) fn sctp(netns: &str, to: SocketAddr, names: &[&str]) -> Option<String
         static TRIES: AtomicU16 = AtomicU16::new(0);
         let port = 20000 + TRIES.fetch_add(1, Ordering::Relaxed) % 20000;
         let packet = sctp_packet(port, to.port(), 0, INIT, 0x5eed);
-        socket.send_to(&packet, &SockAddr::from(SocketAddr::new(to.ip(), 0))).unwrap();
+        match socket.send_to(&packet, &SockAddr::from(SocketAddr::new(to.ip(), 0))) {
+            // A rule of this host refused or dropped it.
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => return None,
+            sent => sent.unwrap(),
+        };
         loop {
             let (from, packet) = sctp_receive(&socket, domain).ok()?;
             if packet.len() >= 20 && packet[12] == INIT_ACK && number(&packet, 2) == port {

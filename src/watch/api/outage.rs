@@ -94,6 +94,15 @@ impl<'a> Trouble<'a> {
         matches!(self, Self::Answered(status) if matches!(status.code, 400 | 405 | 406 | 422 | 501))
     }
 
+    /// Whether there was no server that could answer: none at all, or none behind a balancer.
+    pub(super) fn is_outage(&self) -> bool {
+        match self {
+            Self::Unreachable(_) => true,
+            Self::Answered(status) => matches!(status.code, 502 | 503),
+            _ => false,
+        }
+    }
+
     /// Whether the answer began well, so that another one that begins well is no news.
     fn in_answer(&self) -> bool {
         matches!(

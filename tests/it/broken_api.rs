@@ -1,0 +1,221 @@
+//! Trouble with the API server: whatever comes over the wire, what is programmed stays right or stays
+//! as it was, and is right again when the trouble is over; meanwhile no connection fails.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use crate::between::{Between, Blow, Faults};
+use crate::control_plane::User;
+use crate::e2e::{
+    A, Answer, Cluster, Connecting, REMOTE, eventually, lines, said, service, with_cluster,
+};
+use crate::net::{CLIENT, Daemon, ip};
+use crate::objects::CLUSTER;
+
+const STEADY: &str = "10.96.0.40";
+const MOVING: &str = "10.96.0.41";
+
+/// Another endpoint, and who answers then.
+fn moves(cluster: &Cluster<'_>, round: usize) {
+    let (endpoint, name) = if round.is_multiple_of(2) { (A, "a") } else { (REMOTE, "remote") };
+    cluster.endpoints("moving", &[endpoint]);
+    cluster.answers(MOVING, 80, &[name]);
+}
+
+#[test]
+fn whatever_the_api_server_says_no_connection_fails_and_the_end_is_right() {
+    with_cluster(|cluster| {
+        cluster.apply(CLUSTER.split("---\n").next().unwrap());
+        let between = Between::start(
+            &cluster.net.name("client"),
+            ip(CLIENT[0]),
+            &cluster.plane,
+            User::KubeProxy,
+        );
+        let kubeconfig = cluster.plane.kubeconfig_at(User::KubeProxy, &between.url);
+        for (name, address) in [("steady", STEADY), ("moving", MOVING)] {
+            cluster.apply(&service(name, &[address]).yaml());
+        }
+        cluster.endpoints("steady", &[A, REMOTE]);
+        let daemon = cluster.spawn_with(&kubeconfig);
+        said(&daemon, "synced");
+        cluster.answers(STEADY, 80, &["a", "remote"]);
+        let connecting = Connecting::start(cluster.net, SocketAddr::new(ip(STEADY), 80));
+        streams_are_cut(cluster, &between);
+        places_are_forgotten(cluster, &between);
+        events_are_late_doubled_and_out_of_order(cluster, &between);
+        nonsense_is_said(cluster, &between, &daemon);
+        requests_are_refused(cluster, &between, &daemon);
+        eprintln!("{} connections meanwhile, none failed", connecting.none_failed());
+        a_list_is_empty(cluster, &between, &daemon);
+        assert_eq!(lines(&daemon, "panicked"), [""; 0]);
+        daemon.terminate();
+    });
+}
+
+fn streams_are_cut(cluster: &Cluster<'_>, between: &Between) {
+    for round in 0..4 {
+        between.strike(Blow::End);
+        moves(cluster, round);
+    }
+    for round in 0..4 {
+        between.strike(Blow::BreakInside);
+        moves(cluster, round);
+    }
+}
+
+fn places_are_forgotten(cluster: &Cluster<'_>, between: &Between) {
+    for round in 0..3 {
+        between.strike(Blow::Gone);
+        moves(cluster, round);
+    }
+    // As the answer to every request.
+    between.strike_and_set(Blow::End, Faults { refuse: vec![("", 410)], ..Faults::default() });
+    cluster.endpoints("moving", &[A, REMOTE]);
+    let before = cluster.table("ip");
+    std::thread::sleep(Duration::from_secs(3));
+    cluster.still_has("ip", &before);
+    between.set(Faults::default());
+    cluster.answers(MOVING, 80, &["a", "remote"]);
+}
+
+fn events_are_late_doubled_and_out_of_order(cluster: &Cluster<'_>, between: &Between) {
+    between.strike_and_set(
+        Blow::Gone,
+        Faults { delay: Duration::from_millis(700), ..Faults::default() },
+    );
+    for round in 0..2 {
+        moves(cluster, round);
+    }
+    between.strike_and_set(Blow::Gone, Faults { double: true, reorder: true, ..Faults::default() });
+    // Many objects, so that there is something to mix up; some go again at once.
+    for i in 0..20 {
+        let (name, address) = (format!("s-{i}"), format!("10.96.1.{i}"));
+        cluster.apply(&service(&name, &[&address]).yaml());
+        cluster.endpoints(&name, &[if i % 2 == 0 { A } else { REMOTE }]);
+        if i % 3 == 0 {
+            cluster.delete("Service", &name);
+        }
+    }
+    for i in 0..20 {
+        let address = format!("10.96.1.{i}");
+        match i {
+            i if i % 3 == 0 => cluster.meets("client", &address, 80, &Answer::Lost),
+            i if i % 2 == 0 => cluster.answers(&address, 80, &["a"]),
+            _ => cluster.answers(&address, 80, &["remote"]),
+        }
+    }
+    between.set(Faults::default());
+}
+
+fn nonsense_is_said(cluster: &Cluster<'_>, between: &Between, daemon: &Daemon) {
+    let long = format!("{:?}", "x".repeat(3 << 20));
+    let said = [
+        "<html><body>502 Bad Gateway</body></html>",
+        "{}",
+        "null",
+        "{\"type\":\"ADDED\",\"object\":",
+        "{\"type\":\"ADDED\",\"object\":{\"kind\":\"Service\",\"metadata\":{\"name\":7}}}",
+        "{\"type\":\"DELETED\",\"object\":{}}",
+        "{\"type\":\"BOOKMARK\",\"object\":{\"metadata\":{}}}",
+        "{\"type\":\"ERROR\",\"object\":{\"code\":500,\"status\":\"Failure\",\"message\":\"\\u0000\"}}",
+        "",
+        "\u{0}\u{1}\u{2}",
+        &long,
+    ];
+    let before = cluster.table("ip");
+    for (round, line) in said.into_iter().enumerate() {
+        between.strike(Blow::Say(line.to_owned()));
+        if round == 0 {
+            std::thread::sleep(Duration::from_secs(1));
+            cluster.still_has("ip", &before);
+        }
+        moves(cluster, round);
+    }
+    let longest = daemon.log().lines().map(str::len).max().unwrap_or(0);
+    assert!(longest < 2000, "a line of {longest} bytes in the log");
+}
+
+fn requests_are_refused(cluster: &Cluster<'_>, between: &Between, daemon: &Daemon) {
+    for (resource, code, words) in [
+        ("endpointslices", 401, "does not accept our credentials"),
+        ("services", 403, "not allowed to list or watch services"),
+        ("endpointslices", 500, "the API server answered 500"),
+        ("", 429, "the API server answered 429"),
+    ] {
+        let before = (cluster.table("ip"), lines(daemon, "WARN").len());
+        between.strike_and_set(
+            Blow::Gone,
+            Faults { refuse: vec![(resource, code)], ..Faults::default() },
+        );
+        said(daemon, words);
+        cluster.endpoints("moving", &[A]);
+        std::thread::sleep(Duration::from_secs(3));
+        if resource != "services" {
+            cluster.still_has("ip", &before.0);
+        }
+        between.set(Faults::default());
+        cluster.answers(MOVING, 80, &["a"]);
+        let told = lines(daemon, "WARN").len() - before.1;
+        assert!(told <= 5, "{told} warnings for one refusal: {}", daemon.log());
+        cluster.endpoints("moving", &[REMOTE]);
+        cluster.answers(MOVING, 80, &["remote"]);
+    }
+}
+
+fn a_list_is_empty(cluster: &Cluster<'_>, between: &Between, daemon: &Daemon) {
+    let words = "names less than half of what was known";
+    assert_eq!(lines(daemon, words), [""; 0], "so far nothing was suspicious");
+    between.strike_and_set(Blow::Gone, Faults { empty: vec!["services"], ..Faults::default() });
+    // It is said, and it counts.
+    said(daemon, words);
+    cluster.meets("client", STEADY, 80, &Answer::Lost);
+    between.strike_and_set(Blow::Gone, Faults::default());
+    cluster.answers(STEADY, 80, &["a", "remote"]);
+    let told = lines(daemon, words);
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].contains("after=0") && told[0].contains("WARN"), "{told:?}");
+}
+
+#[test]
+fn a_server_restored_from_an_old_backup_is_believed() {
+    with_cluster(|cluster| {
+        cluster.apply(CLUSTER.split("---\n").next().unwrap());
+        cluster.apply(
+            &(service("steady", &[STEADY]).yaml() + &service("short", &["10.96.0.42"]).yaml()),
+        );
+        cluster.endpoints("steady", &[A]);
+        cluster.endpoints("short", &[A]);
+        let daemon = cluster.start(User::KubeProxy);
+        cluster.answers(STEADY, 80, &["a"]);
+        cluster.runtime.block_on(cluster.plane.back_up());
+        // What the backup does not know: a change, a deletion, a new Service; and many versions.
+        for round in 0..30 {
+            cluster.endpoints("steady", &[if round % 2 == 0 { A } else { REMOTE }]);
+        }
+        cluster.delete("Service", "short");
+        cluster.apply(&service("moving", &[MOVING]).yaml());
+        cluster.endpoints("moving", &[REMOTE]);
+        cluster.answers(STEADY, 80, &["remote"]);
+        cluster.answers(MOVING, 80, &["remote"]);
+        cluster.meets("client", "10.96.0.42", 80, &Answer::Lost);
+        let began = std::time::Instant::now();
+        cluster.runtime.block_on(cluster.plane.restore());
+        let (back, began) = (began.elapsed(), std::time::Instant::now());
+        cluster.answers(STEADY, 80, &["a"]);
+        cluster.meets("client", MOVING, 80, &Answer::Lost);
+        cluster.answers("10.96.0.42", 80, &["a"]);
+        eprintln!(
+            "the server was back after {back:?}, its state in force {:?} later",
+            began.elapsed()
+        );
+        // Changes are followed from there, although their versions were seen before.
+        cluster.endpoints("steady", &[REMOTE]);
+        cluster.answers(STEADY, 80, &["remote"]);
+        eventually("the end of the outage to be told", || {
+            let told = lines(&daemon, "the API server answers again");
+            if told.is_empty() { Err(daemon.log()) } else { Ok(()) }
+        });
+        daemon.terminate();
+    });
+}
