@@ -36,8 +36,10 @@ const SUSPICIOUS: usize = 10;
 pub struct Proxy<K> {
     state: State,
     kernel: K,
-    /// None until the tables were adopted, and after a commit that left them in doubt.
+    /// None until the tables were adopted.
     ledger: Option<Ledger>,
+    /// The kernel may hold something else than the ledger says: an answer was lost, for instance.
+    in_doubt: bool,
     options: Options,
     /// Contributors whose operations the kernel refuses; they keep what they had.
     quarantine: Quarantine,
@@ -88,6 +90,7 @@ impl<K: Kernel> Proxy<K> {
             state,
             kernel,
             ledger: None,
+            in_doubt: false,
             serving: Serving::default(),
             account: Account::default(),
             quarantine: Quarantine::default(),
@@ -138,7 +141,7 @@ impl<K: Kernel> Proxy<K> {
     /// Whether something waits to be committed.
     #[must_use]
     pub fn is_stale(&self) -> bool {
-        self.state.is_stale() || self.ledger.is_none()
+        self.state.is_stale() || self.ledger.is_none() || self.in_doubt
     }
 
     /// The state, for reading.
@@ -189,7 +192,7 @@ impl<K: Kernel> Proxy<K> {
             self.options = options;
             self.ledger = None;
         }
-        if self.ledger.is_some() {
+        if self.ledger.is_some() && !self.in_doubt {
             let stale = self.state.stale_contributions();
             let stale = self.accepted(stale);
             let contributors: Vec<_> = stale.iter().map(|(name, _)| name.clone()).collect();
@@ -229,9 +232,13 @@ impl<K: Kernel> Proxy<K> {
         let Some(ledger) = self.ledger.as_mut() else { return Ok(Committed::default()) };
         let staged = ledger.collect();
         let mut transaction = staged.transaction(&self.options);
-        let done = apply(&mut self.kernel, &mut transaction)?;
-        ledger.accept(staged);
-        Ok(done)
+        let outcome = apply(&mut self.kernel, &mut transaction);
+        match &outcome {
+            Ok(_) => ledger.accept(staged),
+            Err(CommitError::Apply { source: ApplyError::Refused { .. }, .. }) => {}
+            Err(_) => self.in_doubt = true,
+        }
+        outcome
     }
 
     /// Everything that is wanted now, as one value.
@@ -265,6 +272,7 @@ impl<K: Kernel> Proxy<K> {
     /// Reads back what the kernel holds and sends the difference to what is wanted.
     fn adopt(&mut self) -> Result<Committed, CommitError> {
         let first = self.ledger.is_none();
+        self.in_doubt = true;
         let mut loaded = self.kernel.load(&self.options)?;
         if first {
             report_found(&loaded);
@@ -281,6 +289,7 @@ impl<K: Kernel> Proxy<K> {
                     let mut ledger = Ledger::default();
                     ledger.accept(staged);
                     self.ledger = Some(ledger);
+                    self.in_doubt = false;
                     self.state.settle();
                     self.let_go();
                     self.account.set_elements(elements);
