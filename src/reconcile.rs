@@ -39,9 +39,9 @@ const SUSPICIOUS: usize = 10;
 pub struct Proxy<K> {
     state: State,
     kernel: K,
-    /// What was committed; None until the tables were adopted.
+    /// None until the tables were adopted.
     ledger: Option<Ledger>,
-    /// Whether the tables may hold something else, so that they have to be read back.
+    /// The kernel may hold something else than the ledger says: an answer was lost, for instance.
     in_doubt: bool,
     options: Options,
     /// Contributors whose operations the kernel refuses; they keep what they had.
@@ -144,7 +144,7 @@ impl<K: Kernel> Proxy<K> {
     /// Whether something waits to be committed.
     #[must_use]
     pub fn is_stale(&self) -> bool {
-        self.state.is_stale() || self.ledger.is_none()
+        self.state.is_stale() || self.ledger.is_none() || self.in_doubt
     }
 
     /// The state, for reading.
@@ -235,12 +235,13 @@ impl<K: Kernel> Proxy<K> {
         let Some(ledger) = self.ledger.as_mut() else { return Ok(Committed::default()) };
         let staged = ledger.collect();
         let mut transaction = staged.transaction(&self.options);
-        let done = apply(&mut self.kernel, &mut transaction);
-        match done {
+        let outcome = apply(&mut self.kernel, &mut transaction);
+        match &outcome {
             Ok(_) => ledger.accept(staged),
+            Err(CommitError::Apply { source: ApplyError::Refused { .. }, .. }) => {}
             Err(_) => self.in_doubt = true,
         }
-        done
+        outcome
     }
 
     /// Everything that is wanted now, as one value.
