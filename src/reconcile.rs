@@ -344,7 +344,12 @@ impl<K: Kernel> Proxy<K> {
     ) -> BTreeSet<Contributor> {
         let mut guilty = BTreeSet::new();
         let operation = |refusal: &Refusal| transaction.ops.get(refusal.op?);
-        let table = |op: &Op| matches!(op, Op::DeleteTable(_) | Op::AddTable(_) | Op::AddSet(..));
+        let table = |op: &Op| {
+            matches!(
+                op,
+                Op::DeleteTable(_) | Op::AddTable(_) | Op::AddSet(..) | Op::AddCounters(_)
+            )
+        };
         if refusals.iter().filter_map(operation).any(table) {
             return guilty;
         }
@@ -390,7 +395,14 @@ fn apply<K: Kernel>(
         kernel.apply(transaction).map_err(|source| CommitError::Apply { operations, source })
     };
     let unused = |op: &&Op| {
-        matches!(op, Op::AddSet(..) | Op::AddAffinity(..) | Op::AddChain(..) | Op::AddRules(..))
+        matches!(
+            op,
+            Op::AddSet(..)
+                | Op::AddAffinity(..)
+                | Op::AddCounters(_)
+                | Op::AddChain(..)
+                | Op::AddRules(..)
+        )
     };
     let ahead = transaction.ops.iter().take_while(unused).count();
     let ahead = Transaction { ops: transaction.ops.drain(..ahead).collect() };

@@ -31,6 +31,8 @@ pub struct Options {
     pub detect_local: [Detector; 2],
     /// Which addresses of the node serve node ports, by family.
     pub node_ports: [NodePorts; 2],
+    /// Count connections by frontend and backend.
+    pub counters: bool,
     /// What becomes of 127.0.0.0/8. There is no such thing for `::1`, which the kernel never routes.
     pub loopback: Loopback,
 }
@@ -86,6 +88,7 @@ impl Default for Options {
             masquerade_all: false,
             detect_local: Default::default(),
             node_ports: Default::default(),
+            counters: false,
             loopback: Loopback::default(),
         }
     }
@@ -244,7 +247,11 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
             vec![Rule::new([Jump(ChainName::Dispatch)])]
         }
         // A connection to a backend in the host's own network never reaches postrouting.
-        ChainName::NatInput => remembered(shape).into(),
+        ChainName::NatInput => {
+            let mut rules = counted(shape);
+            rules.extend(remembered(shape));
+            rules
+        }
         ChainName::NatPostrouting => postrouting(shape),
     }
 }
@@ -253,7 +260,8 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
 fn postrouting(shape: &Shape<'_>) -> Vec<Rule> {
     use Statement::{CtStatusDnat, In, MarkClear, MarkXor, Masquerade, Return};
     let mark = shape.options.masquerade_mark;
-    let mut rules = Vec::from(remembered(shape));
+    let mut rules = counted(shape);
+    rules.extend(remembered(shape));
     rules.push(
         Rule::new([
             // Others are masqueraded anyway.
@@ -417,6 +425,22 @@ fn affinity_record(entry: Entry) -> [Rule; 3] {
         };
         Rule::new([Statement::L4Proto(protocol), Statement::Vmap(key, map)])
     })
+}
+
+/// Counts a new connection, by the one rule of its protocol: nft knows what a port in the connection's
+/// original direction is only behind the protocol.
+///
+/// Here, and not by counters of the elements that were looked up (which the kernel has as well): those go
+/// with every element that a change of endpoints moves, they do not see connections that a client's
+/// affinity led, and attempts that a firewall drops would be counted with each repetition.
+fn counted(shape: &Shape<'_>) -> Vec<Rule> {
+    if !shape.options.counters {
+        return Vec::new();
+    }
+    let count = |protocol| {
+        Rule::new([Statement::CtStatusDnat, Statement::L4Proto(protocol), Statement::Count])
+    };
+    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(count).into()
 }
 
 /// Remembers the backend of a new connection, if the Service asks for it. Almost none does, so that

@@ -37,6 +37,12 @@ impl Ruleset {
             .map(move |name| dataplane::chain(name, family, &self.options))
     }
 
+    /// Whether connections are counted.
+    #[must_use]
+    pub fn counts(&self) -> bool {
+        self.options.counters
+    }
+
     /// The affinity maps of a family.
     pub fn affinities_of(&self, family: Family) -> impl Iterator<Item = &AffinityName> + '_ {
         self.affinities.keys().filter(move |(f, _)| *f == family).map(|(_, name)| name)

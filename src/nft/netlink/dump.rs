@@ -14,12 +14,12 @@ use super::encode::{hook, nfproto, set_flags};
 use super::ffi::{self, Chain, ElementRef, Generation, Rule, Set, Table};
 use super::instruction::lower;
 use super::socket::NetlinkSocket;
-use super::{OWNED, PERSIST};
+use super::{OWNED, PERSIST, connections};
 use crate::model::Family;
 use crate::nft::dataplane::{self, Options};
 use crate::nft::element::{Backend, ElementId, Key, Value, data_len, key_len};
 use crate::nft::kernel::{ChainState, LoadError, Loaded, LoadedTable, Ownership, SetState};
-use crate::nft::names::{AffinityName, ChainName, DataType, KeyField, SetName, TABLE};
+use crate::nft::names::{AffinityName, ChainName, CONNECTIONS, DataType, KeyField, SetName, TABLE};
 use crate::nft::rule::{BaseKind, Chain as WantedChain};
 
 /// How often a dump is repeated when the ruleset changes under it.
@@ -169,6 +169,7 @@ impl Dump<'_> {
                 && let Some(name) = set.get_str(sys::NFTNL_SET_NAME)
             {
                 let state = match name.parse::<SetName>() {
+                    Err(_) if name == CONNECTIONS => connections::state(&set, family),
                     Err(_) => match name.parse::<AffinityName>() {
                         Err(_) => SetState::Unknown,
                         Ok(known) if affinity::is_defined(&set, family) => {
