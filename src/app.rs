@@ -79,6 +79,9 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
     let mut families = vec![Family::V4];
     families.extend(host::has_ipv6().then_some(Family::V6));
     let status = Arc::new(Status::new(families, config.live.sync_period));
+    if config.live.settings.counters {
+        status.count_from_here();
+    }
     let (reporter, health_checks) = Reporter::new(status.clone());
     let swept = status.clone();
     let owning = config.table_owner;

@@ -140,6 +140,12 @@ impl<K: Kernel> Proxy<K> {
         self.state.is_stale() || self.ledger.is_none()
     }
 
+    /// Whether the tables count connections.
+    #[must_use]
+    pub fn counts(&self) -> bool {
+        self.options.counters
+    }
+
     /// The state, for reading.
     #[must_use]
     pub fn state(&self) -> &State {
@@ -301,6 +307,9 @@ impl<K: Kernel> Proxy<K> {
                 Contributor::Service(name) => {
                     self.account.update(&name, self.state.local(&name));
                     self.serving.update(&name, self.state.udp_frontends(&name));
+                    let counts = self.options.counters;
+                    let served = if counts { self.state.served(&name) } else { Vec::new() };
+                    self.account.count(&name, served);
                 }
             }
         }

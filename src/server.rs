@@ -48,8 +48,13 @@ pub async fn serve(
         servers.spawn(listener::keep("health", address, hard_fail, Arc::new(pages)));
     }
     if let Some(address) = metrics {
-        let pages = self::metrics::Pages::new(status.clone(), configz, address);
-        servers.spawn(listener::keep("metrics", address, hard_fail, Arc::new(pages)));
+        let pages = Arc::new(self::metrics::Pages::new(status.clone(), configz, address));
+        let looking = pages.clone();
+        servers.spawn(listener::keep("metrics", address, hard_fail, pages));
+        servers.spawn(async move {
+            looking.keep_looking().await;
+            std::future::pending().await
+        });
     }
     let health_checks = serve_health_checks(status, changes, failures);
     servers.spawn(async move {

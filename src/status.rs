@@ -4,20 +4,24 @@
 //! scrape. [`Reporter`] is that thread's own side; it looks at the proxy after every turn of the
 //! loop and passes on what is new.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
+use tracing::debug;
 
 use crate::account::{Changes, HealthCheck};
+use crate::connections::{Connections, Served};
 use crate::conntrack::Pass;
 use crate::health::{self, Answer, Progress};
 use crate::metrics::Metrics;
 use crate::model::{Family, Kind, NamespacedName};
-use crate::nft::kernel::Kernel;
+use crate::nft::kernel::{Kernel, LoadError};
+use crate::nft::netlink::{Counters, OpenError, ReadCounters};
 use crate::reconcile::{CommitError, Committed, Proxy};
 
 /// How far programming is, and all metrics.
@@ -34,7 +38,33 @@ pub struct Status {
     /// Microseconds since the epoch; 0 for never.
     committed: AtomicI64,
     eligible: AtomicBool,
+    /// Held while the kernel's counters are read.
+    connections: Mutex<Connections>,
+    /// Held for no time.
+    counting: Mutex<Counting>,
 }
+
+/// What the programming thread says of counting connections.
+#[derive(Debug, Default)]
+struct Counting {
+    stage: Stage,
+    /// What changed since the last reading.
+    served: BTreeMap<NamespacedName, Vec<Served>>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Stage {
+    #[default]
+    Off,
+    /// It was read what was counted before; nothing is committed yet.
+    Prepared,
+    /// Counters begin with the last commit.
+    Begun,
+    On,
+}
+
+/// How long reading the kernel's counters may take: their full number needs a fraction of it.
+const READ_FOR: Duration = Duration::from_secs(1);
 
 impl Status {
     /// Nothing has happened yet. `families` are those the host has.
@@ -49,6 +79,51 @@ impl Status {
             waiting_since: AtomicU64::new(0),
             committed: AtomicI64::new(0),
             eligible: AtomicBool::new(false),
+            connections: Mutex::default(),
+            counting: Mutex::default(),
+        }
+    }
+
+    /// Connections are counted from the start on. To be said before the first commit: what was counted
+    /// by then was told by another run.
+    pub fn count_from_here(&self) {
+        let before = read_counters();
+        if let Err(error) = &before {
+            debug!(%error, "the counters cannot be read");
+        }
+        let before = before.ok().filter(|counters| counters.complete);
+        let connections = Connections::new(before.as_ref().map(|b| b.connections.as_slice()));
+        *held(&self.connections) = connections;
+        held(&self.counting).stage = Stage::Prepared;
+    }
+
+    /// Reads how many connections there were, if they are counted.
+    pub fn look_at_connections(&self) {
+        let mut connections = held(&self.connections);
+        {
+            let mut counting = held(&self.counting);
+            match counting.stage {
+                Stage::Off | Stage::Prepared => return,
+                Stage::Begun => connections.begin(),
+                Stage::On => {}
+            }
+            counting.stage = Stage::On;
+        }
+        let found = read_counters();
+        // Behind the reading: what began meanwhile is known then, and what ended still is.
+        let served = std::mem::take(&mut held(&self.counting).served);
+        for (service, served) in served {
+            connections.serve(&service, served);
+        }
+        match found {
+            Ok(Counters { connections: found, pairs, complete }) => {
+                let reading = connections.read(&found, complete);
+                self.metrics.connections.read(&reading, pairs, complete);
+            }
+            Err(error) => {
+                self.metrics.connections.failed();
+                debug!(%error, "the counters cannot be read");
+            }
         }
     }
 
@@ -122,6 +197,15 @@ impl Status {
             own.sweep_failures.inc();
         }
     }
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn read_counters() -> Result<Counters, LoadError> {
+    let open = |error: OpenError| LoadError::Socket { step: error.step, source: error.source };
+    ReadCounters::open().map_err(open)?.read(READ_FOR)
 }
 
 /// What health-check node ports have to be, as it changes.
@@ -279,7 +363,18 @@ impl Reporter {
             own.event_to_kernel.observe(oldest.elapsed().as_secs_f64());
         }
 
+        let counts = proxy.counts();
         let account = proxy.account_mut();
+        {
+            let mut counting = held(&status.counting);
+            counting.stage = match (counts, counting.stage) {
+                (false, _) => Stage::Off,
+                (true, Stage::Off) => Stage::Begun,
+                (true, Stage::Prepared) => Stage::On,
+                (true, stage) => stage,
+            };
+            counting.served.extend(account.take_served());
+        }
         own.set_elements(account.take_elements());
         for (family, without) in Family::BOTH.into_iter().zip(account.without_endpoints()) {
             kube_proxy.no_local_internal.of(family).set(int(without.internal));
