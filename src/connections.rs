@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use crate::frontend::{Frontend, Frontends, frontends};
 use crate::model::{EndpointSlice, Family, NamespacedName, Protocol, Service};
-use crate::nft::connection::Connection;
+use crate::nft::connection::{Connection, Counters};
 use crate::nft::element::Backend;
 
 /// How many endpoints are told one by one; each is a time series. Connections of further ones still
@@ -76,6 +76,8 @@ pub struct Connections {
     former: HashMap<Frontend, Arc<Port>>,
     /// The last reading. None until there was one, if there may have been counters before.
     seen: Option<HashMap<Connection, u64>>,
+    /// The sets that it is of.
+    sets: [Option<(u64, u64)>; 2],
     told: BTreeSet<Endpoint>,
     told_ports: BTreeSet<Arc<Port>>,
 }
@@ -100,14 +102,22 @@ pub struct Reading {
 impl Connections {
     /// Nothing is served yet. `before` are the counters that there are; None if that is not known.
     #[must_use]
-    pub fn new(before: Option<&[(Connection, u64)]>) -> Self {
-        let seen = before.map(|counters| counters.iter().copied().collect());
-        Self { seen, ..Self::default() }
+    pub fn new(before: Option<&Counters>) -> Self {
+        let mut this = Self::default();
+        if let Some(before) = before {
+            this.seen = Some(HashMap::new());
+            this.remember(before);
+        }
+        this
     }
 
-    /// The kernel's counters begin anew: all of them are to be told.
-    pub fn begin(&mut self) {
-        self.seen = Some(HashMap::new());
+    fn remember(&mut self, counters: &Counters) {
+        let seen = self.seen.get_or_insert_default();
+        if counters.complete {
+            seen.clear();
+        }
+        seen.extend(counters.connections.iter().copied());
+        self.sets = counters.sets.map(|set| set.map(|set| set.handle));
     }
 
     /// A Service has these ports now; none if it is gone.
@@ -145,18 +155,23 @@ impl Connections {
         of(&self.owners).or_else(|| of(&self.former))
     }
 
-    /// Takes in a reading; `complete` says whether it has all counters.
-    pub fn read(&mut self, counters: &[(Connection, u64)], complete: bool) -> Reading {
+    /// Takes in a reading.
+    pub fn read(&mut self, counters: &Counters) -> Reading {
         let mut reading = Reading::default();
         let mut left_out = BTreeSet::new();
-        let Some(seen) = &self.seen else {
-            self.seen = complete.then(|| counters.iter().copied().collect());
+        if self.seen.is_none() {
+            if counters.complete {
+                self.remember(counters);
+            }
             return reading;
-        };
+        }
+        let sets = counters.sets.map(|set| set.map(|set| set.handle));
         let mut alive = BTreeSet::new();
-        for (connection, count) in counters {
-            let before = seen.get(connection).copied().filter(|before| before <= count);
-            let new = count - before.unwrap_or(0);
+        for (connection, count) in &counters.connections {
+            let number = usize::from(Family::of(connection.address) == Family::V6);
+            let same = self.sets[number] == sets[number];
+            let seen = self.seen.as_ref().filter(|_| same).and_then(|seen| seen.get(connection));
+            let new = count - seen.filter(|before| *before <= count).unwrap_or(&0);
             let Some(port) = self.port_of(connection).cloned() else {
                 reading.foreign += new;
                 continue;
@@ -175,13 +190,17 @@ impl Connections {
         }
         reading.left_out = left_out.len();
         self.told_ports.extend(reading.ports.keys().cloned());
-        let now = counters.iter().copied();
-        if complete {
-            self.seen = Some(now.collect());
+        for (family, same) in Family::BOTH.into_iter().zip([0, 1].map(|n| self.sets[n] == sets[n]))
+        {
+            // What a reading that is not complete leaves standing is of the old set.
+            if !same && let Some(seen) = &mut self.seen {
+                seen.retain(|connection, _| Family::of(connection.address) != family);
+            }
+        }
+        self.remember(counters);
+        if counters.complete {
             self.former.clear();
             self.forget(&alive, &mut reading);
-        } else {
-            self.seen.get_or_insert_default().extend(now);
         }
         reading
     }
@@ -223,6 +242,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::nft::connection::CounterSet;
 
     fn name(text: &str) -> NamespacedName {
         NamespacedName::new("default", text)
@@ -256,68 +276,81 @@ mod tests {
         dialled([10, 96, 0, ip], 80, host)
     }
 
+    fn all(connections: &[(Connection, u64)]) -> Counters {
+        of_set(1, connections)
+    }
+
+    fn of_set(handle: u64, connections: &[(Connection, u64)]) -> Counters {
+        let set = CounterSet { handle: (handle, 1), pairs: connections.len() };
+        Counters { connections: connections.to_vec(), sets: [Some(set), None], complete: true }
+    }
+
+    fn some(connections: &[(Connection, u64)]) -> Counters {
+        Counters { complete: false, ..all(connections) }
+    }
+
     #[test]
     fn connections_are_told_of_the_port_that_was_dialled_and_of_who_answered() {
-        let mut connections = Connections::new(Some(&[]));
+        let mut connections = Connections::new(Some(&all(&[])));
         connections.serve(&name("web"), service("web", 1, &[5, 6]));
         connections.serve(&name("api"), service("api", 2, &[5]));
         let node_port = dialled([192, 0, 2, 10], 30001, 5);
         let host_port = dialled([192, 0, 2, 10], 8080, 5);
         let counters =
             [(to(1, 5), 3), (to(1, 6), 4), (to(2, 5), 1), (node_port, 2), (host_port, 9)];
-        let reading = connections.read(&counters, true);
+        let reading = connections.read(&all(&counters));
         assert_eq!(reading.ports, [(port("web"), 9), (port("api"), 1)].into());
         let endpoints = [((port("web"), at(5)), 5), ((port("web"), at(6)), 4)];
         let api = ((port("api"), at(5)), 1);
         assert_eq!(reading.endpoints, endpoints.into_iter().chain([api]).collect());
         assert_eq!(reading.foreign, 9);
-        assert_eq!(connections.read(&counters, true), Reading::default());
+        assert_eq!(connections.read(&all(&counters)), Reading::default());
     }
 
     #[test]
     fn what_was_counted_before_is_not_told_again() {
-        let mut known = Connections::new(Some(&[(to(1, 5), 3)]));
+        let mut known = Connections::new(Some(&all(&[(to(1, 5), 3)])));
         known.serve(&name("web"), service("web", 1, &[5]));
-        assert_eq!(known.read(&[(to(1, 5), 5)], true).ports, [(port("web"), 2)].into());
+        assert_eq!(known.read(&all(&[(to(1, 5), 5)])).ports, [(port("web"), 2)].into());
         let mut unknown = Connections::new(None);
         unknown.serve(&name("web"), service("web", 1, &[5]));
-        assert_eq!(unknown.read(&[(to(1, 5), 3)], false), Reading::default(), "not all of them");
-        assert_eq!(unknown.read(&[(to(1, 5), 3)], true), Reading::default());
-        assert_eq!(unknown.read(&[(to(1, 5), 5)], true).ports, [(port("web"), 2)].into());
+        assert_eq!(unknown.read(&some(&[(to(1, 5), 3)])), Reading::default(), "not all of them");
+        assert_eq!(unknown.read(&all(&[(to(1, 5), 3)])), Reading::default());
+        assert_eq!(unknown.read(&all(&[(to(1, 5), 5)])).ports, [(port("web"), 2)].into());
     }
 
     #[test]
     fn an_endpoint_is_told_while_it_exists_or_its_counter_does() {
-        let mut connections = Connections::new(Some(&[]));
+        let mut connections = Connections::new(Some(&all(&[])));
         connections.serve(&name("web"), service("web", 1, &[5]));
-        connections.read(&[(to(1, 5), 3)], true);
+        connections.read(&all(&[(to(1, 5), 3)]));
         // Idle for an hour, and still there.
-        assert_eq!(connections.read(&[], true), Reading::default());
-        connections.read(&[(to(1, 5), 1)], true);
+        assert_eq!(connections.read(&all(&[])), Reading::default());
+        connections.read(&all(&[(to(1, 5), 1)]));
         connections.serve(&name("web"), service("web", 1, &[6]));
-        let last = connections.read(&[(to(1, 5), 4)], true);
+        let last = connections.read(&all(&[(to(1, 5), 4)]));
         assert_eq!(last.endpoints, [((port("web"), at(5)), 3)].into(), "its last connections");
-        assert_eq!(connections.read(&[], false).gone_endpoints, [], "perhaps not all were read");
-        assert_eq!(connections.read(&[], true).gone_endpoints, [(port("web"), at(5))]);
-        assert_eq!(connections.read(&[], true), Reading::default());
+        assert_eq!(connections.read(&some(&[])).gone_endpoints, [], "perhaps not all were read");
+        assert_eq!(connections.read(&all(&[])).gone_endpoints, [(port("web"), at(5))]);
+        assert_eq!(connections.read(&all(&[])), Reading::default());
     }
 
     #[test]
     fn a_service_that_goes_takes_its_last_connections_along() {
-        let mut connections = Connections::new(Some(&[]));
+        let mut connections = Connections::new(Some(&all(&[])));
         connections.serve(&name("web"), service("web", 1, &[5]));
-        connections.read(&[(to(1, 5), 3)], true);
+        connections.read(&all(&[(to(1, 5), 3)]));
         // The other one has its ClusterIP before it is known to have lost it.
         connections.serve(&name("new"), service("new", 1, &[5]));
         connections.serve(&name("web"), Vec::new());
-        let reading = connections.read(&[(to(1, 5), 4)], true);
+        let reading = connections.read(&all(&[(to(1, 5), 4)]));
         assert_eq!(reading.ports, [(port("new"), 1)].into());
         assert_eq!(reading.gone_ports, [port("web")]);
         connections.serve(&name("new"), Vec::new());
-        let reading = connections.read(&[(to(1, 5), 6)], true);
+        let reading = connections.read(&all(&[(to(1, 5), 6)]));
         assert_eq!((reading.ports, reading.foreign), ([(port("new"), 2)].into(), 0));
         assert_eq!(reading.gone_ports, [port("new")]);
-        assert_eq!(connections.read(&[(to(1, 5), 7)], true).foreign, 1);
+        assert_eq!(connections.read(&all(&[(to(1, 5), 7)])).foreign, 1);
     }
 
     proptest! {
@@ -326,23 +359,26 @@ mod tests {
         fn every_connection_is_told_once(
             steps in proptest::collection::vec((0_u64..5, 0_u8..4, any::<bool>()), 1..40)
         ) {
-            let mut connections = Connections::new(Some(&[]));
+            let mut connections = Connections::new(Some(&all(&[])));
             connections.serve(&name("web"), service("web", 1, &[5]));
-            let (mut kernel, mut made, mut told) = (0, 0, 0);
+            let (mut kernel, mut made, mut told, mut set) = (0, 0, 0, 1);
             for (new, what, complete) in steps {
                 kernel += new;
                 made += new;
                 let counters = [(to(1, 5), kernel)];
-                let reading = connections.read(if kernel > 0 { &counters } else { &[] }, complete);
+                let counters = of_set(set, if kernel > 0 { &counters } else { &[] });
+                let reading = connections.read(&Counters { complete, ..counters });
                 told += reading.ports.values().sum::<u64>();
                 prop_assert_eq!(told, made);
                 match what {
                     0 => {
-                        // It aged, or its table was replaced, and that was seen.
+                        // It aged, and that was seen.
                         kernel = 0;
-                        connections.read(&[], true);
+                        connections.read(&of_set(set, &[]));
                     }
-                    1 => connections.serve(&name("web"), service("web", 1, &[6])),
+                    // Its table was replaced.
+                    1 => (kernel, set) = (0, set + 1),
+                    2 => connections.serve(&name("web"), service("web", 1, &[6])),
                     _ => connections.serve(&name("web"), service("web", 1, &[5, 6])),
                 }
             }

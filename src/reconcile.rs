@@ -354,10 +354,7 @@ impl<K: Kernel> Proxy<K> {
         let mut guilty = BTreeSet::new();
         let operation = |refusal: &Refusal| transaction.ops.get(refusal.op?);
         let table = |op: &Op| {
-            matches!(
-                op,
-                Op::DeleteTable(_) | Op::AddTable(_) | Op::AddSet(..) | Op::AddCounters(_)
-            )
+            matches!(op, Op::DeleteTable(_) | Op::AddTable(_) | Op::AddSet(..) | Op::AddCounters(_))
         };
         if refusals.iter().filter_map(operation).any(table) {
             return guilty;

@@ -20,8 +20,9 @@ use crate::conntrack::Pass;
 use crate::health::{self, Answer, Progress};
 use crate::metrics::Metrics;
 use crate::model::{Family, Kind, NamespacedName};
+use crate::nft::connection::Counters;
 use crate::nft::kernel::{Kernel, LoadError};
-use crate::nft::netlink::{Counters, OpenError, ReadCounters};
+use crate::nft::netlink::{OpenError, ReadCounters};
 use crate::reconcile::{CommitError, Committed, Proxy};
 
 /// How far programming is, and all metrics.
@@ -47,20 +48,10 @@ pub struct Status {
 /// What the programming thread says of counting connections.
 #[derive(Debug, Default)]
 struct Counting {
-    stage: Stage,
+    /// Whether the tables have counters.
+    on: bool,
     /// What changed since the last reading.
     served: BTreeMap<NamespacedName, Vec<Served>>,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Stage {
-    #[default]
-    Off,
-    /// It was read what was counted before; nothing is committed yet.
-    Prepared,
-    /// Counters begin with the last commit.
-    Begun,
-    On,
 }
 
 /// How long reading the kernel's counters may take: their full number needs a fraction of it.
@@ -79,7 +70,8 @@ impl Status {
             waiting_since: AtomicU64::new(0),
             committed: AtomicI64::new(0),
             eligible: AtomicBool::new(false),
-            connections: Mutex::default(),
+            // There is no set of counters yet, or it is about to be removed.
+            connections: Mutex::new(Connections::new(Some(&Counters::default()))),
             counting: Mutex::default(),
         }
     }
@@ -92,22 +84,15 @@ impl Status {
             debug!(%error, "the counters cannot be read");
         }
         let before = before.ok().filter(|counters| counters.complete);
-        let connections = Connections::new(before.as_ref().map(|b| b.connections.as_slice()));
+        let connections = Connections::new(before.as_ref());
         *held(&self.connections) = connections;
-        held(&self.counting).stage = Stage::Prepared;
     }
 
     /// Reads how many connections there were, if they are counted.
     pub fn look_at_connections(&self) {
         let mut connections = held(&self.connections);
-        {
-            let mut counting = held(&self.counting);
-            match counting.stage {
-                Stage::Off | Stage::Prepared => return,
-                Stage::Begun => connections.begin(),
-                Stage::On => {}
-            }
-            counting.stage = Stage::On;
+        if !held(&self.counting).on {
+            return;
         }
         let found = read_counters();
         // Behind the reading: what began meanwhile is known then, and what ended still is.
@@ -116,9 +101,9 @@ impl Status {
             connections.serve(&service, served);
         }
         match found {
-            Ok(Counters { connections: found, pairs, complete }) => {
-                let reading = connections.read(&found, complete);
-                self.metrics.connections.read(&reading, pairs, complete);
+            Ok(found) => {
+                let reading = connections.read(&found);
+                self.metrics.connections.read(&reading, &found);
             }
             Err(error) => {
                 self.metrics.connections.failed();
@@ -367,12 +352,7 @@ impl Reporter {
         let account = proxy.account_mut();
         {
             let mut counting = held(&status.counting);
-            counting.stage = match (counts, counting.stage) {
-                (false, _) => Stage::Off,
-                (true, Stage::Off) => Stage::Begun,
-                (true, Stage::Prepared) => Stage::On,
-                (true, stage) => stage,
-            };
+            counting.on = counts;
             counting.served.extend(account.take_served());
         }
         own.set_elements(account.take_elements());

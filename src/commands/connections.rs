@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use crate::connections::{Connections, Port, address_of};
 use crate::model::Family;
+use crate::nft::connection::Counters;
 use crate::nft::kernel::LoadError;
-use crate::nft::netlink::{Counters, OpenError, ReadCounters};
+use crate::nft::netlink::{OpenError, ReadCounters};
 use crate::state::State;
 
 /// How long one reading may take.

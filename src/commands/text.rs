@@ -103,7 +103,11 @@ fn width(text: &str) -> usize {
 
 /// `1 endpoint`, `2 endpoints`.
 pub(super) fn count<N: TryInto<u64> + std::fmt::Display + Copy>(number: N, what: &str) -> String {
-    if number.try_into().is_ok_and(|number| number == 1) { format!("1 {what}") } else { format!("{number} {what}s") }
+    if number.try_into().is_ok_and(|number| number == 1) {
+        format!("1 {what}")
+    } else {
+        format!("{number} {what}s")
+    }
 }
 
 #[cfg(test)]

@@ -242,7 +242,7 @@ impl Board {
         if lines.len() > height {
             let left_out = lines.len() - height.saturating_sub(1);
             lines.truncate(height.saturating_sub(1));
-            lines.push(cut(&format!("  and {} more", count(left_out, "line")), width));
+            lines.push(cut(&format!("  and {left_out} more lines"), width));
         }
         lines.join("\n") + "\n"
     }
@@ -273,8 +273,7 @@ mod tests {
         };
         names.serve(&port.service, vec![served]);
         let before = [(connection(1, 5), 10), (connection(2, 5), 7)].into();
-        let after =
-            [(connection(1, 5), 11), (connection(1, 6), 4), (connection(2, 5), 3)];
+        let after = [(connection(1, 5), 11), (connection(1, 6), 4), (connection(2, 5), 3)];
         let board = board(&before, &after, &names, Duration::from_secs(2));
         Board { node: "node-1".into(), ..board }
     }
@@ -288,10 +287,7 @@ mod tests {
             .map(|p| (p.service.as_deref(), &*p.port, p.connections_per_second, p.connections))
             .collect();
         // The counter of the other one began anew.
-        assert_eq!(
-            rates,
-            [(Some("default/web"), "http", 2.5, 15), (None, "10.96.0.2:80", 1.5, 3)]
-        );
+        assert_eq!(rates, [(Some("default/web"), "http", 2.5, 15), (None, "10.96.0.2:80", 1.5, 3)]);
         let endpoints = &board.services[0].endpoints;
         let endpoints: Vec<_> =
             endpoints.iter().map(|e| (&*e.endpoint, e.connections_per_second)).collect();

@@ -10,6 +10,7 @@ use super::registered;
 use crate::connections::{Port, Reading};
 use crate::health::ip_family;
 use crate::model::Family;
+use crate::nft::connection::Counters;
 use crate::nft::rule::CONNECTIONS_SIZE;
 
 /// `nftproxy_…connection…`
@@ -78,8 +79,8 @@ impl Connections {
         }
     }
 
-    /// Takes in a reading. `pairs` are the kernel's counters of each family, where there are some.
-    pub fn read(&self, reading: &Reading, pairs: [Option<usize>; 2], complete: bool) {
+    /// Takes in what a reading of the counters brought.
+    pub fn read(&self, reading: &Reading, counters: &Counters) {
         for (port, new) in &reading.ports {
             self.ports.with_label_values(&labels(port)).inc_by(*new);
         }
@@ -100,14 +101,14 @@ impl Connections {
             let _ = self.endpoints.remove_label_values(&labels);
         }
         self.foreign.with_label_values::<&str>(&[]).inc_by(reading.foreign);
-        self.incomplete.with_label_values::<&str>(&[]).inc_by(u64::from(!complete));
+        self.incomplete.with_label_values::<&str>(&[]).inc_by(u64::from(!counters.complete));
         let int = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         self.left_out.with_label_values::<&str>(&[]).set(int(reading.left_out));
-        for (family, pairs) in Family::BOTH.into_iter().zip(pairs) {
+        for (family, set) in Family::BOTH.into_iter().zip(counters.sets) {
             let family = [ip_family(family)];
-            if let Some(pairs) = pairs {
-                let full = f64::from(u32::try_from(pairs).unwrap_or(u32::MAX));
-                self.pairs.with_label_values(&family).set(int(pairs));
+            if let Some(set) = set {
+                let full = f64::from(u32::try_from(set.pairs).unwrap_or(u32::MAX));
+                self.pairs.with_label_values(&family).set(int(set.pairs));
                 self.full.with_label_values(&family).set(full / f64::from(CONNECTIONS_SIZE));
             }
         }
@@ -132,6 +133,7 @@ mod tests {
     use super::*;
     use crate::metrics::Metrics;
     use crate::model::{NamespacedName, Protocol};
+    use crate::nft::connection::CounterSet;
 
     #[test]
     fn counters_grow_and_go_with_what_they_are_of() {
@@ -145,8 +147,11 @@ mod tests {
             endpoints: [(endpoint.clone(), new)].into(),
             ..Reading::default()
         };
-        metrics.connections.read(&reading(2), [Some(65535), None], true);
-        metrics.connections.read(&reading(3), [Some(65535), None], false);
+        let full = CounterSet { handle: (1, 1), pairs: 65535 };
+        let counters =
+            |complete| Counters { connections: Vec::new(), sets: [Some(full), None], complete };
+        metrics.connections.read(&reading(2), &counters(true));
+        metrics.connections.read(&reading(3), &counters(false));
         let text = metrics.text();
         let labels = r#"namespace="default",port="",protocol="udp",service="web""#;
         let endpoint_labels = format!(r#"endpoint="[fd00::1]:53",{labels}"#);
@@ -160,7 +165,7 @@ mod tests {
         }
         let gone_ports = vec![port.clone()];
         let gone = Reading { gone_ports, gone_endpoints: vec![endpoint], ..Reading::default() };
-        metrics.connections.read(&gone, [Some(0), None], true);
+        metrics.connections.read(&gone, &counters(true));
         assert!(!metrics.text().contains("connections_total{"), "{}", metrics.text());
     }
 }

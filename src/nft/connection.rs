@@ -10,13 +10,8 @@ use super::names::KeyField;
 use crate::model::{Family, Protocol};
 
 /// The fields of a key, as [`super::rule::COUNTED_BY`] has them.
-pub const CONNECTION: [KeyField; 5] = [
-    KeyField::Address,
-    KeyField::Protocol,
-    KeyField::Port,
-    KeyField::Address,
-    KeyField::Port,
-];
+pub const CONNECTION: [KeyField; 5] =
+    [KeyField::Address, KeyField::Protocol, KeyField::Port, KeyField::Address, KeyField::Port];
 
 /// A pair of a frontend and a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -49,6 +44,35 @@ impl Connection {
             backend: Backend { address: reader.address(family)?, port: reader.port()? },
         };
         reader.bytes.is_empty().then_some(connection)
+    }
+}
+
+/// The counters of both families, as they were read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// How many connections each pair had since its counter began.
+    pub connections: Vec<(Connection, u64)>,
+    /// The sets they are in, in the order of [`Family::BOTH`]; None where nothing is counted.
+    pub sets: [Option<CounterSet>; 2],
+    /// Whether this is all of them: else the time was over.
+    pub complete: bool,
+}
+
+/// The set of a family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CounterSet {
+    /// The kernel's numbers of the table and of the set in it: another set has others, even if it has
+    /// the same name.
+    pub handle: (u64, u64),
+    /// How many pairs it has.
+    pub pairs: usize,
+}
+
+impl Counters {
+    /// Whether connections are counted at all.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.sets.iter().any(Option::is_some)
     }
 }
 

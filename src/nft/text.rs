@@ -12,8 +12,8 @@ use super::connection::CONNECTION;
 use super::element::Value;
 use super::names::{AffinityName, CONNECTIONS, DataType, KeyField, LAYOUT, SetName, TABLE};
 use super::rule::{
-    AFFINITY_SIZE, Base, BaseKind, CONNECTIONS_SIZE, COUNTED_BY, COUNTED_FOR, Chain, HASH_SEED, Hook,
-    Rule, Selector, SlotSource, Statement,
+    AFFINITY_SIZE, Base, BaseKind, CONNECTIONS_SIZE, COUNTED_BY, COUNTED_FOR, Chain, HASH_SEED,
+    Hook, Rule, Selector, SlotSource, Statement,
 };
 use super::ruleset::Ruleset;
 use super::transaction::Op;
@@ -208,7 +208,10 @@ fn statement(statement: &Statement, family: Family) -> String {
             "update @{affinity} {{ {family} saddr timeout {seconds}s : {family} daddr . th dport }}"
         ),
         Statement::Count => {
-            format!("update @{CONNECTIONS} {{ {} timeout {COUNTED_FOR}s counter }}", key(&COUNTED_BY))
+            format!(
+                "update @{CONNECTIONS} {{ {} timeout {COUNTED_FOR}s counter }}",
+                key(&COUNTED_BY)
+            )
         }
         Statement::Masquerade => "masquerade fully-random".into(),
         Statement::Jump(chain) => format!("jump {chain}"),

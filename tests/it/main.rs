@@ -16,6 +16,7 @@ mod commands;
 mod config;
 mod conntrack;
 mod control_plane;
+mod counters;
 mod drift;
 mod e2e;
 mod example;

@@ -15,7 +15,7 @@ use super::ffi::Set;
 use super::socket::{NetlinkSocket, OpenError};
 use super::{dump, userdata};
 use crate::model::Family;
-use crate::nft::connection::{CONNECTION, Connection};
+use crate::nft::connection::{CONNECTION, Connection, CounterSet, Counters};
 use crate::nft::kernel::{LoadError, SetState};
 use crate::nft::names::{CONNECTIONS, TABLE};
 use crate::nft::rule::CONNECTIONS_SIZE;
@@ -61,25 +61,6 @@ pub struct ReadCounters {
     socket: NetlinkSocket,
 }
 
-/// The counters of both families.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// How many connections each pair had since it was first seen.
-    pub connections: Vec<(Connection, u64)>,
-    /// Pairs of each family, in the order of [`Family::BOTH`]; None where nothing is counted.
-    pub pairs: [Option<usize>; 2],
-    /// Whether this is all of them: else the time was over.
-    pub complete: bool,
-}
-
-impl Counters {
-    /// Whether connections are counted at all.
-    #[must_use]
-    pub fn is_on(&self) -> bool {
-        self.pairs.iter().any(Option::is_some)
-    }
-}
-
 impl ReadCounters {
     /// Opens a socket for it. Needs `CAP_NET_ADMIN`.
     pub fn open() -> Result<Self, OpenError> {
@@ -90,8 +71,25 @@ impl ReadCounters {
     /// meanwhile.
     pub fn read(&mut self, budget: Duration) -> Result<Counters, LoadError> {
         let until = now() + budget;
+        for _ in 0..ATTEMPTS {
+            let before = self.handles()?;
+            let counters = self.read_until(until, before)?;
+            // The set was not another one in between.
+            if self.handles()? == before {
+                return Ok(counters);
+            }
+        }
+        Err(LoadError::Unstable { attempts: ATTEMPTS })
+    }
+
+    fn read_until(
+        &mut self,
+        until: Instant,
+        handles: [Option<(u64, u64)>; 2],
+    ) -> Result<Counters, LoadError> {
         let mut counters = Counters { complete: true, ..Counters::default() };
-        for (family, pairs) in Family::BOTH.into_iter().zip(0..) {
+        for (number, family) in Family::BOTH.into_iter().enumerate() {
+            let Some(handle) = handles[number] else { continue };
             let request = dump::elements_request(family, named());
             let before = counters.connections.len();
             let outcome = self.socket.dump_while(
@@ -100,25 +98,55 @@ impl ReadCounters {
                 || now() < until,
             );
             match outcome {
-                Ok(_) => {}
+                // Gone since: that is found out.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
                 Err(error) if error.kind() == io::ErrorKind::TimedOut => counters.complete = false,
-                // No table, or no such set in it.
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
                 Err(source) => {
                     return Err(LoadError::Socket { step: "list the counters", source });
                 }
+                Ok(_) => {}
             }
-            counters.pairs[pairs] = Some(counters.connections.len() - before);
+            let pairs = counters.connections.len() - before;
+            counters.sets[number] = Some(CounterSet { handle, pairs });
         }
-        // One that moved to another place under the dump can be met twice.
-        counters.connections.sort_unstable();
-        counters.connections.reverse();
+        // One that moved to another place under the dump can be met twice; the later number counts.
+        counters.connections.sort_unstable_by(|a, b| b.cmp(a));
         counters.connections.dedup_by_key(|(connection, _)| *connection);
         Ok(counters)
     }
+
+    /// The kernel's numbers of table and set of each family, if it has them.
+    fn handles(&mut self) -> Result<[Option<(u64, u64)>; 2], LoadError> {
+        let mut handles = [None; 2];
+        for (handle, family) in handles.iter_mut().zip(Family::BOTH) {
+            let table = self.handle(&dump::table_request(family), TABLE_HANDLE)?;
+            let set = self.handle(&dump::set_request(family, named()), SET_HANDLE)?;
+            *handle = table.zip(set);
+        }
+        Ok(handles)
+    }
+
+    /// The number in the answer to a request; None if there is no such object.
+    fn handle(&mut self, request: &[u8], attribute: u16) -> Result<Option<u64>, LoadError> {
+        let mut handle = None;
+        let outcome = self.socket.dump(request, |message| {
+            let content = message.get(HEADER + GENMSG..).unwrap_or_default();
+            handle = value(content, attribute).and_then(|bytes| bytes.try_into().ok());
+        });
+        match outcome {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(source) => Err(LoadError::Socket { step: "ask for the counters", source }),
+            Ok(_) => Ok(handle.map(u64::from_be_bytes)),
+        }
+    }
 }
 
+/// How often counters are read when the set is replaced under it.
+const ATTEMPTS: u32 = 20;
+
 // The attributes of elements and counters as linux/netfilter/nf_tables.h numbers them.
+const TABLE_HANDLE: u16 = 4;
+const SET_HANDLE: u16 = 16;
 const LIST_ELEMENTS: u16 = 3;
 const ELEMENT_KEY: u16 = 1;
 const ELEMENT_EXPRESSION: u16 = 7;

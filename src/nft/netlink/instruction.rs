@@ -230,9 +230,7 @@ fn lower_statement(statement: &Statement, family: Family) -> Vec<Instruction> {
             let counter = Instruction::new(c"counter")
                 .long(sys::NFTNL_EXPR_CTR_BYTES, 0)
                 .long(sys::NFTNL_EXPR_CTR_PACKETS, 0);
-            list.push(
-                update(CONNECTIONS, COUNTED_FOR).inner(sys::NFTNL_EXPR_DYNSET_EXPR, counter),
-            );
+            list.push(update(CONNECTIONS, COUNTED_FOR).inner(sys::NFTNL_EXPR_DYNSET_EXPR, counter));
             list
         }
         Statement::MarkClear(bits) => {
@@ -278,10 +276,9 @@ fn load(selectors: &[Selector], family: Family) -> Vec<Instruction> {
             list.push(load_one(selector, family, register(offset)));
         }
         let field = match selector {
-            Selector::Saddr
-            | Selector::Daddr
-            | Selector::OriginalDaddr
-            | Selector::ReplySaddr => KeyField::Address,
+            Selector::Saddr | Selector::Daddr | Selector::OriginalDaddr | Selector::ReplySaddr => {
+                KeyField::Address
+            }
             Selector::L4Proto => KeyField::Protocol,
             Selector::Dport | Selector::OriginalDport | Selector::ReplySport => KeyField::Port,
             Selector::Slot { .. } => KeyField::Slot,

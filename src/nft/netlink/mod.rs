@@ -25,7 +25,7 @@ use std::net::IpAddr;
 
 use tracing::{debug, warn};
 
-pub use self::connections::{Counters, ReadCounters};
+pub use self::connections::ReadCounters;
 pub use self::fill::{AffinityFill, affinity_fill};
 pub use self::foreign::{ForeignChain, ForeignOp, ForeignTable};
 pub use self::monitor::{Intrusion, Monitor};
