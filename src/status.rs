@@ -54,8 +54,8 @@ struct Counting {
     served: BTreeMap<NamespacedName, Vec<Served>>,
 }
 
-/// How long reading the kernel's counters may take: their full number needs a fraction of it.
-const READ_FOR: Duration = Duration::from_secs(1);
+/// How long reading the kernel's counters may take: twice 65,535 of them need a third of it.
+const READ_FOR: Duration = Duration::from_secs(2);
 
 impl Status {
     /// Nothing has happened yet. `families` are those the host has.

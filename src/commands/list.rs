@@ -133,7 +133,7 @@ pub async fn list(
             match counted {
                 Ok(Some(counted)) => rows.iter_mut().for_each(|row| row.count(&counted)),
                 Ok(None) => {}
-                Err(error) => kernel += &format!("; connections not asked: {error}"),
+                Err(error) => kernel = format!("{kernel}; connections not asked: {error}"),
             }
             (rows, kernel)
         }

@@ -379,13 +379,11 @@ impl Interpreter<'_> {
     fn fields(&self, state: &State, selectors: &[Selector]) -> Vec<Field> {
         let field = |selector: &Selector| match selector {
             Selector::Saddr => Some(Field::Address(self.packet.source)),
-            Selector::Daddr => Some(Field::Address(state.to.address)),
+            Selector::Daddr | Selector::ReplySaddr => Some(Field::Address(state.to.address)),
             Selector::L4Proto => Some(Field::Protocol(self.packet.protocol)),
-            Selector::Dport => Some(Field::Port(state.to.port)),
+            Selector::Dport | Selector::ReplySport => Some(Field::Port(state.to.port)),
             Selector::OriginalDaddr => Some(Field::Address(self.packet.destination)),
             Selector::OriginalDport => Some(Field::Port(self.packet.port)),
-            Selector::ReplySaddr => Some(Field::Address(state.to.address)),
-            Selector::ReplySport => Some(Field::Port(state.to.port)),
             Selector::Slot { .. } => None,
         };
         selectors.iter().filter_map(field).collect()

@@ -2,6 +2,13 @@
 //! dialled and of the endpoint that accepted them, in metrics, in `list` and by `top`; whatever happens
 //! to endpoints, tables and the program meanwhile.
 
+#![allow(
+    clippy::float_cmp,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "counts are whole numbers, which floats hold exactly"
+)]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -242,9 +249,9 @@ fn counting_is_switched_live() {
             "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n\
              clusterCIDR: {CIDRS}\nnftproxy: {{ counters: {on} }}\n"
         );
-        let next = net.dir.path().join(".next");
-        fs::write(&next, text).unwrap();
-        fs::rename(next, &config).unwrap();
+        let written = net.dir.path().join(".written");
+        fs::write(&written, text).unwrap();
+        fs::rename(written, &config).unwrap();
     };
     switch(false);
     let _daemon = run(&net, &["--config", config.to_str().unwrap()]);
