@@ -171,6 +171,9 @@ fn base(name: &ChainName) -> Option<Base> {
         ChainName::NatOutput => (BaseKind::Nat, Hook::Output, -100),
         ChainName::NatInput => (BaseKind::Nat, Hook::Input, 100),
         ChainName::NatPostrouting => (BaseKind::Nat, Hook::Postrouting, 100),
+        // Before anybody's masquerading, behind which a connection passes no further nat chain.
+        ChainName::CountInput => (BaseKind::Nat, Hook::Input, 99),
+        ChainName::CountPostrouting => (BaseKind::Nat, Hook::Postrouting, 99),
         _ => return None,
     };
     Some(Base { kind, hook, priority })
@@ -247,12 +250,9 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
             vec![Rule::new([Jump(ChainName::Dispatch)])]
         }
         // A connection to a backend in the host's own network never reaches postrouting.
-        ChainName::NatInput => {
-            let mut rules = counted(shape);
-            rules.extend(remembered(shape));
-            rules
-        }
+        ChainName::NatInput => remembered(shape).into(),
         ChainName::NatPostrouting => postrouting(shape),
+        ChainName::CountInput | ChainName::CountPostrouting => counted().into(),
     }
 }
 
@@ -260,8 +260,7 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
 fn postrouting(shape: &Shape<'_>) -> Vec<Rule> {
     use Statement::{CtStatusDnat, In, MarkClear, MarkXor, Masquerade, Return};
     let mark = shape.options.masquerade_mark;
-    let mut rules = counted(shape);
-    rules.extend(remembered(shape));
+    let mut rules = Vec::from(remembered(shape));
     rules.push(
         Rule::new([
             // Others are masqueraded anyway.
@@ -433,14 +432,11 @@ fn affinity_record(entry: Entry) -> [Rule; 3] {
 /// Here, and not by counters of the elements that were looked up (which the kernel has as well): those go
 /// with every element that a change of endpoints moves, they do not see connections that a client's
 /// affinity led, and attempts that a firewall drops would be counted with each repetition.
-fn counted(shape: &Shape<'_>) -> Vec<Rule> {
-    if !shape.options.counters {
-        return Vec::new();
-    }
+fn counted() -> [Rule; 3] {
     let count = |protocol| {
         Rule::new([Statement::CtStatusDnat, Statement::L4Proto(protocol), Statement::Count])
     };
-    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(count).into()
+    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(count)
 }
 
 /// Remembers the backend of a new connection, if the Service asks for it. Almost none does, so that

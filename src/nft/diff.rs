@@ -97,11 +97,13 @@ pub fn diff(loaded: &Loaded, wanted: Ruleset) -> Transaction {
         }
         if let Some(table) = adopted {
             held.insert(family, &table.elements);
-            let unwanted = table.chains.keys().filter(|name| {
-                !name.parse().is_ok_and(|name: ChainName| {
-                    !name.is_shared() || wanted.shared_chains.contains(&(family, name))
-                })
-            });
+            let is_wanted = |name: ChainName| {
+                if ChainName::COUNTING.contains(&name) {
+                    return wanted.counts();
+                }
+                !name.is_shared() || wanted.shared_chains.contains(&(family, name))
+            };
+            let unwanted = table.chains.keys().filter(|name| !name.parse().is_ok_and(is_wanted));
             leftover.extend(unwanted.map(|name| (family, name.clone())));
             for (name, held) in &table.affinities {
                 match wanted.affinities.get(&(family, name.clone())) {

@@ -153,7 +153,7 @@ mod tests {
         for set in SetName::ALL {
             assert_eq!(set.as_str().parse(), Ok(set));
         }
-        let mut chains = ChainName::FIXED.to_vec();
+        let mut chains = [&ChainName::FIXED[..], &ChainName::COUNTING].concat();
         let port = port("a-1/b/udp/1-2");
         for pick in [Pick::Random, Pick::SourceHash, Pick::RoundRobin] {
             for entry in [Entry::Address, Entry::NodePort] {

@@ -34,6 +34,7 @@ impl Ruleset {
             .filter(move |(f, _)| *f == family)
             .map(|(_, name)| name.clone())
             .chain(ChainName::FIXED)
+            .chain(ChainName::COUNTING.into_iter().filter(|_| self.counts()))
             .map(move |name| dataplane::chain(name, family, &self.options))
     }
 

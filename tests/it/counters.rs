@@ -185,6 +185,11 @@ fn nft(net: &Net, arguments: &[&str]) -> String {
 fn counters_equal_what_servers_accepted() {
     let Some(net) = Net::new() else { return };
     write(&net, ENDPOINTS);
+    // A network plugin that masquerades, too: behind it, a connection passes no further nat chain.
+    nft(&net, &["add", "table", "ip", "plugin"]);
+    let hook = "{ type nat hook postrouting priority 100; policy accept; }";
+    nft(&net, &["add", "chain", "ip", "plugin", "post", hook]);
+    nft(&net, &["add", "rule", "ip", "plugin", "post", "masquerade"]);
     let daemon = start(&net);
     let mut accepted = Accepted::new();
     dial(&net, &mut accepted);
