@@ -20,7 +20,7 @@ use serde_json::Value;
 
 use crate::commands::{Done, done};
 use crate::metrics::{Family, scrape};
-use crate::net::{Daemon, NODE, Net, in_netns, patient, wait_until};
+use crate::net::{CLIENT, Daemon, NODE, Net, in_netns, patient, wait_until};
 use crate::objects::{CLUSTER, Svc, slice};
 use crate::packets::{CIDRS, HTTP, run, to};
 use crate::serve::{Outcome, tcp_here, udp_on};
@@ -185,12 +185,13 @@ fn nft(net: &Net, arguments: &[&str]) -> String {
 fn counters_equal_what_servers_accepted() {
     let Some(net) = Net::new() else { return };
     write(&net, ENDPOINTS);
-    // A network plugin that masquerades, too: behind it, a connection passes no further nat chain.
+    let daemon = start(&net);
+    // A network plugin that masquerades, and comes after: of one priority the last comer is first, and a
+    // connection whose source is decided passes no further nat chain.
     nft(&net, &["add", "table", "ip", "plugin"]);
     let hook = "{ type nat hook postrouting priority 100; policy accept; }";
     nft(&net, &["add", "chain", "ip", "plugin", "post", hook]);
-    nft(&net, &["add", "rule", "ip", "plugin", "post", "masquerade"]);
-    let daemon = start(&net);
+    nft(&net, &["add", "rule", "ip", "plugin", "post", "ip", "saddr", CLIENT[0], "masquerade"]);
     let mut accepted = Accepted::new();
     dial(&net, &mut accepted);
     assert_eq!(accepted.values().sum::<u64>(), 100);
