@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 
+use crate::connections::Served;
 use crate::frontend::frontends;
 use crate::model::{
     EndpointSlice, Event, Family, Kind, NamespacedName, NodeFacts, Service, TrafficPolicy,
@@ -142,6 +143,9 @@ pub struct Account {
     local: BTreeMap<NamespacedName, Local>,
     without_endpoints: [WithoutEndpoints; 2],
     health_checks: BTreeMap<NamespacedName, Option<HealthCheck>>,
+    /// Services whose connections are counted, and of which of them something else is to be told.
+    counted: BTreeSet<NamespacedName>,
+    served: BTreeMap<NamespacedName, Vec<Served>>,
     elements: ElementCounts,
     /// Objects whose number of elements may have changed.
     moved: BTreeSet<(Family, SetName)>,
@@ -197,8 +201,30 @@ impl Account {
         }
     }
 
+    /// The connections of a Service are counted by this; by nothing if it is gone.
+    pub fn count(&mut self, service: &NamespacedName, served: Vec<Served>) {
+        let (was, is) = (self.counted.contains(service), !served.is_empty());
+        if is {
+            self.counted.insert(service.clone());
+        } else {
+            self.counted.remove(service);
+        }
+        if was || is {
+            self.served.insert(service.clone(), served);
+        }
+    }
+
+    /// What connections are counted by that changed since the last call.
+    pub fn take_served(&mut self) -> BTreeMap<NamespacedName, Vec<Served>> {
+        std::mem::take(&mut self.served)
+    }
+
     /// Services this is not true of are gone.
     pub fn retain(&mut self, exists: impl Fn(&NamespacedName) -> bool) {
+        let gone: Vec<_> = self.counted.iter().filter(|name| !exists(name)).cloned().collect();
+        for name in gone {
+            self.count(&name, Vec::new());
+        }
         let gone: Vec<_> = self.local.keys().filter(|name| !exists(name)).cloned().collect();
         for name in gone {
             self.update(&name, Local::default());

@@ -82,6 +82,9 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
     let status = Arc::new(Status::new(families, config.live.sync_period));
     let rest_client = status.metrics.rest_client.clone();
     let notices = notices::start(&config.source, &config.node_name, &rest_client);
+    if config.live.settings.counters {
+        status.count_from_here();
+    }
     let (reporter, health_checks) = Reporter::new(status.clone());
     let reporter = reporter.with_notices(notices.clone());
     let swept = status.clone();

@@ -4,7 +4,7 @@ mod args;
 mod flags;
 mod log;
 
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser};
@@ -12,9 +12,10 @@ use tracing::info;
 
 use self::args::{
     CleanupArgs, Command, Configuration, EXAMPLES, ExplainArgs, ListArgs, OutputAndConfiguration,
-    RunArgs,
+    RunArgs, TopArgs,
 };
 use crate::app::{self, RunError};
+use crate::commands::top::Top;
 use crate::commands::{self, Answer, CommandError, Output, Verdict};
 use crate::config::{self, ConfigError, Loaded, Log, Remark};
 use crate::host::{self, PrivilegeError};
@@ -132,6 +133,7 @@ impl Cli {
             }
             Command::Explain(args) => explain(args),
             Command::List(args) => list(args),
+            Command::Top(args) => runtime()?.block_on(top(args)),
             Command::Check(OutputAndConfiguration { output, configuration }) => {
                 let config = configuration.load(true)?.config;
                 let answer = commands::check::check(&config, output.output);
@@ -193,7 +195,8 @@ fn runtime() -> Result<tokio::runtime::Runtime, CliError> {
         .map_err(|source| CliError::System { step: "start the runtime", source })
 }
 
-fn print(text: &str) -> Result<(), CliError> {
+/// Prints to standard output; false if nobody reads it any more.
+fn print(text: &str) -> Result<bool, CliError> {
     // Colours are for a terminal, unless NO_COLOR says no.
     let write = || {
         let mut out = anstream::stdout().lock();
@@ -202,9 +205,9 @@ fn print(text: &str) -> Result<(), CliError> {
     };
     match write() {
         // A reader like `head` had enough.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
         Err(source) => Err(CliError::System { step: "write to standard output", source }),
-        Ok(()) => Ok(()),
+        Ok(()) => Ok(true),
     }
 }
 
@@ -221,7 +224,7 @@ fn told(answer: &Answer) -> Result<ExitCode, CliError> {
 fn man(dir: Option<&std::path::Path>) -> Result<ExitCode, CliError> {
     let fail = |source| CliError::System { step: "write the man pages", source };
     match dir {
-        None => print(&commands::manual::page(described()).map_err(fail)?)?,
+        None => drop(print(&commands::manual::page(described()).map_err(fail)?)?),
         Some(dir) => commands::manual::pages(described(), dir).map_err(fail)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -232,6 +235,35 @@ fn list(args: ListArgs) -> Result<ExitCode, CliError> {
     let config = configuration.load(true)?.config;
     let filter = commands::list::Filter { namespace, service, address, wanted };
     told(&runtime()?.block_on(commands::list::list(&config, &filter, output.output))?)
+}
+
+async fn top(args: TopArgs) -> Result<ExitCode, CliError> {
+    let TopArgs { interval, once, output, configuration } = args;
+    let config = configuration.load(true)?.config;
+    let live = !once && std::io::stdout().is_terminal();
+    let mut top = Top::begin(&config).await?;
+    while let Some(under_way) = &mut top {
+        tokio::time::sleep(interval).await;
+        let Some(board) = under_way.next().await? else { break };
+        let text = match output.output {
+            // One line each, so that a reader of a stream knows where one ends.
+            Output::Json => serde_json::to_string(&board).expect("plain values are JSON") + "\n",
+            Output::Text if live => {
+                let (width, height) = terminal_size::terminal_size()
+                    .map_or((80, 24), |(width, height)| (width.0, height.0));
+                // To the corner, and without what was there before. It is no colour: NO_COLOR does not
+                // take it away.
+                let _ = std::io::stdout().write_all(b"\x1b[H\x1b[J");
+                board.text(width.into(), height.saturating_sub(1).into())
+            }
+            Output::Text => board.text(80, usize::MAX) + if once { "" } else { "\n" },
+        };
+        if !print(&text)? || once {
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+    print(commands::top::OFF)?;
+    Ok(ExitCode::from(1))
 }
 
 fn explain(args: ExplainArgs) -> Result<ExitCode, CliError> {

@@ -12,11 +12,14 @@ pub mod explain;
 pub mod list;
 pub mod manual;
 pub mod render;
+pub mod top;
 
+mod connections;
 mod objects;
 mod tables;
 mod text;
 
+pub use self::connections::CountersError;
 pub use self::objects::GatherError;
 pub use self::tables::{Tables, TablesError};
 
@@ -64,6 +67,9 @@ pub enum CommandError {
     /// The kernel's tables cannot be had.
     #[error(transparent)]
     Tables(#[from] TablesError),
+    /// The kernel's counters cannot be had.
+    #[error(transparent)]
+    Counters(#[from] CountersError),
     /// The process may not do what it takes.
     #[error(transparent)]
     Privilege(#[from] PrivilegeError),

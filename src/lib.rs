@@ -27,6 +27,7 @@
 pub mod model;
 
 pub mod account;
+pub mod connections;
 pub mod contribution;
 pub mod frontend;
 pub mod health;

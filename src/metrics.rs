@@ -6,6 +6,7 @@
 //! and this crate rather than `OpenMetrics`, which would write `le="1.0"` for `le="1"` and another
 //! name of every counter's family: to Prometheus those would be other series than kube-proxy's.
 
+mod connections;
 mod kubeproxy;
 mod own;
 mod process;
@@ -13,6 +14,7 @@ mod process;
 use prometheus::core::Collector;
 use prometheus::{Encoder as _, HistogramOpts, HistogramVec, Registry, TextEncoder};
 
+pub use connections::Connections;
 pub use kubeproxy::{KubeProxy, RestClient};
 pub use own::Own;
 
@@ -31,7 +33,9 @@ pub struct Metrics {
     pub kube_proxy: KubeProxy,
     /// Requests to the API server.
     pub rest_client: RestClient,
-    /// Our own.
+    /// Connections by Service port and endpoint.
+    pub connections: Connections,
+    /// Our own otherwise.
     pub own: Own,
 }
 
@@ -42,6 +46,7 @@ impl Default for Metrics {
             process: process::Process::new(&registry),
             kube_proxy: KubeProxy::new(&registry),
             rest_client: RestClient::new(&registry),
+            connections: Connections::new(&registry),
             own: Own::new(&registry),
             registry,
         }

@@ -147,6 +147,12 @@ impl<K: Kernel> Proxy<K> {
         self.state.is_stale() || self.ledger.is_none() || self.in_doubt
     }
 
+    /// Whether the tables count connections.
+    #[must_use]
+    pub fn counts(&self) -> bool {
+        self.options.counters
+    }
+
     /// The state, for reading.
     #[must_use]
     pub fn state(&self) -> &State {
@@ -344,6 +350,9 @@ impl<K: Kernel> Proxy<K> {
                 Contributor::Service(name) => {
                     self.account.update(&name, self.state.local(&name));
                     self.serving.update(&name, self.state.udp_frontends(&name));
+                    let counts = self.options.counters;
+                    let served = if counts { self.state.served(&name) } else { Vec::new() };
+                    self.account.count(&name, served);
                 }
             }
         }
@@ -387,7 +396,9 @@ impl<K: Kernel> Proxy<K> {
     ) -> BTreeMap<Contributor, (String, Refusal)> {
         let mut guilty = BTreeMap::new();
         let operation = |refusal: &Refusal| transaction.ops.get(refusal.op?);
-        let table = |op: &Op| matches!(op, Op::DeleteTable(_) | Op::AddTable(_) | Op::AddSet(..));
+        let table = |op: &Op| {
+            matches!(op, Op::DeleteTable(_) | Op::AddTable(_) | Op::AddSet(..) | Op::AddCounters(_))
+        };
         if refusals.iter().filter_map(operation).any(table) {
             return guilty;
         }
@@ -521,7 +532,14 @@ fn apply<K: Kernel>(
         kernel.apply(transaction).map_err(|source| CommitError::Apply { operations, source })
     };
     let unused = |op: &&Op| {
-        matches!(op, Op::AddSet(..) | Op::AddAffinity(..) | Op::AddChain(..) | Op::AddRules(..))
+        matches!(
+            op,
+            Op::AddSet(..)
+                | Op::AddAffinity(..)
+                | Op::AddCounters(_)
+                | Op::AddChain(..)
+                | Op::AddRules(..)
+        )
     };
     let ahead = transaction.ops.iter().take_while(unused).count();
     let ahead = Transaction { ops: transaction.ops.drain(..ahead).collect() };

@@ -54,14 +54,13 @@ pub async fn serve(
         ));
     }
     if let Some(address) = metrics {
-        let pages = self::metrics::Pages::new(status.clone(), configz, address);
-        servers.spawn(listener::keep(
-            "metrics",
-            address,
-            hard_fail,
-            status.stopping(),
-            Arc::new(pages),
-        ));
+        let pages = Arc::new(self::metrics::Pages::new(status.clone(), configz, address));
+        let looking = pages.clone();
+        servers.spawn(listener::keep("metrics", address, hard_fail, status.stopping(), pages));
+        servers.spawn(async move {
+            looking.keep_looking().await;
+            std::future::pending().await
+        });
     }
     let health_checks = serve_health_checks(status, changes, failures);
     servers.spawn(async move {

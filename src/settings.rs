@@ -47,6 +47,8 @@ pub struct Settings {
     pub node_address: Option<IpAddr>,
     /// Whether they are served on 127.0.0.0/8, too, for the node itself.
     pub loopback: Loopback,
+    /// Count connections by Service port and endpoint.
+    pub counters: bool,
 }
 
 impl Default for Settings {
@@ -58,6 +60,7 @@ impl Default for Settings {
             node_port_addresses: NodePortAddresses::default(),
             node_address: None,
             loopback: Loopback::default(),
+            counters: false,
         }
     }
 }
@@ -115,6 +118,7 @@ impl Settings {
             detect_local: Family::BOTH.map(detector),
             node_ports: Family::BOTH.map(node_ports),
             loopback: self.loopback,
+            counters: self.counters,
         }
     }
 }

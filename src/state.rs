@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use self::objects::{Holding, Known, Objects};
 use crate::account::{self, Local};
+use crate::connections::{Served, served};
 use crate::conntrack::{Endpoints, NodePortAddresses, udp_frontends};
 use crate::contribution::{self, Contribution, Contributor, Lists};
 use crate::frontend::{Frontend, Frontends, frontends};
@@ -371,9 +372,12 @@ impl State {
     }
 
     /// Those whose commits are told to others than the kernel: the node, then the few Services of which
-    /// [`Self::local`] or [`Self::udp_frontends`] can have something to say.
+    /// [`Self::local`] or [`Self::udp_frontends`] can have something to say; all, where connections are
+    /// counted.
     pub fn accountable(&self) -> impl Iterator<Item = Contributor> {
-        let services = self.objects.services().filter(|(.., service)| is_accountable(service));
+        let all = self.settings.counters;
+        let services =
+            self.objects.services().filter(move |(.., service)| all || is_accountable(service));
         let services = services.map(|(name, ..)| Contributor::Service(name.clone()));
         std::iter::once(Contributor::Node).chain(services)
     }
@@ -410,7 +414,16 @@ impl State {
     /// Whether a Service is one of them.
     #[must_use]
     pub fn is_accountable(&self, name: &NamespacedName) -> bool {
-        self.objects.service(name).is_some_and(|(_, service)| is_accountable(service))
+        let all = self.settings.counters;
+        self.objects.service(name).is_some_and(|(_, service)| all || is_accountable(service))
+    }
+
+    /// What a Service's connections are counted by; nothing if there is no such Service.
+    #[must_use]
+    pub fn served(&self, name: &NamespacedName) -> Vec<Served> {
+        self.objects.service(name).map_or_else(Vec::new, |(holding, service)| {
+            served(service, &holding.slices(), &self.frontends)
+        })
     }
 
     fn has_service(&self, name: &NamespacedName) -> bool {

@@ -4,21 +4,26 @@
 //! scrape. [`Reporter`] is that thread's own side; it looks at the proxy after every turn of the
 //! loop and passes on what is new.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tracing::debug;
 
 use crate::account::{Changes, HealthCheck};
+use crate::connections::{Connections, Served};
 use crate::conntrack::Pass;
 use crate::health::{self, Answer, Progress};
 use crate::metrics::Metrics;
 use crate::model::{Family, Kind, NamespacedName};
-use crate::nft::kernel::Kernel;
+use crate::nft::connection::Counters;
+use crate::nft::kernel::{Kernel, LoadError};
+use crate::nft::netlink::{OpenError, ReadCounters};
 use crate::reconcile::{CommitError, Committed, Proxy};
 use crate::watch::notices::Notices;
 
@@ -38,10 +43,26 @@ pub struct Status {
     eligible: AtomicBool,
     /// Whoever serves has a receiver as long as there is something to answer.
     stopping: watch::Sender<bool>,
+    /// Held while the kernel's counters are read.
+    connections: Mutex<Connections>,
+    /// Held for no time.
+    counting: Mutex<Counting>,
+}
+
+/// What the programming thread says of counting connections.
+#[derive(Debug, Default)]
+struct Counting {
+    /// Whether the tables have counters.
+    on: bool,
+    /// What changed since the last reading.
+    served: BTreeMap<NamespacedName, Vec<Served>>,
 }
 
 /// How long requests that have begun may take when the program stops.
 const DRAIN: Duration = Duration::from_secs(1);
+
+/// How long reading the kernel's counters may take: twice 65,535 of them need a third of it.
+const READ_FOR: Duration = Duration::from_secs(2);
 
 impl Status {
     /// Nothing has happened yet. `families` are those the host has.
@@ -57,6 +78,45 @@ impl Status {
             committed: AtomicI64::new(0),
             eligible: AtomicBool::new(false),
             stopping: watch::Sender::new(false),
+            // There is no set of counters yet, or it is about to be removed.
+            connections: Mutex::new(Connections::new(Some(&Counters::default()))),
+            counting: Mutex::default(),
+        }
+    }
+
+    /// Connections are counted from the start on. To be said before the first commit: what was counted
+    /// by then was told by another run.
+    pub fn count_from_here(&self) {
+        let before = read_counters();
+        if let Err(error) = &before {
+            debug!(%error, "the counters cannot be read");
+        }
+        let before = before.ok().filter(|counters| counters.complete);
+        let connections = Connections::new(before.as_ref());
+        *held(&self.connections) = connections;
+    }
+
+    /// Reads how many connections there were, if they are counted.
+    pub fn look_at_connections(&self) {
+        let mut connections = held(&self.connections);
+        if !held(&self.counting).on {
+            return;
+        }
+        let found = read_counters();
+        // Behind the reading: what began meanwhile is known then, and what ended still is.
+        let served = std::mem::take(&mut held(&self.counting).served);
+        for (service, served) in served {
+            connections.serve(&service, served);
+        }
+        match found {
+            Ok(found) => {
+                let reading = connections.read(&found);
+                self.metrics.connections.read(&reading, &found);
+            }
+            Err(error) => {
+                self.metrics.connections.failed();
+                debug!(%error, "the counters cannot be read");
+            }
         }
     }
 
@@ -145,6 +205,15 @@ impl Status {
             own.sweep_failures.inc();
         }
     }
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn read_counters() -> Result<Counters, LoadError> {
+    let open = |error: OpenError| LoadError::Socket { step: error.step, source: error.source };
+    ReadCounters::open().map_err(open)?.read(READ_FOR)
 }
 
 /// What health-check node ports have to be, as it changes.
@@ -320,7 +389,13 @@ impl Reporter {
             own.event_to_kernel.observe(oldest.elapsed().as_secs_f64());
         }
 
+        let counts = proxy.counts();
         let account = proxy.account_mut();
+        {
+            let mut counting = held(&status.counting);
+            counting.on = counts;
+            counting.served.extend(account.take_served());
+        }
         own.set_elements(account.take_elements());
         for (family, without) in Family::BOTH.into_iter().zip(account.without_endpoints()) {
             kube_proxy.no_local_internal.of(family).set(int(without.internal));

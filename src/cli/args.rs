@@ -2,13 +2,14 @@
 
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{ArgAction, Args, Subcommand, ValueEnum};
 
 use super::flags::FieldArgs;
 use crate::commands::Output;
 use crate::commands::explain::Target;
-use crate::config::{Flags, Log};
+use crate::config::{Flags, Log, Type, Value};
 use crate::model::Family;
 
 pub(super) const EXAMPLES: &str = "\
@@ -21,6 +22,7 @@ Examples:
   nftproxy explain 10.96.0.10:80 --from 10.244.1.5
                                           what happens to this packet here, and why
   nftproxy list --namespace default       Services, who answers, and whether it is in force
+  nftproxy top                            connections a second, with --counters of the daemon
   nftproxy check                          is this host in order, and what to do if not
   nftproxy cleanup                        remove the tables
   nftproxy cleanup --kube-proxy           remove what kube-proxy left behind
@@ -30,7 +32,7 @@ Exit codes:
   0  done; for `diff`: nothing to change; for `explain`: an endpoint would answer; for `list` and
      `check`: all is well
   1  `diff` found something to change; `explain` found nobody who would answer; `list` found
-     Services that are not in force; `check` found something to look at
+     Services that are not in force; `top` found that nothing is counted; `check` found something to look at
   2  it failed, and standard error says why; or `check` found something bad";
 
 #[derive(Debug, Subcommand)]
@@ -54,6 +56,11 @@ pub(super) enum Command {
     /// List every Service port: what is dialled, the policies, who answers, and, with root, whether
     /// the kernel holds it.
     List(ListArgs),
+    /// Show connections a second by Service port and endpoint, live. Needs `--counters` of the daemon.
+    ///
+    /// On a terminal it is redrawn; elsewhere one block follows another. TOTAL is what the kernel counted
+    /// of each endpoint since its first connection, or since the first after an hour without.
+    Top(TopArgs),
     /// Check whether this host is in order for nftproxy, and say what to do if not. Changes nothing.
     Check(OutputAndConfiguration),
     /// Print the completion script for a shell: `nftproxy completions bash >
@@ -105,6 +112,27 @@ pub(super) struct ListArgs {
     pub(super) output: OutputArgs,
     #[command(flatten)]
     pub(super) configuration: Configuration,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct TopArgs {
+    /// Time between two readings, at least 100ms.
+    #[arg(long, short, value_name = "DURATION", default_value = "1s", value_parser = interval)]
+    pub(super) interval: Duration,
+    /// Take two readings, show what happened between them, and end.
+    #[arg(long)]
+    pub(super) once: bool,
+    #[command(flatten)]
+    pub(super) output: OutputArgs,
+    #[command(flatten)]
+    pub(super) configuration: Configuration,
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    match Type::Duration.parse(text)? {
+        Value::Duration(interval) if interval >= Duration::from_millis(100) => Ok(interval),
+        _ => Err("expected at least 100ms".into()),
+    }
 }
 
 #[derive(Args, Debug)]

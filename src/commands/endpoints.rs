@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::text::count;
 use crate::model::{Endpoint, Family, Service, ServicePort};
 use crate::nft::element::Backend;
 use crate::selection::{Selection, Uses, select};
@@ -30,6 +31,9 @@ pub struct EndpointRow {
     pub serves_cluster: bool,
     /// Whether clients that are held to this node can be given it.
     pub serves_local: bool,
+    /// Connections that the kernel counted, where it counts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connections: Option<u64>,
     #[serde(skip)]
     pub(super) backend: Backend,
 }
@@ -53,6 +57,7 @@ impl EndpointRow {
         words.extend(self.local.then(|| "local".to_owned()));
         words.extend((self.weight != 1).then(|| format!("weight {}", self.weight)));
         words.extend((!self.zones.is_empty()).then(|| format!("zone {}", self.zones.join("+"))));
+        words.extend(self.connections.map(|number| count(number, "connection")));
         words.join(", ")
     }
 }
@@ -96,6 +101,7 @@ fn row(endpoint: &Endpoint, port: u16, chosen: &Selection) -> EndpointRow {
         zones: hints.map_or_else(Vec::new, |h| h.zones.iter().map(ToString::to_string).collect()),
         serves_cluster: chosen.cluster.iter().any(|c| c.backend == backend),
         serves_local: chosen.local.iter().any(|c| c.backend == backend),
+        connections: None,
         backend,
     }
 }

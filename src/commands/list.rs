@@ -10,11 +10,13 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 
+use super::connections::{Counted, counted};
 use super::endpoints::{EndpointRow, endpoints};
 use super::explain::{kind_word, scheduler_word};
 use super::objects::gather;
 use super::{Answer, CommandError, Output, Verdict, json};
 use crate::config::Config;
+use crate::connections::{Port, address_of};
 use crate::contribution::Contributor;
 use crate::frontend::{Frontend, FrontendKind, frontends};
 use crate::model::{Family, NamespacedName, Service, ServicePort, SessionAffinity, TrafficPolicy};
@@ -68,10 +70,16 @@ pub struct PortRow {
     pub affinity_seconds: Option<u32>,
     /// Whether the kernel holds it; None if it was not asked.
     pub in_kernel: Option<InKernel>,
+    /// Connections that the kernel counted, where it counts: of each endpoint since its first, or since
+    /// the first after an hour without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connections: Option<u64>,
     /// What is dialled.
     pub frontends: Vec<FrontendRow>,
     /// Who could answer, and who cannot.
     pub endpoints: Vec<EndpointRow>,
+    #[serde(skip)]
+    of: (Port, Family),
 }
 
 /// Whether the kernel holds what a Service asks for.
@@ -115,12 +123,19 @@ pub async fn list(
     let (rows, kernel) = match kernel {
         None => (rows(&state, None), "not asked".to_owned()),
         Some(Ok(kernel)) => {
+            let counted = counted(&state);
             let mut proxy = Proxy::new(state, kernel);
-            let (differing, kernel) = match differing(&mut proxy) {
+            let (differing, mut kernel) = match differing(&mut proxy) {
                 Ok(differing) => (Some(differing), "asked".to_owned()),
                 Err(error) => (None, format!("not asked: {error}")),
             };
-            (rows(proxy.state(), differing.as_ref()), kernel)
+            let mut rows = rows(proxy.state(), differing.as_ref());
+            match counted {
+                Ok(Some(counted)) => rows.iter_mut().for_each(|row| row.count(&counted)),
+                Ok(None) => {}
+                Err(error) => kernel = format!("{kernel}; connections not asked: {error}"),
+            }
+            (rows, kernel)
         }
         Some(Err(error)) => (rows(&state, None), format!("not asked: {error}")),
     };
@@ -210,8 +225,29 @@ fn row(
             SessionAffinity::ClientIp { timeout } => Some(timeout),
         },
         in_kernel,
+        connections: None,
         frontends: frontends.collect(),
         endpoints,
+        of: (
+            Port {
+                service: service.name.clone(),
+                name: port.name.clone(),
+                protocol: port.protocol,
+            },
+            family,
+        ),
+    }
+}
+
+impl PortRow {
+    fn count(&mut self, counted: &Counted) {
+        let endpoints = counted.get(&self.of);
+        // Endpoints that are gone count, too.
+        self.connections = Some(endpoints.map_or(0, |all| all.values().sum()));
+        for row in &mut self.endpoints {
+            let found = endpoints.and_then(|all| all.get(&address_of(row.backend)));
+            row.connections = Some(found.copied().unwrap_or(0));
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use crate::model::Family;
 use crate::nft::dataplane::{Detector, NodePorts, Options};
 use crate::nft::diff::foreign;
 use crate::nft::kernel::{ChainState, Kernel as _, LoadError, Loaded, LoadedTable};
-use crate::nft::names::{ChainName, SetName, TABLE};
+use crate::nft::names::{CONNECTIONS, ChainName, SetName, TABLE};
 use crate::nft::netlink::{NetlinkKernel, OpenError};
 use crate::nft::ruleset::Ruleset;
 
@@ -95,7 +95,9 @@ fn guesses(options: &Options, loaded: &Loaded) -> Vec<Options> {
     let node_ports = Family::BOTH.map(|family| {
         if holds(family, SetName::NodeportIps) { NodePorts::Listed } else { NodePorts::All }
     });
-    let like = Options { detect_local, node_ports, masquerade_all: false, ..options.clone() };
+    let counters = loaded.tables.values().any(|table| table.sets.contains_key(CONNECTIONS));
+    let like =
+        Options { detect_local, node_ports, counters, masquerade_all: false, ..options.clone() };
     let all = Options { masquerade_all: true, ..like.clone() };
     [like, all].into_iter().filter(|guess| guess != options).collect()
 }

@@ -29,6 +29,15 @@ pub(super) fn wrap(text: &str, indent: usize) -> String {
     out
 }
 
+/// Text without what goes beyond a width, which a sign at its end tells.
+pub(super) fn cut(text: &str, width: usize) -> String {
+    if text.chars().count() <= width {
+        return text.to_owned();
+    }
+    let kept: String = text.chars().take(width.saturating_sub(1)).collect();
+    kept + "…"
+}
+
 /// `label` in a column of its own, and text beside it.
 pub(super) fn labelled(label: &str, text: &str, column: usize) -> String {
     let wrapped = wrap(text, column);
@@ -93,8 +102,12 @@ fn width(text: &str) -> usize {
 }
 
 /// `1 endpoint`, `2 endpoints`.
-pub(super) fn count(number: usize, what: &str) -> String {
-    if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
+pub(super) fn count<N: TryInto<u64> + std::fmt::Display + Copy>(number: N, what: &str) -> String {
+    if number.try_into().is_ok_and(|number| number == 1) {
+        format!("1 {what}")
+    } else {
+        format!("{number} {what}s")
+    }
 }
 
 #[cfg(test)]

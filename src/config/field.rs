@@ -239,6 +239,10 @@ pub const FIELDS: &[Field] = &[
     Field::new("nftables.syncPeriod", Type::Duration, "30s")
         .zero_is_default()
         .live("Longest time between a failed commit and the next"),
+    Field::new("nftproxy.counters", Type::Bool, "false").flag("counters").live(
+        "Count connections by Service port and by endpoint: in metrics, in `nftproxy list`, and for \
+         `nftproxy top`",
+    ),
     Field::new("nftproxy.keepKubeProxyRules", Type::Bool, "false").flag("keep-kube-proxy-rules").start(
         "Leave alone what kube-proxy left behind. Otherwise it is removed when the own tables are in \
          force (not with manifests: other Services of the node may still need it)",

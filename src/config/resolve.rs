@@ -34,6 +34,7 @@ pub(super) fn resolve(
     };
     let settings = Settings {
         loopback,
+        counters: values.bool("nftproxy.counters"),
         masquerade_mark: 1 << values.int("nftables.masqueradeBit"),
         masquerade_all: values.bool("nftables.masqueradeAll"),
         detect_local: detect_local(values, remarks)?,

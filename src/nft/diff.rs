@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use super::element::{ElementId, Value};
 use super::kernel::{ChainState, Loaded, LoadedTable, Ownership, SetState};
-use super::names::{ChainName, LAYOUT, SetName};
+use super::names::{CONNECTIONS, ChainName, LAYOUT, SetName};
 use super::ruleset::Ruleset;
 use super::transaction::{Op, Transaction};
 use crate::model::Family;
@@ -73,6 +73,12 @@ pub fn diff(loaded: &Loaded, wanted: Ruleset) -> Transaction {
         let missing = SetName::ALL.into_iter().filter(|&set| !has(set));
         transaction.ops.extend(missing.map(|set| Op::AddSet(family, set)));
 
+        let counts = adopted.is_some_and(|table| table.sets.contains_key(CONNECTIONS));
+        if wanted.counts() && !counts {
+            transaction.ops.push(Op::AddCounters(family));
+        } else if counts && !wanted.counts() {
+            last.push(Op::DeleteCounters(family));
+        }
         let holds = |name| adopted.is_some_and(|table| table.affinities.contains_key(name));
         let missing = wanted.affinities_of(family).filter(|name| !holds(name)).cloned();
         transaction.ops.extend(missing.map(|name| Op::AddAffinity(family, name)));
@@ -91,11 +97,13 @@ pub fn diff(loaded: &Loaded, wanted: Ruleset) -> Transaction {
         }
         if let Some(table) = adopted {
             held.insert(family, &table.elements);
-            let unwanted = table.chains.keys().filter(|name| {
-                !name.parse().is_ok_and(|name: ChainName| {
-                    !name.is_shared() || wanted.shared_chains.contains(&(family, name))
-                })
-            });
+            let is_wanted = |name: ChainName| {
+                if ChainName::COUNTING.contains(&name) {
+                    return wanted.counts();
+                }
+                !name.is_shared() || wanted.shared_chains.contains(&(family, name))
+            };
+            let unwanted = table.chains.keys().filter(|name| !name.parse().is_ok_and(is_wanted));
             leftover.extend(unwanted.map(|name| (family, name.clone())));
             for (name, held) in &table.affinities {
                 match wanted.affinities.get(&(family, name.clone())) {

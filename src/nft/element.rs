@@ -335,8 +335,9 @@ pub fn data_len(family: Family, set: SetName) -> u32 {
     }
 }
 
-struct Reader<'a> {
-    bytes: &'a [u8],
+/// Takes the fields of a key or value one after the other.
+pub(super) struct Reader<'a> {
+    pub(super) bytes: &'a [u8],
 }
 
 impl Reader<'_> {
@@ -349,19 +350,19 @@ impl Reader<'_> {
         padding.iter().all(|&byte| byte == 0).then(|| field.try_into().ok())?
     }
 
-    fn address(&mut self, family: Family) -> Option<IpAddr> {
+    pub(super) fn address(&mut self, family: Family) -> Option<IpAddr> {
         Some(match family {
             Family::V4 => IpAddr::from(self.field::<4>()?),
             Family::V6 => IpAddr::from(self.field::<16>()?),
         })
     }
 
-    fn protocol(&mut self) -> Option<Protocol> {
+    pub(super) fn protocol(&mut self) -> Option<Protocol> {
         let [number] = self.field::<1>()?;
         Protocol::from_number(number)
     }
 
-    fn port(&mut self) -> Option<u16> {
+    pub(super) fn port(&mut self) -> Option<u16> {
         Some(u16::from_be_bytes(self.field()?))
     }
 

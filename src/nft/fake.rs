@@ -11,7 +11,7 @@ use super::kernel::{
     Applied, ApplyError, ChainState, Kernel, LoadError, Loaded, LoadedTable, Ownership, Refusal,
     SetState,
 };
-use super::names::{AffinityName, LAYOUT, SetName};
+use super::names::{AffinityName, CONNECTIONS, LAYOUT, SetName};
 use super::rule::{Chain, Rule, Statement};
 use super::transaction::{Op, Transaction};
 use crate::model::Family;
@@ -24,6 +24,8 @@ struct Table {
     elements: BTreeMap<ElementId, Value>,
     /// The backends that clients are held to.
     affinities: BTreeMap<AffinityName, BTreeSet<Backend>>,
+    /// Whether it has the set that counts connections.
+    counters: bool,
 }
 
 /// A kernel that holds nothing but our tables.
@@ -109,6 +111,19 @@ impl FakeKernel {
                 }
                 table.affinities.remove(name).map(drop).ok_or(libc::ENOENT)
             }
+            Op::AddCounters(family) => {
+                let table = tables.get_mut(family).ok_or(libc::ENOENT)?;
+                let had = std::mem::replace(&mut table.counters, true);
+                if had { Err(libc::EEXIST) } else { Ok(()) }
+            }
+            Op::DeleteCounters(family) => {
+                let table = tables.get_mut(family).ok_or(libc::ENOENT)?;
+                if table.counts() {
+                    return Err(libc::EBUSY);
+                }
+                let had = std::mem::replace(&mut table.counters, false);
+                if had { Ok(()) } else { Err(libc::ENOENT) }
+            }
             Op::Forget(family, name, keep) => {
                 let table = tables.get_mut(family).ok_or(libc::ENOENT)?;
                 let held = table.affinities.get_mut(name).ok_or(libc::ENOENT)?;
@@ -184,6 +199,7 @@ impl Table {
             Statement::DnatSticky(name) | Statement::Remember(name, _) => {
                 self.affinities.contains_key(name)
             }
+            Statement::Count => self.counters,
             _ => true,
         });
         found.then_some(()).ok_or(libc::ENOENT)
@@ -197,6 +213,11 @@ impl Table {
                 _ => false,
             })
         })
+    }
+
+    fn counts(&self) -> bool {
+        let mut rules = self.chains.values().flat_map(|(_, rules)| rules);
+        rules.any(|rule| rule.statements.contains(&Statement::Count))
     }
 
     fn refers_to(&self, name: &str) -> bool {
@@ -236,7 +257,13 @@ impl Kernel for FakeKernel {
             let table = LoadedTable {
                 comment: Some(LAYOUT.into()),
                 ownership: Ownership::Right,
-                sets: table.sets.iter().map(|s| (s.to_string(), SetState::Same)).collect(),
+                sets: table
+                    .sets
+                    .iter()
+                    .map(ToString::to_string)
+                    .chain(table.counters.then(|| CONNECTIONS.to_owned()))
+                    .map(|name| (name, SetState::Same))
+                    .collect(),
                 affinities: table.affinities.clone(),
                 chains: chains.collect(),
                 elements: table.elements.clone(),

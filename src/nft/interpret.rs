@@ -238,8 +238,8 @@ impl Interpreter<'_> {
         for statement in &rule.statements {
             let matches = match statement {
                 // All that is followed is first packets, and what they leave behind in affinity maps is
-                // not asked for again by them.
-                Statement::CtStateNew | Statement::Remember(..) => true,
+                // not asked for again by them. Counting changes nothing.
+                Statement::CtStateNew | Statement::Remember(..) | Statement::Count => true,
                 Statement::CtStatusDnat => state.translated,
                 Statement::FromThisHost => (self.world.is_local)(self.packet.source),
                 Statement::ToThisHost => (self.world.is_local)(state.to.address),
@@ -391,9 +391,9 @@ impl Interpreter<'_> {
     fn fields(&self, state: &State, selectors: &[Selector]) -> Vec<Field> {
         let field = |selector: &Selector| match selector {
             Selector::Saddr => Some(Field::Address(self.packet.source)),
-            Selector::Daddr => Some(Field::Address(state.to.address)),
+            Selector::Daddr | Selector::ReplySaddr => Some(Field::Address(state.to.address)),
             Selector::L4Proto => Some(Field::Protocol(self.packet.protocol)),
-            Selector::Dport => Some(Field::Port(state.to.port)),
+            Selector::Dport | Selector::ReplySport => Some(Field::Port(state.to.port)),
             Selector::OriginalDaddr => Some(Field::Address(self.packet.destination)),
             Selector::OriginalDport => Some(Field::Port(self.packet.port)),
             Selector::Slot { .. } => None,

@@ -3,6 +3,7 @@
 //! Every rule and element exists once, as a value of these types. [`text`] writes it the way `nft`
 //! reads it, [`netlink`] the way the kernel does; the parity test holds the two together.
 
+pub mod connection;
 pub mod dataplane;
 pub mod diff;
 pub mod element;

@@ -23,6 +23,10 @@ pub const TABLE: &str = "nftproxy";
 /// in it; a table without it, or with another number, is replaced as a whole at start-up.
 pub const LAYOUT: &str = "nftproxy layout 1";
 
+/// Name of the set that counts connections, where that is asked for. Packets fill it, as they do the
+/// affinity maps, so that it is none of [`SetName`].
+pub const CONNECTIONS: &str = "connections";
+
 /// What that comment begins with in every version.
 pub const LAYOUTS: &str = "nftproxy layout ";
 
@@ -149,7 +153,7 @@ mod tests {
         for set in SetName::ALL {
             assert_eq!(set.as_str().parse(), Ok(set));
         }
-        let mut chains = ChainName::FIXED.to_vec();
+        let mut chains = [&ChainName::FIXED[..], &ChainName::COUNTING].concat();
         let port = port("a-1/b/udp/1-2");
         for pick in [Pick::Random, Pick::SourceHash, Pick::RoundRobin] {
             for entry in [Entry::Address, Entry::NodePort] {

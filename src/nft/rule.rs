@@ -24,6 +24,10 @@ pub enum Selector {
     OriginalDaddr,
     /// Destination port of that packet.
     OriginalDport,
+    /// Source address that answers come from: of a translated connection, its backend's.
+    ReplySaddr,
+    /// Source port that they come from.
+    ReplySport,
     /// A number in `offset .. offset + modulus`.
     Slot {
         /// Where it comes from.
@@ -70,6 +74,22 @@ pub const HASH_SEED: u32 = 0x6e66_7470;
 /// How many clients an affinity map remembers: what the kernel gives a map that packets fill. Further
 /// clients are not remembered.
 pub const AFFINITY_SIZE: u32 = 65535;
+
+/// How many pairs of a frontend and a backend are counted: the same limit. Connections of further
+/// pairs are not.
+pub const CONNECTIONS_SIZE: u32 = AFFINITY_SIZE;
+
+/// For how many seconds after its last connection a pair's counter is kept.
+pub const COUNTED_FOR: u32 = 3600;
+
+/// What a connection is counted by: what was dialled, and who answers.
+pub const COUNTED_BY: [Selector; 5] = [
+    Selector::OriginalDaddr,
+    Selector::L4Proto,
+    Selector::OriginalDport,
+    Selector::ReplySaddr,
+    Selector::ReplySport,
+];
 
 /// How a slot is picked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,6 +146,8 @@ pub enum Statement {
     /// Remembers for so many seconds that the source has this destination. One that is remembered
     /// keeps its backend, for another such time; if there is no room for one more, goes on.
     Remember(AffinityName, u32),
+    /// Counts a connection ([`COUNTED_BY`]); if there is no room for one more pair, goes on.
+    Count,
     /// Replaces the source by an address of the outgoing interface and a random port.
     Masquerade,
     /// Runs another chain, then goes on.

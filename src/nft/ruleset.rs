@@ -34,7 +34,14 @@ impl Ruleset {
             .filter(move |(f, _)| *f == family)
             .map(|(_, name)| name.clone())
             .chain(ChainName::FIXED)
+            .chain(ChainName::COUNTING.into_iter().filter(|_| self.counts()))
             .map(move |name| dataplane::chain(name, family, &self.options))
+    }
+
+    /// Whether connections are counted.
+    #[must_use]
+    pub fn counts(&self) -> bool {
+        self.options.counters
     }
 
     /// The affinity maps of a family.

@@ -8,10 +8,12 @@ use std::fmt::{self, Write as _};
 
 use askama::Template;
 
+use super::connection::CONNECTION;
 use super::element::Value;
-use super::names::{AffinityName, DataType, KeyField, LAYOUT, SetName, TABLE};
+use super::names::{AffinityName, CONNECTIONS, DataType, KeyField, LAYOUT, SetName, TABLE};
 use super::rule::{
-    AFFINITY_SIZE, Base, BaseKind, Chain, HASH_SEED, Hook, Rule, Selector, SlotSource, Statement,
+    AFFINITY_SIZE, Base, BaseKind, CONNECTIONS_SIZE, COUNTED_BY, COUNTED_FOR, Chain, HASH_SEED,
+    Hook, Rule, Selector, SlotSource, Statement,
 };
 use super::ruleset::Ruleset;
 use super::transaction::Op;
@@ -27,6 +29,9 @@ struct TableText<'a> {
     affinities: Vec<&'a AffinityName>,
     affinity_definition: String,
     affinity_size: u32,
+    /// Definition of the set that counts connections, if there is one.
+    counters: Option<String>,
+    counters_size: u32,
     chains: Vec<ChainText>,
 }
 
@@ -68,6 +73,8 @@ pub fn table(ruleset: &Ruleset, family: Family) -> String {
         affinities: ruleset.affinities_of(family).collect(),
         affinity_definition: affinity_definition(family),
         affinity_size: AFFINITY_SIZE,
+        counters: ruleset.counts().then(|| counters_definition(family)),
+        counters_size: CONNECTIONS_SIZE,
         chains: chains.collect(),
     };
     text.render().expect("writing to a string does not fail")
@@ -82,6 +89,11 @@ pub fn ruleset(ruleset: &Ruleset) -> String {
 fn affinity_definition(family: Family) -> String {
     let [address, port] = [KeyField::Address, KeyField::Port].map(|f| type_name(f, family));
     format!("type {address} : {address} . {port}")
+}
+
+fn counters_definition(family: Family) -> String {
+    let fields = CONNECTION.map(|field| type_name(field, family));
+    format!("type {}", fields.join(" . "))
 }
 
 fn kind(set: SetName) -> &'static str {
@@ -195,6 +207,12 @@ fn statement(statement: &Statement, family: Family) -> String {
         Statement::Remember(affinity, seconds) => format!(
             "update @{affinity} {{ {family} saddr timeout {seconds}s : {family} daddr . th dport }}"
         ),
+        Statement::Count => {
+            format!(
+                "update @{CONNECTIONS} {{ {} timeout {COUNTED_FOR}s counter }}",
+                key(&COUNTED_BY)
+            )
+        }
         Statement::Masquerade => "masquerade fully-random".into(),
         Statement::Jump(chain) => format!("jump {chain}"),
         Statement::Goto(chain) => format!("goto {chain}"),
@@ -226,6 +244,8 @@ fn selector(selector: Selector, family: Family) -> String {
         Selector::Dport => "th dport".into(),
         Selector::OriginalDaddr => format!("ct original {family} daddr"),
         Selector::OriginalDport => "ct original proto-dst".into(),
+        Selector::ReplySaddr => format!("ct reply {family} saddr"),
+        Selector::ReplySport => "ct reply proto-src".into(),
         Selector::Slot { source, modulus, offset } => {
             let mut text = match source {
                 SlotSource::Random => format!("numgen random mod {modulus}"),
@@ -262,6 +282,14 @@ pub fn op(op: &Op) -> String {
                  flags dynamic,timeout; }}"
             )
         }
+        Op::AddCounters(family) => {
+            let definition = counters_definition(*family);
+            format!(
+                "add set {family} {TABLE} {CONNECTIONS} {{ {definition}; size {CONNECTIONS_SIZE}; \
+                 flags dynamic,timeout; }}"
+            )
+        }
+        Op::DeleteCounters(family) => format!("delete set {family} {TABLE} {CONNECTIONS}"),
         Op::DeleteAffinity(family, name) => format!("delete map {family} {TABLE} {name}"),
         Op::Forget(family, name, keep) => {
             let keep: Vec<_> = keep.iter().map(ToString::to_string).collect();

@@ -27,6 +27,10 @@ pub enum Op {
     /// Forgets the clients of an affinity map that are held to other backends than these (sorted).
     /// Packets fill the map meanwhile, so this alone is done when everything else is in force.
     Forget(Family, AffinityName, Box<[Backend]>),
+    /// Creates the set that counts connections, empty.
+    AddCounters(Family),
+    /// Removes it, when nothing refers to it any more.
+    DeleteCounters(Family),
     /// Declares a chain, still empty.
     AddChain(Family, Box<Chain>),
     /// Appends all rules of a chain.

@@ -16,7 +16,10 @@ use crate::status::Status;
 /// The kernel's maps are not looked at more often than this, however many scrape.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// How long it may take to look at them.
+/// The counters of connections are looked at no less often than this: they stay for an hour.
+const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(10 * 60);
+
+/// How long it may take to look at the affinity maps.
 const LOOK_FOR: Duration = Duration::from_millis(100);
 
 pub(super) struct Pages {
@@ -32,6 +35,14 @@ impl Pages {
         Self { status, configz, looked: Mutex::new(None) }
     }
 
+    /// Keeps looking, for as long as nobody scrapes: the kernel's counters of connections age.
+    pub(super) async fn keep_looking(&self) {
+        loop {
+            tokio::time::sleep(LOOK_AT_LEAST_EVERY).await;
+            tokio::task::block_in_place(|| self.status.look_at_connections());
+        }
+    }
+
     fn metrics(&self) -> String {
         // Whoever comes while somebody looks gets what was seen last.
         if let Ok(mut looked) = self.looked.try_lock()
@@ -45,6 +56,7 @@ impl Pages {
 
     /// Looks at what only the kernel knows.
     fn look(&self) {
+        self.status.look_at_connections();
         let int = |count| i64::try_from(count).unwrap_or(i64::MAX);
         match affinity_fill(LOOK_FOR) {
             Ok(fills) => {

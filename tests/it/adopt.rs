@@ -14,10 +14,12 @@ use nftproxy::nft::netlink::NetlinkKernel;
 use nftproxy::nft::text;
 use nftproxy::nft::transaction::{Op, Transaction};
 use nftproxy::reconcile::{Committed, Proxy};
+use nftproxy::settings::Settings;
+use nftproxy::state::State;
 use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
 
-use crate::model::{all_listed, example, state};
+use crate::model::{all_listed, example, node, settings, state};
 use crate::namespace::{in_namespace, nft};
 use crate::parity::listed;
 
@@ -37,6 +39,33 @@ fn a_restart_with_the_same_objects_sends_nothing() {
         let (_, done) = start(example());
         assert_eq!((done.operations, done.applied.bytes), (0, 0));
         assert_eq!(listed(), before);
+    });
+}
+
+/// Counters are adopted as they are, and come and go without touching anything else.
+#[test]
+fn counting_is_switched_by_a_restart() {
+    let start = |counters| {
+        let state = State::new(Settings { counters, ..settings() }, node());
+        let mut proxy = Proxy::new(state, NetlinkKernel::open().unwrap());
+        example().into_iter().chain(all_listed()).for_each(|event| proxy.observe(event));
+        proxy.commit().unwrap()
+    };
+    in_namespace(|| {
+        start(false);
+        let off = listed();
+        // A set, two chains, and three rules in each are one operation; of both families.
+        assert_eq!(start(true).operations, 10);
+        let pair =
+            "10.96.0.10 . tcp . 80 . 10.244.1.5 . 8080 counter packets 7 bytes 420 timeout 1h";
+        nft(&["add", "element", "ip", "nftproxy", "connections", &format!("{{ {pair} }}")], "");
+        let kept =
+            || nft(&["list", "set", "ip", "nftproxy", "connections"], "").contains("packets 7 ");
+        assert!(kept());
+        assert_eq!(start(true).operations, 0);
+        assert!(kept());
+        assert!(start(false).operations > 0);
+        assert_eq!(listed(), off);
     });
 }
 

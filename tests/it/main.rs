@@ -19,6 +19,7 @@ mod commands;
 mod config;
 mod conntrack;
 mod control_plane;
+mod counters;
 mod deploy;
 mod drift;
 mod e2e;

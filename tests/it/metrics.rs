@@ -13,14 +13,14 @@ use crate::objects::{CLUSTER, Svc, slice};
 use crate::packets::{CIDRS, HTTP, one, run, to};
 use crate::serve::Outcome;
 
-type Labels = BTreeMap<String, String>;
+pub(crate) type Labels = BTreeMap<String, String>;
 
 /// A family: its type, its help text, and its samples by name and labels.
 #[derive(Debug, Default)]
-struct Family {
-    kind: String,
+pub(crate) struct Family {
+    pub(crate) kind: String,
     help: String,
-    samples: Vec<(String, Labels, f64)>,
+    pub(crate) samples: Vec<(String, Labels, f64)>,
 }
 
 impl Family {
@@ -156,7 +156,7 @@ fn text(net: &Net) -> String {
     page.body
 }
 
-fn scrape(net: &Net) -> BTreeMap<String, Family> {
+pub(crate) fn scrape(net: &Net) -> BTreeMap<String, Family> {
     let families = parsed(&text(net));
     check_histograms(&families);
     families

@@ -19,10 +19,11 @@ use crate::model::{all_listed, example, node, settings};
 use crate::namespace::{in_namespace, lacks, nft, refused};
 
 /// Everything that settings can bring into the rules.
-fn all_settings() -> [Settings; 3] {
+fn all_settings() -> [Settings; 4] {
     [
         Settings { loopback: Loopback::NodePorts, ..settings() },
         Settings { loopback: Loopback::Guarded, ..settings() },
+        Settings { counters: true, ..settings() },
         Settings {
             detect_local: DetectLocal::Interface(InterfaceName::Prefix("veth".into())),
             node_port_addresses: NodePortAddresses::Ranges(vec![
@@ -130,7 +131,12 @@ fn no_instruction_swaps_bytes() {
 
 #[test]
 fn a_dump_reads_back_what_either_of_them_made() {
-    let ruleset = wanted(example());
+    for counters in [false, true] {
+        reads_back(&wanted_with(Settings { counters, ..settings() }, example()));
+    }
+}
+
+fn reads_back(ruleset: &Ruleset) {
     let transaction = diff(&Loaded::default(), ruleset.clone());
     for by_text in [true, false] {
         if by_text && !text_loads() {
@@ -139,7 +145,7 @@ fn a_dump_reads_back_what_either_of_them_made() {
         in_namespace(|| {
             let mut kernel = NetlinkKernel::open().unwrap();
             if by_text {
-                nft(&["-f", "-"], &text::ruleset(&ruleset));
+                nft(&["-f", "-"], &text::ruleset(ruleset));
             } else {
                 kernel.apply(&transaction).unwrap();
             }

@@ -80,6 +80,12 @@ fn every_fixture_renders_what_its_snapshot_shows() {
 }
 
 #[test]
+fn connections_are_counted_where_that_is_asked_for() {
+    let manifests = include_str!("../fixtures/dual-stack.yaml");
+    check("dual-stack--counters", manifests, Settings { counters: true, ..settings() });
+}
+
+#[test]
 fn masquerading_follows_the_configuration() {
     let manifests = include_str!("../fixtures/cluster-ip.yaml");
     check("cluster-ip--no-cluster-cidr", manifests, Settings::default());

@@ -66,6 +66,7 @@ const RINGS: [Ring; 4] = [
     Ring {
         files: &[
             "src/account.rs",
+            "src/connections.rs",
             "src/selection.rs",
             "src/slots.rs",
             "src/maglev.rs",
@@ -79,6 +80,7 @@ const RINGS: [Ring; 4] = [
             "src/conntrack/sweep.rs",
             "src/takeover/chains.rs",
             "src/nft/names",
+            "src/nft/connection.rs",
             "src/nft/element.rs",
             "src/nft/rule.rs",
             "src/nft/dataplane.rs",

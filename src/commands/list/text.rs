@@ -39,6 +39,7 @@ fn head(row: &PortRow) -> String {
         words.push(row.scheduler.to_owned());
     }
     words.extend(row.affinity_seconds.map(|seconds| format!("affinity {seconds}s")));
+    words.extend(row.connections.map(|number| count(number, "connection")));
     words.extend(row.in_kernel.map(|state| match state {
         InKernel::InForce => Paint::Good.on("in force"),
         InKernel::Differs => Paint::Bad.on("NOT IN FORCE: see nftproxy diff"),

@@ -126,6 +126,10 @@ pub enum ChainName {
     NatInput,
     /// Base chain, nat postrouting.
     NatPostrouting,
+    /// Base chain that counts connections, nat input.
+    CountInput,
+    /// Base chain that counts connections, nat postrouting.
+    CountPostrouting,
 }
 
 impl ChainName {
@@ -153,7 +157,10 @@ impl ChainName {
         Self::NatPostrouting,
     ];
 
-    /// The whole name of a chain that always exists.
+    /// The chains that exist where connections are counted.
+    pub const COUNTING: [Self; 2] = [Self::CountInput, Self::CountPostrouting];
+
+    /// The whole name of a chain that does not depend on Services.
     fn fixed(&self) -> Option<&'static str> {
         Some(match self {
             Self::Select(_) | Self::External(_) | Self::OfPort(_) => return None,
@@ -177,6 +184,8 @@ impl ChainName {
             Self::NatOutput => "nat-output",
             Self::NatInput => "nat-input",
             Self::NatPostrouting => "nat-postrouting",
+            Self::CountInput => "count-input",
+            Self::CountPostrouting => "count-postrouting",
         })
     }
 
@@ -305,7 +314,8 @@ impl FromStr for ChainName {
     type Err = UnknownName;
 
     fn from_str(name: &str) -> Result<Self, UnknownName> {
-        if let Some(fixed) = Self::FIXED.into_iter().find(|chain| chain.fixed() == Some(name)) {
+        let mut fixed = Self::FIXED.into_iter().chain(Self::COUNTING);
+        if let Some(fixed) = fixed.find(|chain| chain.fixed() == Some(name)) {
             return Ok(fixed);
         }
         let chain = match name.split_once('/') {

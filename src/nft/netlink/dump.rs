@@ -27,12 +27,12 @@ use super::encode::{hook, nfproto, set_flags};
 use super::ffi::{self, Chain, ElementRef, Generation, Rule, Set, Table};
 use super::instruction::lower;
 use super::socket::NetlinkSocket;
-use super::{OWNED, PERSIST};
+use super::{OWNED, PERSIST, connections};
 use crate::model::Family;
 use crate::nft::dataplane::{self, Options};
 use crate::nft::element::{Backend, ElementId, Key, Value, data_len, key_len};
 use crate::nft::kernel::{ChainState, LoadError, Loaded, LoadedTable, Ownership, SetState};
-use crate::nft::names::{AffinityName, ChainName, DataType, KeyField, SetName, TABLE};
+use crate::nft::names::{AffinityName, CONNECTIONS, ChainName, DataType, KeyField, SetName, TABLE};
 use crate::nft::rule::{BaseKind, Chain as WantedChain};
 
 /// How often a dump is repeated when the ruleset changes under it, or the elements of a map move.
@@ -187,6 +187,7 @@ impl Dump<'_> {
                 && let Some(name) = set.get_str(sys::NFTNL_SET_NAME)
             {
                 let state = match name.parse::<SetName>() {
+                    Err(_) if name == CONNECTIONS => connections::state(&set, family),
                     Err(_) => match name.parse::<AffinityName>() {
                         Err(_) => SetState::Unknown,
                         Ok(known) if affinity::is_defined(&set, family) => {
@@ -316,6 +317,30 @@ pub(super) fn sets_request(family: Family) -> Vec<u8> {
         // SAFETY: the header stands in a buffer from `Batch::write`.
         unsafe {
             filter.build(header);
+        }
+    })
+}
+
+/// Asks for our table alone.
+pub(super) fn table_request(family: Family) -> Vec<u8> {
+    let mut table = Table::new();
+    table.set_str(sys::NFTNL_TABLE_NAME, TABLE);
+    request(libc::NFT_MSG_GETTABLE, nfproto(family), libc::NLM_F_ACK, |header| {
+        #[expect(unsafe_code, reason = "libnftnl writes the request")]
+        // SAFETY: the header stands in a buffer from `Batch::write`.
+        unsafe {
+            table.build(header);
+        }
+    })
+}
+
+/// Asks for a set alone.
+pub(super) fn set_request(family: Family, mut set: Set) -> Vec<u8> {
+    request(libc::NFT_MSG_GETSET, nfproto(family), libc::NLM_F_ACK, |header| {
+        #[expect(unsafe_code, reason = "libnftnl writes the request")]
+        // SAFETY: the header stands in a buffer from `Batch::write`.
+        unsafe {
+            set.build(header);
         }
     })
 }

@@ -9,7 +9,7 @@ use super::affinity;
 use super::batch::{Batch, Message};
 use super::ffi::{self, Set, Table, c_string};
 use super::instruction::lower;
-use super::userdata;
+use super::{connections, userdata};
 use crate::model::Family;
 use crate::nft::element::{Bytes, ElementId, Key, Value, data_len, key_len};
 use crate::nft::names::{ChainName, DataType, KeyField, LAYOUT, SetName, TABLE};
@@ -41,6 +41,8 @@ pub(super) fn batch(transaction: &Transaction, mut batch: Batch, table_flags: u3
             Op::AddSet(family, set) => add_set(&mut batch, index, *family, *set),
             Op::AddAffinity(family, name) => affinity::add(&mut batch, index, *family, name),
             Op::DeleteAffinity(family, name) => affinity::delete(&mut batch, index, *family, name),
+            Op::AddCounters(family) => connections::add(&mut batch, index, *family),
+            Op::DeleteCounters(family) => connections::delete(&mut batch, index, *family),
             // Done when the rest is in force.
             Op::Forget(..) => {}
             Op::AddChain(family, chain) => add_chain(&mut batch, index, *family, chain),

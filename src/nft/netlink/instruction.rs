@@ -14,8 +14,10 @@ use nftnl::nftnl_sys as sys;
 use super::ffi::{c_string, expression_text};
 use crate::model::Family;
 use crate::nft::element::padded_len;
-use crate::nft::names::{AffinityName, KeyField};
-use crate::nft::rule::{HASH_SEED, InterfaceName, Rule, Selector, SlotSource, Statement};
+use crate::nft::names::{AffinityName, CONNECTIONS, KeyField};
+use crate::nft::rule::{
+    COUNTED_BY, COUNTED_FOR, HASH_SEED, InterfaceName, Rule, Selector, SlotSource, Statement,
+};
 
 /// One instruction: libnftnl's name for it, and its attributes.
 pub(super) struct Instruction {
@@ -29,6 +31,8 @@ enum Value {
     Byte(u8),
     Data(Vec<u8>),
     Text(CString),
+    /// An instruction that this one runs.
+    Inner(Box<Instruction>),
 }
 
 impl Instruction {
@@ -63,6 +67,11 @@ impl Instruction {
     fn byte(mut self, attribute: u32, value: libc::c_int) -> Self {
         let value = u8::try_from(value).expect("a code is one byte");
         self.attributes.push((attribute, Value::Byte(value)));
+        self
+    }
+
+    fn inner(mut self, attribute: u32, instruction: Self) -> Self {
+        self.attributes.push((attribute, Value::Inner(Box::new(instruction))));
         self
     }
 
@@ -106,6 +115,12 @@ impl Instruction {
                     // SAFETY: as above; the library copies the string.
                     unsafe { sys::nftnl_expr_set_str(raw, attribute, text.as_ptr()) };
                 }
+                Value::Inner(instruction) => {
+                    let inner = instruction.allocate().as_ptr().cast();
+                    // SAFETY: as above; the library takes the inner expression over, and frees it
+                    // with the outer one.
+                    unsafe { sys::nftnl_expr_set(raw, attribute, inner, 0) };
+                }
             }
         }
         expression
@@ -139,10 +154,14 @@ const FIB_ADDRESS_TYPE: u32 = 3;
 const FIB_SADDR: u32 = 1;
 const FIB_DADDR: u32 = 2;
 /// Keys of conntrack's tuples that libc does not name (`enum nft_ct_keys`).
+const CT_PROTO_SRC: libc::c_int = 11;
 const CT_PROTO_DST: libc::c_int = 12;
+const CT_SRC_IP: libc::c_int = 19;
 const CT_DST_IP: libc::c_int = 20;
+const CT_SRC_IP6: libc::c_int = 21;
 const CT_DST_IP6: libc::c_int = 22;
 const CT_DIR_ORIGINAL: libc::c_int = 0;
+const CT_DIR_REPLY: libc::c_int = 1;
 const HASH_JENKINS: u32 = 0;
 /// How far behind the hash a source address is loaded that is hashed: where nft has it, so that a
 /// table loaded from text is the same.
@@ -206,6 +225,14 @@ fn lower_statement(statement: &Statement, family: Family) -> Vec<Instruction> {
             dnat(family),
         ],
         Statement::Remember(affinity, seconds) => remember(affinity, *seconds, family),
+        Statement::Count => {
+            let mut list = load(&COUNTED_BY, family);
+            let counter = Instruction::new(c"counter")
+                .long(sys::NFTNL_EXPR_CTR_BYTES, 0)
+                .long(sys::NFTNL_EXPR_CTR_PACKETS, 0);
+            list.push(update(CONNECTIONS, COUNTED_FOR).inner(sys::NFTNL_EXPR_DYNSET_EXPR, counter));
+            list
+        }
         Statement::MarkClear(bits) => {
             vec![load_mark(), bitwise(*bits, 0), compare(libc::NFT_CMP_EQ, &0_u32.to_ne_bytes())]
         }
@@ -250,9 +277,11 @@ fn load(selectors: &[Selector], family: Family) -> Vec<Instruction> {
             list.push(load_one(selector, family, register(offset)));
         }
         let field = match selector {
-            Selector::Saddr | Selector::Daddr | Selector::OriginalDaddr => KeyField::Address,
+            Selector::Saddr | Selector::Daddr | Selector::OriginalDaddr | Selector::ReplySaddr => {
+                KeyField::Address
+            }
             Selector::L4Proto => KeyField::Protocol,
-            Selector::Dport | Selector::OriginalDport => KeyField::Port,
+            Selector::Dport | Selector::OriginalDport | Selector::ReplySport => KeyField::Port,
             Selector::Slot { .. } => KeyField::Slot,
         };
         offset += padded_len(family, field);
@@ -271,9 +300,12 @@ fn load_one(selector: Selector, family: Family, register: u32) -> Instruction {
         (Selector::L4Proto, _) => Instruction::new(c"meta")
             .constant(sys::NFTNL_EXPR_META_KEY, libc::NFT_META_L4PROTO)
             .number(sys::NFTNL_EXPR_META_DREG, register),
-        (Selector::OriginalDaddr, Family::V4) => original(CT_DST_IP, register),
-        (Selector::OriginalDaddr, Family::V6) => original(CT_DST_IP6, register),
-        (Selector::OriginalDport, _) => original(CT_PROTO_DST, register),
+        (Selector::OriginalDaddr, Family::V4) => tuple(CT_DST_IP, CT_DIR_ORIGINAL, register),
+        (Selector::OriginalDaddr, Family::V6) => tuple(CT_DST_IP6, CT_DIR_ORIGINAL, register),
+        (Selector::OriginalDport, _) => tuple(CT_PROTO_DST, CT_DIR_ORIGINAL, register),
+        (Selector::ReplySaddr, Family::V4) => tuple(CT_SRC_IP, CT_DIR_REPLY, register),
+        (Selector::ReplySaddr, Family::V6) => tuple(CT_SRC_IP6, CT_DIR_REPLY, register),
+        (Selector::ReplySport, _) => tuple(CT_PROTO_SRC, CT_DIR_REPLY, register),
         (Selector::Slot { source, modulus, offset }, _) => Instruction::new(c"numgen")
             .number(sys::NFTNL_EXPR_NG_DREG, register)
             .constant(
@@ -300,12 +332,12 @@ fn hash(from: u32, into: u32, len: u32, modulus: u16, offset: u16) -> Instructio
         .number(sys::NFTNL_EXPR_HASH_TYPE, HASH_JENKINS)
 }
 
-/// A field of the tuple that the connection was opened with.
-fn original(key: libc::c_int, register: u32) -> Instruction {
+/// A field of a tuple of the connection: of the packet that opened it, or of the answer.
+fn tuple(key: libc::c_int, direction: libc::c_int, register: u32) -> Instruction {
     Instruction::new(c"ct")
         .number(sys::NFTNL_EXPR_CT_DREG, register)
         .constant(sys::NFTNL_EXPR_CT_KEY, key)
-        .byte(sys::NFTNL_EXPR_CT_DIR, CT_DIR_ORIGINAL)
+        .byte(sys::NFTNL_EXPR_CT_DIR, direction)
 }
 
 fn fib_is_local(address: u32) -> Vec<Instruction> {
@@ -354,13 +386,18 @@ fn remember(affinity: &AffinityName, seconds: u32, family: Family) -> Vec<Instru
         load_one(Selector::Saddr, family, register(FIRST)),
         load_one(Selector::Daddr, family, register(DATA)),
         load_one(Selector::Dport, family, port),
-        Instruction::new(c"dynset")
-            .number(sys::NFTNL_EXPR_DYNSET_SREG_KEY, register(FIRST))
-            .number(sys::NFTNL_EXPR_DYNSET_SREG_DATA, register(DATA))
-            .constant(sys::NFTNL_EXPR_DYNSET_OP, libc::NFT_DYNSET_OP_UPDATE)
-            .long(sys::NFTNL_EXPR_DYNSET_TIMEOUT, u64::from(seconds) * 1000)
-            .text(sys::NFTNL_EXPR_DYNSET_SET_NAME, &affinity.to_string()),
+        update(&affinity.to_string(), seconds)
+            .number(sys::NFTNL_EXPR_DYNSET_SREG_DATA, register(DATA)),
     ]
+}
+
+/// Adds the element whose key is loaded to a set, or gives it such a time once more.
+fn update(set: &str, seconds: u32) -> Instruction {
+    Instruction::new(c"dynset")
+        .number(sys::NFTNL_EXPR_DYNSET_SREG_KEY, register(FIRST))
+        .constant(sys::NFTNL_EXPR_DYNSET_OP, libc::NFT_DYNSET_OP_UPDATE)
+        .long(sys::NFTNL_EXPR_DYNSET_TIMEOUT, u64::from(seconds) * 1000)
+        .text(sys::NFTNL_EXPR_DYNSET_SET_NAME, set)
 }
 
 fn payload(base: libc::c_int, offset: u32, len: u32, register: u32) -> Instruction {

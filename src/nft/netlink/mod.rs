@@ -7,6 +7,7 @@
 
 mod affinity;
 mod batch;
+mod connections;
 mod dump;
 mod encode;
 mod ffi;
@@ -24,6 +25,7 @@ use std::net::IpAddr;
 
 use tracing::{debug, warn};
 
+pub use self::connections::ReadCounters;
 pub use self::fill::{AffinityFill, affinity_fill};
 pub use self::foreign::{ForeignChain, ForeignOp, ForeignTable};
 pub use self::monitor::{Intrusion, Monitor};

@@ -167,11 +167,25 @@ impl NetlinkSocket {
 
     /// Sends a dump request and hands on every message of the answer. Returns false if the ruleset
     /// changed meanwhile, so that the parts may not fit together.
-    pub(super) fn dump(&mut self, request: &[u8], mut each: impl FnMut(&[u8])) -> io::Result<bool> {
+    pub(super) fn dump(&mut self, request: &[u8], each: impl FnMut(&[u8])) -> io::Result<bool> {
+        self.dump_while(request, each, || true)
+    }
+
+    /// The same, given up with `TimedOut` as soon as it is not to go on. What was not received then
+    /// stays in the kernel until the next request, which throws it away.
+    pub(super) fn dump_while(
+        &mut self,
+        request: &[u8],
+        mut each: impl FnMut(&[u8]),
+        go_on: impl Fn() -> bool,
+    ) -> io::Result<bool> {
         self.discard();
         self.send(request)?;
         let (mut done, mut consistent, mut error) = (false, true, 0);
         while !done {
+            if !go_on() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
             let received = self.receive(|message| {
                 consistent &= flags(message) & DUMP_INTERRUPTED == 0;
                 match kind(message) {

@@ -74,6 +74,13 @@ pub(super) fn affinity() -> Vec<u8> {
     userdata.bytes()
 }
 
+/// Userdata of the set that counts connections.
+pub(super) fn connections() -> Vec<u8> {
+    let mut userdata = Userdata::new();
+    userdata.put_u32(small(sys::NFTNL_UDATA_SET_KEYBYTEORDER), MIXED);
+    userdata.bytes()
+}
+
 fn concatenation(userdata: &mut Userdata, fields: &[KeyField], family: Family) {
     userdata.put_u32(KIND, EXPR_CONCAT);
     userdata.nest(DATA, |nest| {
