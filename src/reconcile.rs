@@ -24,6 +24,7 @@ use crate::nft::names::{LAYOUT, LAYOUTS};
 use crate::nft::ruleset::Ruleset;
 use crate::nft::text;
 use crate::nft::transaction::{Op, Transaction};
+use crate::recent::Trace;
 use crate::settings::Settings;
 use crate::state::State;
 
@@ -52,6 +53,8 @@ pub struct Proxy<K> {
     account: Account,
     /// What was last said about a contributor, so that it is said once.
     reported: BTreeMap<Contributor, Vec<Problem>>,
+    /// What the last commit was about.
+    trace: Trace,
 }
 
 /// What a commit did.
@@ -95,6 +98,7 @@ impl<K: Kernel> Proxy<K> {
             account: Account::default(),
             set_aside: BTreeSet::new(),
             reported: BTreeMap::new(),
+            trace: Trace::default(),
         }
     }
 
@@ -160,6 +164,22 @@ impl<K: Kernel> Proxy<K> {
         self.set_aside.len()
     }
 
+    /// Whose changes the kernel refuses.
+    #[must_use]
+    pub fn set_aside(&self) -> &BTreeSet<Contributor> {
+        &self.set_aside
+    }
+
+    /// What is wrong with objects.
+    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.reported.values().flatten()
+    }
+
+    /// What the last commit was about, once.
+    pub fn take_trace(&mut self) -> Trace {
+        std::mem::take(&mut self.trace)
+    }
+
     /// The kernel, for tests and benches.
     pub fn kernel_mut(&mut self) -> &mut K {
         &mut self.kernel
@@ -185,6 +205,7 @@ impl<K: Kernel> Proxy<K> {
                     ledger.accept(staged);
                     self.state.settle();
                     self.account.apply(&transaction.ops);
+                    self.trace = Trace::new(&contributors, transaction.ops);
                     self.serve(contributors);
                     return Ok(done);
                 }
@@ -214,6 +235,7 @@ impl<K: Kernel> Proxy<K> {
         let mut transaction = staged.transaction(&self.options);
         let done = apply(&mut self.kernel, &mut transaction)?;
         ledger.accept(staged);
+        self.trace = Trace::new(&[], transaction.ops);
         Ok(done)
     }
 
@@ -261,6 +283,12 @@ impl<K: Kernel> Proxy<K> {
             let mut transaction = diff(&loaded, ruleset);
             match apply(&mut self.kernel, &mut transaction) {
                 Ok(done) => {
+                    // At the start it is for everybody.
+                    let telling = Trace::telling(if first { &[] } else { &transaction.ops });
+                    let objects: BTreeSet<_> =
+                        telling.iter().filter_map(|op| staged.contributor(op)).cloned().collect();
+                    let objects: Vec<_> = objects.into_iter().collect();
+                    self.trace = Trace::new(&objects, transaction.ops);
                     let mut ledger = Ledger::default();
                     ledger.accept(staged);
                     self.ledger = Some(ledger);

@@ -10,7 +10,6 @@ use crate::host;
 use crate::nft::names::TABLE;
 use crate::nft::netlink::NetlinkKernel;
 use crate::nft::text;
-use crate::nft::transaction::Op;
 use crate::reconcile::Proxy;
 
 /// Compares.
@@ -28,13 +27,7 @@ pub async fn diff(config: &Config) -> Result<Answer, CommandError> {
         "--- kernel: tables ip {TABLE} and ip6 {TABLE} of this network namespace\n+++ wanted: {wanted}\n"
     );
     for (op, contributor) in plan {
-        let sign = match op {
-            Op::DeleteTable(_)
-            | Op::FlushChain(..)
-            | Op::DeleteChain(..)
-            | Op::DeleteElement(..) => '-',
-            _ => '+',
-        };
+        let sign = if op.removes() { '-' } else { '+' };
         for line in text::op(&op).lines() {
             let _ = write!(text, "{sign} {line}");
             if let Some(contributor) = &contributor {
