@@ -6,6 +6,7 @@
 
 pub mod check;
 pub mod cleanup;
+pub mod daemon;
 pub mod diff;
 pub mod endpoints;
 pub mod explain;
@@ -17,6 +18,7 @@ mod objects;
 mod tables;
 mod text;
 
+pub use self::daemon::DaemonError;
 pub use self::objects::GatherError;
 pub use self::tables::{Tables, TablesError};
 
@@ -61,6 +63,9 @@ pub enum CommandError {
     /// The objects cannot be had.
     #[error(transparent)]
     Objects(#[from] GatherError),
+    /// The daemon does not answer.
+    #[error(transparent)]
+    Daemon(#[from] DaemonError),
     /// The kernel's tables cannot be had.
     #[error(transparent)]
     Tables(#[from] TablesError),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::objects::gather;
+use super::objects::{Gathered, gather};
 use super::tables::TablesError;
 use super::{Answer, CommandError, Verdict};
 use crate::config::Config;
@@ -16,8 +16,9 @@ use crate::reconcile::Proxy;
 pub async fn diff(config: &Config) -> Result<Answer, CommandError> {
     host::check_privileges()?;
     let kernel = NetlinkKernel::open().map_err(TablesError::from)?;
-    let mut proxy = Proxy::new(gather(config).await?, kernel);
-    let wanted = format!("{}, node {}", config.source, config.node_name);
+    let Gathered { state, source } = gather(config).await?;
+    let wanted = format!("{source}, node {}", state.node_facts().name);
+    let mut proxy = Proxy::new(state, kernel);
     let plan = proxy.plan().map_err(TablesError::from)?;
     if plan.is_empty() {
         let text = format!("the kernel's tables are what is wanted ({wanted})\n");
