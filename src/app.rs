@@ -14,12 +14,13 @@ use tracing::{debug, error, info, warn};
 use crate::config::{self, Flags, Live, Loaded, Source};
 use crate::conntrack::Sweeper;
 use crate::host::{self, PrivilegeError};
+use crate::inspect::Inspector;
 use crate::metrics::RestClient;
 use crate::model::{Event, Family};
 use crate::nft::netlink::{FEATURES, NetlinkKernel, OpenError};
 use crate::program::Program;
 use crate::reconcile::Proxy;
-use crate::server::{self, BindError, Listen, ListenFailure};
+use crate::server::{self, About, BindError, Inside, Listen, ListenFailure};
 use crate::state::State;
 use crate::status::{HealthCheckChange, Reporter, Status};
 use crate::takeover::{self, Purpose};
@@ -81,6 +82,7 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
     let status = Arc::new(Status::new(families, config.live.sync_period));
     let (reporter, health_checks) = Reporter::new(status.clone());
     let swept = status.clone();
+    let (inspector, requests) = Inspector::new();
     let owning = config.table_owner;
     // Other Services of the node may still need it.
     let keep_theirs = config.keep_kube_proxy_rules || matches!(config.source, Source::Manifests(_));
@@ -90,6 +92,7 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
             Ok((kernel, sweeper)) => {
                 drop(opened.send(Ok(())));
                 Program::new(Proxy::new(state, kernel), sweeper, live, reporter)
+                    .answering(requests)
                     .after_sync(move || take_over(keep_theirs))
                     .run(events);
             }
@@ -105,7 +108,7 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
     info!(node = config.node_name, source = %config.source, "starting");
     follow_host(sender.downgrade())?;
     let rest_client = status.metrics.rest_client.clone();
-    let servers = serve(&loaded, status, health_checks);
+    let servers = serve(&loaded, status, inspector, health_checks);
     follow_config(flags, loaded, live_sender)?;
     tokio::select! {
         signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
@@ -142,6 +145,7 @@ fn prepare_host(live: &Live) -> Result<(), String> {
 fn serve(
     loaded: &Loaded,
     status: Arc<Status>,
+    inspector: Inspector,
     health_checks: UnboundedReceiver<HealthCheckChange>,
 ) -> impl Future<Output = BindError> + use<> {
     let config = &loaded.config;
@@ -152,7 +156,16 @@ fn serve(
     };
     let node = config.node_name.clone();
     let notices = notices::start(&config.source, &config.node_name, &status.metrics.rest_client);
-    server::serve(listen, status, config::configz(loaded), health_checks, move |failure| {
+    let inside = Inside {
+        configz: config::configz(loaded),
+        about: About {
+            node: node.clone(),
+            source: config.source.to_string(),
+            settings: config::given(loaded),
+        },
+        inspector,
+    };
+    server::serve(listen, status, inside, health_checks, move |failure| {
         let ListenFailure { service, address, reason } = failure;
         notices.give(Notice {
             // The words of kube-proxy.
