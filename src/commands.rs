@@ -4,11 +4,13 @@
 //! JSON), and then a text of that, so that the two cannot tell different things. None but `cleanup`
 //! changes anything.
 
+pub mod bundle;
 pub mod check;
 pub mod cleanup;
 pub mod daemon;
 pub mod diff;
 pub mod endpoints;
+pub mod events;
 pub mod explain;
 pub mod list;
 pub mod manual;
@@ -66,6 +68,9 @@ pub enum CommandError {
     /// The daemon does not answer.
     #[error(transparent)]
     Daemon(#[from] DaemonError),
+    /// The archive cannot be made.
+    #[error(transparent)]
+    Bundle(#[from] bundle::BundleError),
     /// The kernel's tables cannot be had.
     #[error(transparent)]
     Tables(#[from] TablesError),
