@@ -122,7 +122,7 @@ fn text(batch: &BatchRow) -> String {
         let _ = writeln!(out, "    {change}");
     }
     if batch.more_changes > 0 {
-        let _ = writeln!(out, "    and {} more", count(batch.more_changes, "operation"));
+        let _ = writeln!(out, "    and {} more {}", batch.more_changes, if batch.more_changes == 1 { "operation" } else { "operations" });
     }
     out
 }

@@ -18,7 +18,7 @@ const PORTS: usize = 200;
 const ENDPOINTS: usize = 100;
 
 /// Batches that are shown.
-const BATCHES: usize = 15;
+const BATCHES: usize = 8;
 
 /// Repairs that are shown, and other lists that can be long.
 const LISTED: usize = 20;
@@ -176,6 +176,11 @@ fn ago(from: Timestamp, to: Timestamp) -> String {
         3600..86400 => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
         _ => format!("{} d {} h", seconds / 86400, seconds % 86400 / 3600),
     }
+}
+
+/// `1 operation`, `2 operations`.
+fn counted(number: usize, what: &str) -> String {
+    if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
 }
 
 /// How many of a port's endpoints can be met at all.
