@@ -1,5 +1,7 @@
 //! The status page: what a person wants to see first, in one file that needs nothing else.
 
+use std::borrow::Borrow;
+
 use askama::Template;
 use jiff::Timestamp;
 
@@ -179,7 +181,8 @@ fn ago(from: Timestamp, to: Timestamp) -> String {
 }
 
 /// `1 operation`, `2 operations`.
-fn counted(number: usize, what: &str) -> String {
+fn counted(number: impl Borrow<usize>, what: &str) -> String {
+    let number = *number.borrow();
     if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
 }
 
