@@ -2,14 +2,15 @@
 //!
 //! State, ledger and netlink socket live here and nowhere else.
 //! - Nothing is committed before every kind was listed once.
-//! - The first change is committed at once, and the next no sooner than a few times what the last commit
-//!   took, so that programming never takes more than a fixed share of one core, whatever the size.
+//! - A change is committed at once while commits are cheap, and later the more they cost, so that
+//!   programming never takes more than a fixed share of one core for long, whatever the size.
 //! - After a failure it is tried again with growing pauses, up to `syncPeriod`.
 //! - What others do to the tables is put right ([`crate::drift`]).
 //! - A changed configuration is taken over between two commits.
 
 use std::time::Duration;
 
+use nix::time::{ClockId, clock_gettime};
 use tokio::sync::mpsc::{Receiver, error::TryRecvError};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -27,8 +28,14 @@ use crate::nft::netlink::{Intrusion, NetlinkKernel};
 use crate::reconcile::{CommitError, Committed, Proxy};
 use crate::status::Reporter;
 
-/// A commit is followed by a pause of this many times what it took.
+/// A commit has to be paid for by a pause of this many times the processor time that it took.
 const PAUSE: u32 = 5;
+
+/// So much may be owed: a commit that costs less is followed by the next at once.
+const CREDIT: Duration = Duration::from_millis(5);
+
+/// More is not owed for one commit; the first of a big cluster is not to hold up the second.
+const MOST: Duration = Duration::from_millis(100);
 
 /// Shared chains nobody uses are removed when nothing was committed for so long.
 const COLLECT_AFTER: Duration = Duration::from_secs(2);
@@ -299,10 +306,37 @@ impl Program {
     }
 }
 
+/// The processor time that commits took and pauses have not paid for yet. Not the time that passed:
+/// on a busy machine that is mostly the work of others, who are not helped by waiting longer.
+#[derive(Debug)]
+struct Debt {
+    owed: Duration,
+    at: Instant,
+}
+
+impl Debt {
+    fn owe(&mut self, cost: Duration, now: Instant) {
+        let paid = (now - self.at) / PAUSE;
+        self.owed = (self.owed.saturating_sub(paid) + cost).min(CREDIT + MOST);
+        self.at = now;
+    }
+
+    /// When there is credit again.
+    fn due(&self) -> Instant {
+        self.at + self.owed.saturating_sub(CREDIT) * PAUSE
+    }
+}
+
+/// What this thread has used of a processor, in the kernel, too.
+fn processor_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
+
 /// What was done when, and so what is due.
 struct Clock {
     pacing: Pacing,
     started: Instant,
+    debt: Debt,
     /// No commit before this.
     next: Instant,
     /// The pause after the next failure.
@@ -319,6 +353,7 @@ impl Clock {
         Self {
             pacing,
             started: now,
+            debt: Debt { owed: Duration::ZERO, at: now },
             next: now,
             retry: FIRST_RETRY,
             last_commit: now,
@@ -373,7 +408,9 @@ impl Clock {
                          ClusterIP is not masqueraded"
                     );
                 }
+                let before = processor_time();
                 let outcome = proxy.commit();
+                self.debt.owe(processor_time().saturating_sub(before), Instant::now());
                 reporter.committed(proxy, now.elapsed(), &outcome);
                 self.committed(now, outcome, proxy.state().count(Kind::Service));
             }
@@ -398,7 +435,7 @@ impl Clock {
         self.last_commit = now;
         match outcome {
             Ok(done) => {
-                self.next = now + (took * PAUSE).max(self.pacing.min_sync_period);
+                self.next = self.debt.due().max(now + self.pacing.min_sync_period);
                 self.retry = FIRST_RETRY;
                 let Committed { operations, applied, set_aside, .. } = done;
                 let bytes = applied.bytes;
@@ -418,5 +455,38 @@ impl Clock {
                 self.retry = (self.retry * 2).min(self.pacing.sync_period);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cheap_commits_follow_each_other_and_dear_ones_take_a_fixed_share() {
+        let start = Instant::now();
+        let ms = Duration::from_millis;
+        let mut debt = Debt { owed: Duration::ZERO, at: start };
+        // A few cheap ones in a row.
+        for _ in 0..5 {
+            debt.owe(ms(1), start);
+            assert_eq!(debt.due(), start);
+        }
+        // Then the share counts: a sixth in the long run, with the commits' own time.
+        let (mut now, mut spent) = (start, ms(5));
+        while now < start + ms(10_000) {
+            now = debt.due().max(now) + ms(8);
+            debt.owe(ms(8), now);
+            spent += ms(8);
+        }
+        let share = spent.as_secs_f64() / (now - start).as_secs_f64();
+        assert!((0.15..0.21).contains(&share), "{share}");
+        // After a while nothing is owed any more.
+        now += ms(1000);
+        debt.owe(ms(1), now);
+        assert_eq!(debt.due(), now);
+        // One that is very dear does not stop everything for long.
+        debt.owe(Duration::from_secs(10), now);
+        assert_eq!(debt.due(), now + MOST * PAUSE);
     }
 }

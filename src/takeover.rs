@@ -117,6 +117,18 @@ pub enum TakeoverError {
         /// The kernel's answer.
         source: ApplyError,
     },
+    /// Whether there are old tables at all is not shown.
+    #[error(
+        "cannot tell whether there are tables of {}: {source}; run `nftproxy cleanup --kube-proxy` as \
+         root if kube-proxy ran in iptables or ipvs mode",
+        program(Backend::Legacy, *family)
+    )]
+    Hidden {
+        /// Their family.
+        family: Family,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// The old tables cannot be read or changed.
     #[error(
         "there are tables of {} ({tables}), and what kube-proxy may have left in them cannot be {step}: \
@@ -220,16 +232,22 @@ fn nft_chains(
 }
 
 fn legacy_tables(family: Family) -> Result<Vec<legacy::Table>, TakeoverError> {
-    let tables = legacy::tables(family);
+    let tables =
+        legacy::tables(family).map_err(|source| TakeoverError::Hidden { family, source })?;
     if tables.is_empty() {
         return Ok(Vec::new());
     }
-    let fail = |source| legacy_error(family, "read", source);
+    let fail = |source| legacy_error(family, &tables, "read", source);
     legacy::read(family, &tables).map_err(fail)
 }
 
-fn legacy_error(family: Family, step: &'static str, source: legacy::LegacyError) -> TakeoverError {
-    TakeoverError::Legacy { family, tables: legacy::tables(family).join(", "), step, source }
+fn legacy_error(
+    family: Family,
+    tables: &[&str],
+    step: &'static str,
+    source: legacy::LegacyError,
+) -> TakeoverError {
+    TakeoverError::Legacy { family, tables: tables.join(", "), step, source }
 }
 
 /// Looks for what kube-proxy left and removes it; each step is said. How many steps failed.
@@ -364,7 +382,7 @@ fn remove_legacy_chains(family: Family, purpose: Purpose) -> Result<usize, Takeo
     for table in legacy_tables(family)? {
         let plan = plan(&table.chains, purpose);
         if !plan.chains.is_empty() || !plan.rules.is_empty() {
-            let fail = |source| legacy_error(family, "removed", source);
+            let fail = |source| legacy_error(family, &[&table.name], "removed", source);
             legacy::remove(family, &table.name, &plan).map_err(fail)?;
         }
         say(Backend::Legacy, family, &table.name, &plan);

@@ -201,6 +201,14 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
         ChainName::RestrictedAllowed => {
             twice(Rule::new([Vmap(FRONTEND.into(), SetName::ServicesRestricted)])).into()
         }
+        // Entered twice and not written twice: when a verdict changes, the kernel walks all those that
+        // each rule can give, but a chain it has walked once it knows (from 6.18 on).
+        ChainName::DispatchServices => {
+            vec![Rule::new([Vmap(FRONTEND.into(), SetName::Services)])]
+        }
+        ChainName::DispatchNodeports => {
+            vec![Rule::new([Vmap(NODE_PORT.into(), SetName::Nodeports)])]
+        }
         ChainName::Dispatch => dispatch(shape),
         ChainName::NoEndpoint => vec![Rule::new([Reject])],
         ChainName::ClusterIpsCheck => vec![
@@ -350,6 +358,8 @@ fn by_client(
     rules.push(Rule::new([Statement::FromThisHost, mark]));
     rules.extend(twice(from_host));
     rules.extend(twice(from_outside));
+    // Not to be looked up once more, nor taken for a node port: it was found, and nobody is here.
+    rules.push(Rule::new([Statement::Accept]));
     rules
 }
 
@@ -363,17 +373,17 @@ fn dispatch(shape: &Shape<'_>) -> Vec<Rule> {
         // A pod's address is found among few.
         rules.push(Rule::new([from_elsewhere, to_cluster_ip, mark]));
     }
-    let services = Rule::new([Statement::Vmap(FRONTEND.into(), SetName::Services)]);
-    let mut to_node_port = shape.to_node_port_address();
-    to_node_port.push(Statement::Vmap(NODE_PORT.into(), SetName::Nodeports));
+    let services = Rule::new([Statement::Jump(ChainName::DispatchServices)]);
     rules.extend([
         services.clone(),
         services.comment("second try: a lookup that races with a commit can miss"),
     ]);
+    let node_ports = || Statement::Jump(ChainName::DispatchNodeports);
+    let mut to_node_port = shape.to_node_port_address();
+    to_node_port.push(node_ports());
     rules.extend(twice(Rule::new(to_node_port)));
     if shape.loopback == Loopback::NodePorts {
-        let node_ports = Statement::Vmap(NODE_PORT.into(), SetName::Nodeports);
-        rules.extend(twice(Rule::new([Statement::ToLoopback, node_ports])));
+        rules.extend(twice(Rule::new([Statement::ToLoopback, node_ports()])));
     }
     rules
 }

@@ -297,9 +297,17 @@ impl Interpreter<'_> {
                     return vec![Flow::Done(state)];
                 }
                 Statement::Jump(chain) => {
+                    // Where nothing was found, as by most first and all second tries, there is nothing
+                    // to tell.
+                    let untold = (step.chain != base).then_some(state.outcome.steps.len() + 1);
                     state.outcome.steps.push(step);
                     let came_back = |flow| match flow {
-                        Flow::Back(state) => Flow::Next(state),
+                        Flow::Back(mut state) => {
+                            if untold == Some(state.outcome.steps.len()) {
+                                state.outcome.steps.pop();
+                            }
+                            Flow::Next(state)
+                        }
                         flow => flow,
                     };
                     // Nothing stands behind a jump in our rules.
@@ -312,6 +320,10 @@ impl Interpreter<'_> {
                 Statement::Return => {
                     state.outcome.steps.push(step);
                     return vec![Flow::Back(state)];
+                }
+                Statement::Accept => {
+                    state.outcome.steps.push(step);
+                    return vec![Flow::Done(state)];
                 }
                 Statement::Reject | Statement::Drop => {
                     state.outcome.steps.push(step);

@@ -153,6 +153,8 @@ pub enum Statement {
     Goto(ChainName),
     /// Ends this chain.
     Return,
+    /// Ends this chain and all that led to it, so that nothing further is done to the packet here.
+    Accept,
     /// Refuses with port-unreachable.
     Reject,
     /// Drops silently.

@@ -199,6 +199,7 @@ fn statement(statement: &Statement, family: Family) -> String {
         Statement::Jump(chain) => format!("jump {chain}"),
         Statement::Goto(chain) => format!("goto {chain}"),
         Statement::Return => "return".into(),
+        Statement::Accept => "accept".into(),
         Statement::Reject => "reject".into(),
         Statement::Drop => "drop".into(),
     }

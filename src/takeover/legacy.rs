@@ -34,15 +34,18 @@ pub(super) struct Table {
     pub(super) chains: Vec<Chain<String>>,
 }
 
-/// Which of the tables in question a family has.
-pub(super) fn tables(family: Family) -> Vec<&'static str> {
+/// Which of the tables in question a family has. The kernel shows that to root alone.
+pub(super) fn tables(family: Family) -> std::io::Result<Vec<&'static str>> {
     let path = match family {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
         Family::V6 => "/proc/thread-self/net/ip6_tables_names",
     };
-    // Not there: the kernel has no such thing.
-    let names = std::fs::read_to_string(path).unwrap_or_default();
-    TABLES.into_iter().filter(|table| names.lines().any(|name| name == *table)).collect()
+    let names = match std::fs::read_to_string(path) {
+        // The kernel has no such thing.
+        Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
+        read => read?,
+    };
+    Ok(TABLES.into_iter().filter(|table| names.lines().any(|name| name == *table)).collect())
 }
 
 /// Reads the tables of a family.

@@ -30,12 +30,12 @@ use futures::stream::{self, StreamExt as _};
 use tokio::runtime::Runtime;
 
 use self::cluster::{
-    Cluster, PROBES, awaited_ip, cluster_ip, endpoint_ip, floor_ip, plain_ip, probe_ip,
+    Cluster, PROBES, Told, awaited_ip, cluster_ip, endpoint_ip, floor_ip, plain_ip, probe_ip,
 };
 use self::control_plane::{ControlPlane, User};
 use self::field::{Field, OUTSIDE};
 use self::packets::{Await, quantile, syn_cost, throughput, until_programmed};
-use self::proxy::{Proxy, Which};
+use self::proxy::{Proxy, Which, waits};
 use self::report::{Figures, Report};
 
 /// Changes a second in the storm.
@@ -97,7 +97,8 @@ fn main() {
     let cluster =
         runtime.block_on(async { Cluster::load(plane.client().await, services, endpoints).await });
     println!("{services} Services x {endpoints} written in {:.0?}", began.elapsed());
-    let bench = Bench { field: &field, runtime: &runtime, cluster, extent };
+    let told = runtime.block_on(async { cluster.listen() });
+    let bench = Bench { field: &field, runtime: &runtime, cluster, told, extent };
 
     bench.load_floor();
     let kubeconfig = plane.kubeconfig(User::Admin);
@@ -113,7 +114,35 @@ struct Bench<'a> {
     field: &'a Field,
     runtime: &'a Runtime,
     cluster: Cluster,
+    told: Told,
     extent: Extent,
+}
+
+/// How soon changes took effect, in seconds: since the server acknowledged the write, and since
+/// another client was told of it. NaN if not within 30 s.
+#[derive(Default)]
+struct Lags {
+    acknowledged: Vec<f64>,
+    told: Vec<f64>,
+}
+
+impl Lags {
+    fn quantiles(mut self) -> [[f64; 2]; 2] {
+        [&mut self.acknowledged, &mut self.told]
+            .map(|lags| [quantile(lags, 0.5), quantile(lags, 0.99)])
+    }
+
+    fn missed(&self) -> usize {
+        self.acknowledged.iter().filter(|lag| lag.is_nan()).count()
+    }
+}
+
+/// From one to the other, in seconds.
+fn since(earlier: Instant, later: Instant) -> f64 {
+    match later.checked_duration_since(earlier) {
+        Some(after) => after.as_secs_f64(),
+        None => -(earlier - later).as_secs_f64(),
+    }
 }
 
 impl Bench<'_> {
@@ -189,17 +218,17 @@ impl Bench<'_> {
         std::thread::sleep(self.extent.idle);
         figures.wakeups = (proxy.wakeups() - before) / self.extent.idle.as_secs_f64();
 
-        let mut latencies = self.changes(which, 0, self.extent.changes, &AtomicBool::new(false));
-        figures.change_p50 = quantile(&mut latencies, 0.5);
-        figures.change_p99 = quantile(&mut latencies, 0.99);
-        figures.missed = latencies.iter().filter(|l| l.is_nan()).count();
+        let lags = self.changes(which, 0, self.extent.changes, &AtomicBool::new(false));
+        figures.missed = lags.missed();
+        [figures.change, figures.change_told] = lags.quantiles();
         let mut syncs = proxy.syncs().split_off(known.min(proxy.syncs().len()));
         figures.next_sync = quantile(&mut syncs, 0.5);
 
-        let (written, mut lags, cpu) = self.storm(which, &proxy);
+        let before = waits(self.field);
+        let (written, lags, cpu) = self.storm(which, &proxy);
+        figures.storm_inside = waits(self.field).since(&before);
         figures.storm_rate = written;
-        figures.storm_p50 = quantile(&mut lags, 0.5);
-        figures.storm_p99 = quantile(&mut lags, 0.99);
+        [figures.storm, figures.storm_told] = lags.quantiles();
         figures.storm_cpu = cpu;
         figures.peak_mb = proxy.peak_mb();
         proxy.end();
@@ -208,10 +237,9 @@ impl Bench<'_> {
         figures
     }
 
-    /// One endpoint more in a Service after the other, until enough or told to stop: seconds from the
-    /// server's answer to the first packet at the new endpoint. NaN if none came within 30 s.
-    fn changes(&self, which: Which, first: usize, count: usize, stop: &AtomicBool) -> Vec<f64> {
-        let mut latencies = Vec::new();
+    /// One endpoint more in a Service after the other, until enough or told to stop.
+    fn changes(&self, which: Which, first: usize, count: usize, stop: &AtomicBool) -> Lags {
+        let mut lags = Lags::default();
         for change in first..first + count {
             if stop.load(Ordering::Relaxed) {
                 break;
@@ -223,19 +251,20 @@ impl Bench<'_> {
             std::thread::sleep(Duration::from_millis(50 + 37 * (change as u64 * 7 % 11)));
             let written = self.runtime.block_on(self.cluster.probe(probe, Some(awaited)));
             let arrived = wait.arrived();
-            let latency = arrived.map(|at| match at.checked_duration_since(written) {
-                Some(later) => later.as_secs_f64(),
-                None => -(written - at).as_secs_f64(),
-            });
-            latencies.push(latency.unwrap_or(f64::NAN));
+            let lag = |since_when: Option<Instant>| match (since_when, arrived) {
+                (Some(earlier), Some(later)) => since(earlier, later),
+                _ => f64::NAN,
+            };
             self.runtime.block_on(self.cluster.probe(probe, None));
+            lags.acknowledged.push(lag(Some(written)));
+            lags.told.push(lag(self.told.of(awaited)));
         }
-        latencies
+        lags
     }
 
     /// Changes all over at a steady rate, and how soon others take effect meanwhile. Returns the rate
     /// that the server took, those times, and the share of one core that the proxy used.
-    fn storm(&self, which: Which, proxy: &Proxy) -> (f64, Vec<f64>, f64) {
+    fn storm(&self, which: Which, proxy: &Proxy) -> (f64, Lags, f64) {
         let (cpu, began) = (proxy.cpu_seconds(), Instant::now());
         let stop = AtomicBool::new(false);
         let written = AtomicUsize::new(0);

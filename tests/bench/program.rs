@@ -5,7 +5,10 @@
 //! The same for a small change: one endpoint more (`+1`), which changes a verdict, so that the kernel
 //! walks all of them again; and one endpoint in the place of another (`swap`).
 //!
-//! `cargo bench --bench program -- [SERVICES ENDPOINTS]`, as root. Absolute times differ from machine
+//! `mixed` is 2,000 Services of all kinds, with node ports, affinity and source ranges ([`objects`]); for it,
+//! what an update takes is shown by kind, too.
+//!
+//! `cargo bench --bench program -- [SERVICES ENDPOINTS | mixed]`, as root. Absolute times differ from machine
 //! to machine; the ratio to the bare kernel is the figure. `--quick` runs a small size, to see that
 //! it works.
 
@@ -13,15 +16,15 @@
 #![expect(unsafe_code, reason = "an allocator that counts is one")]
 #![expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
 
+#[path = "program/objects.rs"]
+mod objects;
+
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::net::Ipv4Addr;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use nftproxy::model::{
-    Endpoint, EndpointSlice, Event, Family, Kind, NamespacedName, NodeFacts, Protocol, Scheduler,
-    Service, ServicePort, SessionAffinity, SlicePort, TrafficPolicy,
-};
+use nftproxy::model::{EndpointSlice, Event, Kind, NodeFacts};
 use nftproxy::nft::dataplane::Options;
 use nftproxy::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded};
 use nftproxy::nft::netlink::NetlinkKernel;
@@ -31,15 +34,24 @@ use nftproxy::settings::Settings;
 use nftproxy::state::State;
 use nix::sched::{CloneFlags, unshare};
 
+use self::objects::Size;
+
 /// How often a small change is measured.
 const CHANGES: usize = 200;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let sizes = match &arguments[..] {
-        [quick] if quick == "--quick" => vec![(500, 3)],
-        [services, endpoints] => vec![(number(services), number(endpoints))],
-        _ => vec![(1_000, 10), (10_000, 5), (5_000, 50), (45_000, 1)],
+        [quick] if quick == "--quick" => vec![Size::plain(500, 3), Size::mixed(100)],
+        [mixed] if mixed == "mixed" => vec![Size::mixed(2_000)],
+        [services, endpoints] => vec![Size::plain(number(services), number(endpoints))],
+        _ => vec![
+            Size::plain(1_000, 10),
+            Size::plain(10_000, 5),
+            Size::plain(5_000, 50),
+            Size::plain(45_000, 1),
+            Size::mixed(2_000),
+        ],
     };
     println!(
         "{:>10} | {:>9} {:>9} {:>5} {:>8} | {:>8} {:>8} {:>8} {:>6} | {:>8} {:>8} {:>6} | {:>7} {:>7}",
@@ -58,14 +70,14 @@ fn main() {
         "RSS MB",
         "peak MB",
     );
-    for (services, endpoints) in sizes {
+    for size in sizes {
         // A process of its own for each size, so that memory figures are its own.
         if arguments.len() == 2 || arguments.len() == 1 {
-            measure(services, endpoints);
+            measure(size);
         } else {
             let program = std::env::current_exe().expect("the path of this program");
             let run = std::process::Command::new(program)
-                .args([services.to_string(), endpoints.to_string()])
+                .args(size.arguments())
                 .output()
                 .expect("starting a measurement");
             let text = String::from_utf8_lossy(&run.stdout);
@@ -73,7 +85,7 @@ fn main() {
                 println!("{line}");
             }
             eprint!("{}", String::from_utf8_lossy(&run.stderr));
-            assert!(run.status.success(), "measuring {services} x {endpoints} failed");
+            assert!(run.status.success(), "measuring {size:?} failed");
         }
     }
 }
@@ -82,67 +94,14 @@ fn number(text: &str) -> usize {
     text.parse().expect("SERVICES and ENDPOINTS are numbers")
 }
 
-fn name(index: usize) -> NamespacedName {
-    NamespacedName::new("default", &format!("service-{index}"))
-}
-
-fn service(index: usize) -> Service {
-    let address = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 96, 0, 1)) + bits(index));
-    Service {
-        name: name(index),
-        created: 0,
-        cluster_ips: vec![address.into()],
-        external_ips: Vec::new(),
-        load_balancer_ips: Vec::new(),
-        ports: vec![ServicePort {
-            name: "http".into(),
-            protocol: Protocol::Tcp,
-            port: 80,
-            node_port: None,
-        }],
-        internal_traffic_policy: TrafficPolicy::Cluster,
-        external_traffic_policy: TrafficPolicy::Cluster,
-        session_affinity: SessionAffinity::None,
-        source_ranges: Vec::new(),
-        scheduler: Scheduler::Random,
-        health_check_node_port: None,
-    }
-}
-
-fn bits(index: usize) -> u32 {
-    u32::try_from(index).expect("fewer than 4 billion")
-}
-
-/// The slice of a Service with endpoints `first .. first + count`.
-fn slice(index: usize, per_service: usize, first: usize, count: usize) -> EndpointSlice {
-    let base = u32::from(Ipv4Addr::new(10, 128, 0, 1)) + bits(index * (per_service + 8));
-    let endpoint = |n: usize| Endpoint {
-        address: Ipv4Addr::from(base + bits(n)).into(),
-        ready: true,
-        serving: true,
-        terminating: false,
-        local: n == 0 && index.is_multiple_of(100),
-        weight: 1,
-        hints: None,
-    };
-    EndpointSlice {
-        name: NamespacedName::new("default", &format!("service-{index}-abcde")),
-        service: name(index),
-        family: Family::V4,
-        ports: vec![SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }],
-        endpoints: (first..first + count).map(endpoint).collect(),
-        last_change_trigger: None,
-    }
-}
-
 fn proxy<K: Kernel>(kernel: K) -> Proxy<K> {
     Proxy::new(State::new(Settings::default(), NodeFacts::default()), kernel)
 }
 
-fn feed<K: Kernel>(proxy: &mut Proxy<K>, services: usize, endpoints: usize) {
-    for index in 0..services {
-        proxy.observe(Event::Service(service(index)));
-        proxy.observe(Event::EndpointSlice(slice(index, endpoints, 0, endpoints)));
+fn feed<K: Kernel>(proxy: &mut Proxy<K>, size: Size) {
+    for index in 0..size.services {
+        proxy.observe(Event::Service(size.service(index)));
+        proxy.observe(Event::EndpointSlice(size.slice(index, 0, size.endpoints)));
     }
     for kind in Kind::ALL {
         proxy.observe(Event::Listed(kind));
@@ -163,35 +122,45 @@ struct Run {
     swapped: Vec<Duration>,
 }
 
-fn measure(services: usize, endpoints: usize) {
+fn measure(size: Size) {
     let mut run = Run::default();
     let mut proxy = proxy(namespace());
-    feed(&mut proxy, services, endpoints);
+    feed(&mut proxy, size);
     let began = Instant::now();
     run.bytes = proxy.commit().expect("the first commit").applied.bytes;
     run.sync = began.elapsed();
     let (resident, peak) = (memory("VmRSS:"), memory("VmHWM:"));
 
     let (mut more_allocations, mut swap_allocations) = (0, 0);
-    for [more, less, swap] in changes(services, endpoints) {
+    let mut by_kind = BTreeMap::<_, Vec<Duration>>::new();
+    for (index, [more, less, swap]) in changes(size) {
         let before = ALLOCATIONS.load(Ordering::Relaxed);
-        run.more.push(timed(&mut proxy, more));
+        let more = timed(&mut proxy, Event::EndpointSlice(more));
+        run.more.push(more);
         more_allocations = more_allocations.max(ALLOCATIONS.load(Ordering::Relaxed) - before);
-        timed(&mut proxy, less);
+        let less = timed(&mut proxy, Event::EndpointSlice(less));
         let before = ALLOCATIONS.load(Ordering::Relaxed);
-        run.swapped.push(timed(&mut proxy, swap));
+        let swap = timed(&mut proxy, Event::EndpointSlice(swap));
+        run.swapped.push(swap);
         swap_allocations = swap_allocations.max(ALLOCATIONS.load(Ordering::Relaxed) - before);
+        if size.mixed {
+            by_kind.entry((size.kind(index), "endpoints")).or_default().extend([more, less, swap]);
+            if let Some(service) = size.another_range(index) {
+                let took = timed(&mut proxy, Event::Service(service));
+                by_kind.entry((size.kind(index), "a range")).or_default().push(took);
+            }
+        }
     }
     drop(proxy);
 
-    let mut bare = bare(services, endpoints);
+    let mut bare = bare(size);
     assert_eq!(run.bytes, bare.bytes, "the bare kernel gets the very same batch");
     for times in [&mut run.more, &mut run.swapped, &mut bare.more, &mut bare.swapped] {
         times.sort();
     }
     println!(
         "{:>10} | {:>9} {:>9} {:>5.2} {:>8} | {:>8} {:>8} {:>8} {:>6} | {:>8} {:>8} {:>6} | {:>7.1} {:>7.1}",
-        format!("{services}x{endpoints}"),
+        size.to_string(),
         millis(run.sync),
         millis(bare.sync),
         run.sync.as_secs_f64() / bare.sync.as_secs_f64(),
@@ -206,22 +175,34 @@ fn measure(services: usize, endpoints: usize) {
         resident,
         peak,
     );
+    for ((kind, what), mut times) in by_kind {
+        times.sort();
+        println!(
+            "{:>10} | {kind}, another of its {what}: p50 {} ms, at most {} ms of {}",
+            "",
+            millis(times[times.len() / 2]),
+            millis(*times.last().expect("there is one")),
+            times.len(),
+        );
+    }
 }
 
 /// In one Service after the other: one endpoint more, one less, one in the place of another.
-fn changes(services: usize, endpoints: usize) -> impl Iterator<Item = [EndpointSlice; 3]> {
-    let count = CHANGES.min(services);
+fn changes(size: Size) -> impl Iterator<Item = (usize, [EndpointSlice; 3])> {
+    let Size { services, endpoints, .. } = size;
+    // Of a mixture, all.
+    let count = if size.mixed { services } else { CHANGES.min(services) };
     (0..count).map(move |change| {
         let index = change * services / count;
-        [(0, endpoints + 1), (0, endpoints), (1, endpoints)]
-            .map(|(first, count)| slice(index, endpoints, first, count))
+        let slices = [(0, endpoints + 1), (0, endpoints), (1, endpoints)];
+        (index, slices.map(|(first, count)| size.slice(index, first, count)))
     })
 }
 
 /// From the event to the end of the commit.
-fn timed<K: Kernel>(proxy: &mut Proxy<K>, slice: EndpointSlice) -> Duration {
+fn timed<K: Kernel>(proxy: &mut Proxy<K>, event: Event) -> Duration {
     let began = Instant::now();
-    proxy.observe(Event::EndpointSlice(slice));
+    proxy.observe(event);
     let done = proxy.commit().expect("a small commit");
     let took = began.elapsed();
     assert!(done.operations > 0 && !done.adopted, "a change must be a change");
@@ -245,13 +226,13 @@ impl Kernel for Recorder {
 }
 
 /// The same batches, encoded before, into another empty namespace.
-fn bare(services: usize, endpoints: usize) -> Run {
+fn bare(size: Size) -> Run {
     let mut proxy = proxy(Recorder::default());
-    feed(&mut proxy, services, endpoints);
+    feed(&mut proxy, size);
     proxy.commit().expect("a recorder takes everything");
     let mut commits = vec![std::mem::take(&mut proxy.kernel_mut().0)];
-    for slice in changes(services, endpoints).flatten() {
-        timed(&mut proxy, slice);
+    for slice in changes(size).flat_map(|(_, slices)| slices) {
+        timed(&mut proxy, Event::EndpointSlice(slice));
         commits.push(std::mem::take(&mut proxy.kernel_mut().0));
     }
     drop(proxy);

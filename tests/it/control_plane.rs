@@ -16,7 +16,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::authentication::v1::TokenRequest;
+use k8s_openapi::api::core::v1::{Service, ServiceAccount};
 use kube::api::{
     Api, DeleteParams, DynamicObject, GetParams, ListParams, Patch, PatchParams, PostParams,
     TypeMeta,
@@ -71,6 +72,8 @@ pub(crate) struct ControlPlane {
     apiserver: Option<Process>,
     etcd: Process,
     folder: TempDir,
+    /// What else the API server is started with.
+    pub(crate) further_flags: Vec<String>,
 }
 
 impl ControlPlane {
@@ -98,7 +101,8 @@ impl ControlPlane {
             ],
         );
         let address = SocketAddr::new(bind, port);
-        let mut this = Self { address, etcd_port, apiserver: None, etcd, folder };
+        let further_flags = Vec::new();
+        let mut this = Self { address, etcd_port, apiserver: None, etcd, folder, further_flags };
         this.start_apiserver().await;
         this
     }
@@ -120,24 +124,23 @@ impl ControlPlane {
             IpAddr::V6(ip) if ip.is_loopback() || ip.is_unspecified() => "2001:db8::1".into(),
             ip => ip.to_string(),
         };
-        self.apiserver = Some(Process::start(
-            "kube-apiserver",
-            self.folder.path(),
-            &[
-                &format!("--etcd-servers=http://127.0.0.1:{}", self.etcd_port),
-                &format!("--bind-address={}", self.address.ip()),
-                &format!("--secure-port={}", self.address.port()),
-                &format!("--advertise-address={advertised}"),
-                &format!("--cert-dir={}", path("certificates")),
-                &format!("--service-cluster-ip-range={}", ranges.join(",")),
-                "--service-account-issuer=https://kubernetes.default.svc",
-                &format!("--service-account-key-file={}", path("service-account.key")),
-                &format!("--service-account-signing-key-file={}", path("service-account.key")),
-                &format!("--token-auth-file={}", path("tokens.csv")),
-                "--authorization-mode=Node,RBAC",
-                "--disable-admission-plugins=ServiceAccount", // pods would wait for a controller
-            ],
-        ));
+        let mut flags = vec![
+            format!("--etcd-servers=http://127.0.0.1:{}", self.etcd_port),
+            format!("--bind-address={}", self.address.ip()),
+            format!("--secure-port={}", self.address.port()),
+            format!("--advertise-address={advertised}"),
+            format!("--cert-dir={}", path("certificates")),
+            format!("--service-cluster-ip-range={}", ranges.join(",")),
+            "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
+            format!("--service-account-key-file={}", path("service-account.key")),
+            format!("--service-account-signing-key-file={}", path("service-account.key")),
+            format!("--token-auth-file={}", path("tokens.csv")),
+            "--authorization-mode=Node,RBAC".to_owned(),
+            "--disable-admission-plugins=ServiceAccount".to_owned(), // pods would wait for a controller
+        ];
+        flags.extend(self.further_flags.iter().cloned());
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        self.apiserver = Some(Process::start("kube-apiserver", self.folder.path(), &flags));
         if let Err(reason) = self.ready().await {
             let logs = self.apiserver.iter().chain([&self.etcd]).map(Process::end_of_log);
             panic!("no control plane: {reason}\n{}", logs.collect::<String>());
@@ -147,6 +150,25 @@ impl ControlPlane {
     /// Ends the API server at once, as a crash would; etcd stays.
     pub(crate) fn kill_apiserver(&mut self) {
         assert!(self.apiserver.take().is_some(), "the API server does not run");
+    }
+
+    /// Where the API server is, as `address:port`.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The certificate by which clients know the API server.
+    pub(crate) fn certificate(&self) -> PathBuf {
+        self.folder.path().join("certificates/apiserver.crt")
+    }
+
+    /// A token of a service account, as a kubelet asks for one.
+    pub(crate) async fn token(&self, namespace: &str, account: &str) -> String {
+        let accounts: Api<ServiceAccount> = Api::namespaced(self.client().await, namespace);
+        let asked = TokenRequest::default();
+        let made = accounts.create_token_request(account, &PostParams::default(), &asked).await;
+        let made = made.unwrap_or_else(|error| panic!("no token for {account}: {error}"));
+        made.status.expect("the server fills it in").token
     }
 
     /// Writes a kubeconfig file for a user.
@@ -235,7 +257,7 @@ impl ControlPlane {
             "kind": "Config",
             "clusters": [{ "name": "test", "cluster": {
                 "server": format!("https://{}", self.address),
-                "certificate-authority": self.folder.path().join("certificates/apiserver.crt"),
+                "certificate-authority": self.certificate(),
             }}],
             "users": [{ "name": "test", "user": { "token": user.token() } }],
             "contexts": [{ "name": "test", "context": { "cluster": "test", "user": "test" } }],

@@ -198,6 +198,37 @@ fn a_client_of_an_address_is_not_taken_for_one_of_a_node_port_of_the_same_number
 }
 
 #[test]
+fn an_address_with_nobody_here_is_not_taken_for_a_node_port_of_the_same_number() {
+    let Some(net) = Net::new() else { return };
+    let external = format!("externalIPs: [{:?}]", NODE[0]);
+    let by_address = Svc {
+        name: "by-address",
+        cluster_ips: &["10.96.0.21"],
+        ports: &[("http", "TCP", 30081, 30082)],
+        spec: &[&external, "externalTrafficPolicy: Local"],
+        balancer_ips: &[],
+    };
+    let by_node_port = Svc {
+        name: "by-node-port",
+        cluster_ips: &["10.96.0.22"],
+        ports: &[("http", "TCP", 80, 30081)],
+        spec: &[],
+        balancer_ips: &[],
+    };
+    let objects = [
+        CLUSTER.to_owned(),
+        by_address.yaml(),
+        slice("by-address", "4", &HTTP, &["10.244.2.9"]),
+        by_node_port.yaml(),
+        slice("by-node-port", "4", &HTTP, &["10.244.1.6!"]),
+    ];
+    net.write("web.yaml", &objects.concat());
+    let _daemon = configured(&net, "nodePortAddresses: [0.0.0.0/0]\n");
+    assert_eq!(by(one(&net, "client", to(NODE_SECOND, 30081))), "b");
+    assert_eq!(one(&net, "client", to(NODE[0], 30081)), Outcome::TimedOut);
+}
+
+#[test]
 fn a_full_affinity_map_lets_new_clients_through() {
     let Some(net) = Net::new() else { return };
     let spec = ["sessionAffinity: ClientIP"];

@@ -98,6 +98,10 @@ pub enum ChainName {
     RestrictedAllowed,
     /// Looks a new connection up in the maps.
     Dispatch,
+    /// Looks up what was dialled among the addresses of Services.
+    DispatchServices,
+    /// The same among node ports.
+    DispatchNodeports,
     /// Refuses a connection nobody can answer.
     NoEndpoint,
     /// Refuses unused ports of ClusterIPs, drops what goes to unallocated ones.
@@ -126,12 +130,14 @@ pub enum ChainName {
 
 impl ChainName {
     /// The chains that always exist, in the order of the table's text.
-    pub const FIXED: [Self; 18] = [
+    pub const FIXED: [Self; 20] = [
         Self::MarkForMasquerade,
         Self::ExternalLocal,
         Self::NodeportExternalLocal,
         Self::RestrictedAllowed,
         Self::Restricted,
+        Self::DispatchServices,
+        Self::DispatchNodeports,
         Self::Dispatch,
         Self::NoEndpoint,
         Self::ClusterIpsCheck,
@@ -157,6 +163,8 @@ impl ChainName {
             Self::Restricted => "restricted",
             Self::RestrictedAllowed => "restricted-allowed",
             Self::Dispatch => "dispatch",
+            Self::DispatchServices => "dispatch-services",
+            Self::DispatchNodeports => "dispatch-nodeports",
             Self::NoEndpoint => "no-endpoint",
             Self::ClusterIpsCheck => "cluster-ips-check",
             Self::AffinityRecord => "affinity-record",

@@ -220,6 +220,7 @@ fn lower_statement(statement: &Statement, family: Family) -> Vec<Instruction> {
         Statement::Jump(chain) => vec![verdict(libc::NFT_JUMP, Some(&chain.to_string()))],
         Statement::Goto(chain) => vec![verdict(libc::NFT_GOTO, Some(&chain.to_string()))],
         Statement::Return => vec![verdict(libc::NFT_RETURN, None)],
+        Statement::Accept => vec![verdict(libc::NF_ACCEPT, None)],
         Statement::Drop => vec![verdict(libc::NF_DROP, None)],
         Statement::Reject => vec![
             Instruction::new(c"reject")

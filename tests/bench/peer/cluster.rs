@@ -1,13 +1,15 @@
 //! The objects, written through the API: the Services that are measured, and those that are watched
 //! for how soon a change takes effect.
 
+use std::collections::HashMap;
 use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::stream::{self, StreamExt as _};
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::api::{Api, PostParams};
+use kube::api::{Api, PostParams, WatchEvent, WatchParams};
 use kube::{Client, Resource};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -18,6 +20,31 @@ const WRITERS: usize = 32;
 
 /// Services over UDP whose changes are timed.
 pub(crate) const PROBES: usize = 32;
+
+/// Which slices are those of the probes.
+const PROBE_LABEL: &str = "nftproxy.dev/bench-probe";
+
+/// When another client of the server was told of an awaited address: what the server needs for that
+/// is no proxy's doing.
+#[derive(Clone, Default)]
+pub(crate) struct Told(Arc<Mutex<HashMap<Ipv4Addr, Instant>>>);
+
+impl Told {
+    pub(crate) fn of(&self, awaited: Ipv4Addr) -> Option<Instant> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&awaited).copied()
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
+    fn hear(&self, slice: &EndpointSlice) {
+        let now = Instant::now();
+        let addresses = slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
+        let awaited = addresses.filter_map(|a| a.parse().ok()).filter(|a| *a >= awaited_ip(0));
+        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for address in awaited {
+            told.entry(address).or_insert(now);
+        }
+    }
+}
 
 /// The objects, and who writes them.
 #[derive(Clone)]
@@ -143,6 +170,27 @@ impl Cluster {
         this
     }
 
+    /// Begins to watch the probes as any client would.
+    pub(crate) fn listen(&self) -> Told {
+        let told = Told::default();
+        let (api, heard) =
+            (Api::<EndpointSlice>::namespaced(self.client.clone(), "default"), told.clone());
+        tokio::spawn(async move {
+            // The server ends a watch after some minutes.
+            loop {
+                let parameters = WatchParams::default().labels(PROBE_LABEL);
+                let Ok(events) = api.watch(&parameters, "0").await else { continue };
+                let mut events = std::pin::pin!(events);
+                while let Some(Ok(event)) = events.next().await {
+                    if let WatchEvent::Added(slice) | WatchEvent::Modified(slice) = event {
+                        heard.hear(&slice);
+                    }
+                }
+            }
+        });
+        told
+    }
+
     /// The slice of a Service, of which one endpoint is another in each version.
     fn slice_of(&self, index: usize, version: usize) -> Value {
         let mut addresses: Vec<_> = (0..self.endpoints).map(|e| endpoint_ip(index, e)).collect();
@@ -156,7 +204,9 @@ impl Cluster {
         let base = self.services + 1 + probe;
         let mut addresses: Vec<_> = (0..self.endpoints).map(|e| endpoint_ip(base, e)).collect();
         addresses.extend(more);
-        slice(&format!("probe-{probe}"), "UDP", &addresses)
+        let mut slice = slice(&format!("probe-{probe}"), "UDP", &addresses);
+        slice["metadata"]["labels"][PROBE_LABEL] = "".into();
+        slice
     }
 
     async fn replace(&self, object: Value) -> Result<Instant, kube::Error> {

@@ -62,6 +62,12 @@ impl Field {
                 std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").expect("a sysctl of our own");
             });
         }
+        // The datagrams that show when a change takes effect are thousands of connections a second. They
+        // are not to fill the table of connections, which proxies search when a UDP endpoint goes.
+        field.within("node", || {
+            let timeout = "/proc/sys/net/netfilter/nf_conntrack_udp_timeout";
+            std::fs::write(timeout, "1").expect("a sysctl of our own");
+        });
         field.ip("backends", &["route", "add", "default", "via", "198.51.100.10"]);
         field.ip("backends", &["route", "add", "local", "10.128.0.0/9", "dev", "lo"]);
         field

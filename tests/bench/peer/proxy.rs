@@ -1,6 +1,8 @@
 //! One of the two proxies as a process: with the same configuration file, in the node's namespace.
 
 use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -124,6 +126,39 @@ impl Drop for Proxy {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// How long events waited for their commits so far, if the proxy on the node says so.
+pub(crate) fn waits(field: &Field) -> Waits {
+    let metrics = field.within("node", || {
+        let mut text = String::new();
+        let mut stream = TcpStream::connect("127.0.0.1:10249").ok()?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: node\r\n\r\n").ok()?;
+        stream.read_to_string(&mut text).ok()?;
+        Some(text)
+    });
+    let bucket = |line: &str| {
+        let rest = line.strip_prefix("nftproxy_event_to_kernel_seconds_bucket{le=\"")?;
+        let (bound, count) = rest.split_once("\"} ")?;
+        Some((bound.replace("+Inf", "inf").parse().ok()?, count.parse().ok()?))
+    };
+    Waits(metrics.unwrap_or_default().lines().filter_map(bucket).collect())
+}
+
+/// A histogram: bounds, and how many waits were within each.
+pub(crate) struct Waits(Vec<(f64, f64)>);
+
+impl Waits {
+    /// The bounds that half of the waits since then, and 99 of 100, were within.
+    pub(crate) fn since(&self, before: &Self) -> [f64; 2] {
+        let waits = self.0.iter().zip(&before.0).map(|(now, then)| (now.0, now.1 - then.1));
+        let waits: Vec<_> = waits.collect();
+        let all = waits.last().map_or(0.0, |last| last.1);
+        [0.5, 0.99].map(|share| {
+            let within = waits.iter().find(|(_, count)| *count >= all * share);
+            within.map_or(f64::NAN, |(bound, _)| *bound)
+        })
     }
 }
 

@@ -10,12 +10,17 @@ pub(crate) struct Figures {
     pub(crate) ready: f64,
     pub(crate) first_sync: f64,
     pub(crate) next_sync: f64,
-    pub(crate) change_p50: f64,
-    pub(crate) change_p99: f64,
+    /// Median and 99th percentile, since the server acknowledged a write; and since another client of
+    /// the server was told of it.
+    pub(crate) change: [f64; 2],
+    pub(crate) change_told: [f64; 2],
     pub(crate) missed: usize,
     pub(crate) storm_rate: f64,
-    pub(crate) storm_p50: f64,
-    pub(crate) storm_p99: f64,
+    /// The same in the storm.
+    pub(crate) storm: [f64; 2],
+    pub(crate) storm_told: [f64; 2],
+    /// By the proxy's own word, from taking in an event until it was in force; NaN if it says nothing.
+    pub(crate) storm_inside: [f64; 2],
     pub(crate) storm_cpu: f64,
     pub(crate) peak_mb: f64,
     pub(crate) syn: f64,
@@ -59,7 +64,10 @@ impl Report {
     fn rows(&self) -> Vec<Row> {
         let (ours, peer) = (&self.ours, &self.peer);
         let row = |what, unit, a: f64, b: f64, target| Row { what, unit, ours: a, peer: b, target };
-        let ms = 1e3;
+        let lag = |what, of: fn(&Figures) -> f64, most: Option<(f64, &'static str)>| {
+            let target = most.map(|(most, said)| (said, of(ours) * 1e3 <= most));
+            row(what, "ms", of(ours) * 1e3, of(peer) * 1e3, target)
+        };
         vec![
             row(
                 "process start → everything programmed",
@@ -75,34 +83,18 @@ impl Report {
                 peer.first_sync,
                 Some(("≥ 100× faster", peer.first_sync / ours.first_sync >= 100.0)),
             ),
-            row(
+            lag(
                 "one endpoint more, acknowledged → packet, p50",
-                "ms",
-                ours.change_p50 * ms,
-                peer.change_p50 * ms,
-                Some(("≤ 10 ms", ours.change_p50 <= 0.01)),
+                |f| f.change[0],
+                Some((10.0, "≤ 10 ms")),
             ),
-            row(
-                "the same, p99",
-                "ms",
-                ours.change_p99 * ms,
-                peer.change_p99 * ms,
-                Some(("≤ 30 ms", ours.change_p99 <= 0.03)),
-            ),
-            row(
-                "the same under 200 changes/s, p50",
-                "ms",
-                ours.storm_p50 * ms,
-                peer.storm_p50 * ms,
-                None,
-            ),
-            row(
-                "the same, p99",
-                "ms",
-                ours.storm_p99 * ms,
-                peer.storm_p99 * ms,
-                Some(("≤ 50 ms", ours.storm_p99 <= 0.05)),
-            ),
+            lag("the same, p99", |f| f.change[1], Some((30.0, "≤ 30 ms"))),
+            lag("the same, another client told → packet, p50", |f| f.change_told[0], None),
+            lag("the same, p99", |f| f.change_told[1], None),
+            lag("acknowledged → packet under 200 changes/s, p50", |f| f.storm[0], None),
+            lag("the same, p99", |f| f.storm[1], Some((50.0, "≤ 50 ms"))),
+            lag("another client told → packet meanwhile, p50", |f| f.storm_told[0], None),
+            lag("the same, p99", |f| f.storm_told[1], None),
             row(
                 "CPU meanwhile, of one core",
                 "%",
@@ -167,7 +159,8 @@ impl Report {
              map, masquerade), through one with random ports (as both proxies give them), through \
              one with none, in turn: nftproxy {:.2}, {:.2}, {:.2}, {:.2}; kube-proxy {:.2}, {:.2}, \
              {:.2}, {:.2}. An incremental sync of kube-proxy takes {} ms (median, its own \
-             word). In the storm the API server took {:.0} and {:.0} changes a second. SYNs that \
+             word). In the storm, nftproxy had half of the events in force within {} ms of taking them \
+             in, and 99 of 100 within {} ms (bounds of its own histogram). In the storm the API server took {:.0} and {:.0} changes a second. SYNs that \
              arrived, of one to every ClusterIP: {:.1} %, {:.1} %. Changes that no packet followed \
              within 30 s: {}, {}.\n",
             self.ours.syn,
@@ -179,6 +172,8 @@ impl Report {
             self.peer.random,
             self.peer.routing,
             significant(self.peer.next_sync * 1e3),
+            significant(self.ours.storm_inside[0] * 1e3),
+            significant(self.ours.storm_inside[1] * 1e3),
             self.ours.storm_rate,
             self.peer.storm_rate,
             self.ours.programmed * 100.0,

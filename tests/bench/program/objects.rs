@@ -1,0 +1,173 @@
+//! The objects that are programmed: many Services alike, or of all kinds that there are.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::num::NonZeroU16;
+
+use ipnet::{IpNet, Ipv4Net};
+use nftproxy::model::{
+    Endpoint, EndpointSlice, Family, NamespacedName, Protocol, Scheduler, Service, ServicePort,
+    SessionAffinity, SlicePort, TrafficPolicy,
+};
+
+/// Ranges of one load balancer in ten, and of a single one.
+const SOME_RANGES: usize = 20;
+const MANY_RANGES: usize = 1_000;
+
+/// Which objects.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Size {
+    pub(crate) services: usize,
+    pub(crate) endpoints: usize,
+    pub(crate) mixed: bool,
+}
+
+impl Size {
+    /// Services with a ClusterIP and one TCP port.
+    pub(crate) fn plain(services: usize, endpoints: usize) -> Self {
+        Self { services, endpoints, mixed: false }
+    }
+
+    /// Services of all kinds in turn, with five endpoints each.
+    pub(crate) fn mixed(services: usize) -> Self {
+        Self { services, endpoints: 5, mixed: true }
+    }
+
+    /// What tells the measurement of this size from others.
+    pub(crate) fn arguments(self) -> Vec<String> {
+        if self.mixed {
+            return vec!["mixed".to_owned()];
+        }
+        vec![self.services.to_string(), self.endpoints.to_string()]
+    }
+
+    /// What sort of Service this one is.
+    pub(crate) fn kind(self, index: usize) -> &'static str {
+        if !self.mixed {
+            return "ClusterIP";
+        }
+        match index % 10 {
+            _ if index == 2 => "1,000 source ranges",
+            0 => "ClusterIP",
+            1 => "node port",
+            2 => "20 source ranges",
+            3 => "affinity",
+            4 => "affinity, node port",
+            5 => "load balancer, policy Local",
+            6 => "external IP, UDP",
+            7 => "source ranges and affinity",
+            8 => "internal policy Local",
+            _ => "Maglev",
+        }
+    }
+
+    pub(crate) fn service(self, index: usize) -> Service {
+        let kind = self.kind(index);
+        let (balanced, affine) =
+            (kind.contains("ranges") || kind.contains("balancer"), kind.contains("affinity"));
+        let local = |is: bool| if is { TrafficPolicy::Local } else { TrafficPolicy::Cluster };
+        let node_port = balanced || kind.contains("node port");
+        Service {
+            name: name(index),
+            created: 0,
+            cluster_ips: vec![address(Ipv4Addr::new(10, 96, 0, 1), index)],
+            external_ips: only(
+                kind.contains("external"),
+                address(Ipv4Addr::new(198, 18, 0, 1), index),
+            ),
+            load_balancer_ips: only(balanced, address(Ipv4Addr::new(198, 19, 0, 1), index)),
+            ports: vec![ServicePort {
+                name: "http".into(),
+                protocol: protocol(kind),
+                port: 80,
+                node_port: NonZeroU16::new(30_000 + short(index)).filter(|_| node_port),
+            }],
+            internal_traffic_policy: local(kind.starts_with("internal")),
+            external_traffic_policy: local(kind.ends_with("balancer, policy Local")),
+            session_affinity: if affine {
+                SessionAffinity::ClientIp { timeout: 10_800 }
+            } else {
+                SessionAffinity::None
+            },
+            source_ranges: ranges(kind, index, 0),
+            scheduler: if kind == "Maglev" { Scheduler::Maglev } else { Scheduler::Random },
+            health_check_node_port: None,
+        }
+    }
+
+    /// The Service with another source range in the place of one; None if it has none.
+    pub(crate) fn another_range(self, index: usize) -> Option<Service> {
+        let source_ranges = ranges(self.kind(index), index, 1);
+        (!source_ranges.is_empty()).then(|| Service { source_ranges, ..self.service(index) })
+    }
+
+    /// The slice of a Service with endpoints `first .. first + count`.
+    pub(crate) fn slice(self, index: usize, first: usize, count: usize) -> EndpointSlice {
+        let base = index * (self.endpoints + 8);
+        let endpoint = |n: usize| Endpoint {
+            address: address(Ipv4Addr::new(10, 128, 0, 1), base + n),
+            ready: true,
+            serving: true,
+            terminating: false,
+            local: if self.mixed { n % 2 == 1 } else { n == 0 && index.is_multiple_of(100) },
+            weight: 1,
+            hints: None,
+        };
+        let protocol = protocol(self.kind(index));
+        EndpointSlice {
+            name: NamespacedName::new("default", &format!("service-{index}-abcde")),
+            service: name(index),
+            family: Family::V4,
+            ports: vec![SlicePort { name: "http".into(), protocol, port: 8080 }],
+            endpoints: (first..first + count).map(endpoint).collect(),
+            last_change_trigger: None,
+        }
+    }
+}
+
+impl std::fmt::Display for Size {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.mixed {
+            return write!(f, "{} mixed", self.services);
+        }
+        write!(f, "{}x{}", self.services, self.endpoints)
+    }
+}
+
+fn name(index: usize) -> NamespacedName {
+    NamespacedName::new("default", &format!("service-{index}"))
+}
+
+fn protocol(kind: &str) -> Protocol {
+    if kind.contains("UDP") { Protocol::Udp } else { Protocol::Tcp }
+}
+
+fn only<T>(is: bool, value: T) -> Vec<T> {
+    is.then_some(value).into_iter().collect()
+}
+
+/// Networks of 16 addresses, `first` of them left out at the beginning.
+fn ranges(kind: &str, index: usize, first: usize) -> Vec<IpNet> {
+    let count = match kind {
+        "1,000 source ranges" => MANY_RANGES,
+        kind if kind.contains("ranges") => SOME_RANGES,
+        _ => 0,
+    };
+    let base = Ipv4Addr::new(11, 0, 0, 0);
+    let network = |n: usize| {
+        let address = Ipv4Addr::from(u32::from(base) + bits((index * SOME_RANGES + n) * 16));
+        IpNet::V4(Ipv4Net::new(address, 28).expect("a prefix"))
+    };
+    (first..first + count).map(network).collect()
+}
+
+fn address(first: Ipv4Addr, index: usize) -> IpAddr {
+    Ipv4Addr::from(u32::from(first) + bits(index)).into()
+}
+
+fn bits(index: usize) -> u32 {
+    u32::try_from(index).expect("fewer than 4 billion")
+}
+
+fn short(index: usize) -> u16 {
+    u16::try_from(index % 30_000).expect("fewer than 65 thousand")
+}
