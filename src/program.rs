@@ -193,7 +193,10 @@ impl Program {
                         self.configure(&live);
                     }
                     // Whoever asked may have gone.
-                    Input::Request(request) => drop(request.send(Snapshot::of(&self.proxy))),
+                    Input::Request(request) => {
+                        drop(request.send(Snapshot::of(&self.proxy)));
+                        debug!(took = ?came.elapsed(), "told what is known");
+                    }
                     Input::Due => {}
                     Input::Closed => open = false,
                 }

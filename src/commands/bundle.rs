@@ -67,15 +67,21 @@ pub async fn bundle(loaded: &Loaded, mut say: impl FnMut(&str)) -> Result<Bundle
     parts.add("version.txt", Ok::<_, CommandError>(version(config)));
     parts.add("config.txt", Ok::<_, CommandError>(config::show(loaded, Format::Text)));
     parts.add("sysctls.txt", Ok::<_, CommandError>(sysctls()));
-    say("check");
-    parts.add("check.txt", check(config, Output::Text).await.map(in_full));
-    say("Services");
+    say("check, Services");
+    // Together, since an API server that is silent is waited for by each of them.
     let filter = Filter::default();
-    parts.add("list.txt", list(config, &filter, Output::Text).await.map(in_full));
-    parts.add("list.json", list(config, &filter, Output::Json).await.map(in_full));
+    let (findings, listed, rows, changes) = tokio::join!(
+        check(config, Output::Text),
+        list(config, &filter, Output::Text),
+        list(config, &filter, Output::Json),
+        diff(config),
+    );
+    parts.add("check.txt", findings.map(in_full));
+    parts.add("list.txt", listed.map(in_full));
+    parts.add("list.json", rows.map(in_full));
+    parts.add("diff.txt", changes.map(in_full));
     say("tables");
     parts.add("kernel.nft", kernel_tables(config));
-    parts.add("diff.txt", diff(config).await.map(in_full));
     say("daemon");
     let pages = [
         ("daemon/recent.json", "/debug/recent"),

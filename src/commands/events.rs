@@ -93,7 +93,8 @@ fn written(batch: &BatchRow, output: Output) -> String {
 }
 
 fn text(batch: &BatchRow) -> String {
-    let mut head = format!("{} {}", batch.at.strftime("%H:%M:%S%.3f"), Paint::Bold.on(&batch.cause));
+    let mut head =
+        format!("{} {}", batch.at.strftime("%H:%M:%S%.3f"), Paint::Bold.on(&batch.cause));
     if let Some(author) = &batch.author {
         let _ = write!(head, " after {}", Paint::Attention.on(author));
     }
@@ -122,7 +123,12 @@ fn text(batch: &BatchRow) -> String {
         let _ = writeln!(out, "    {change}");
     }
     if batch.more_changes > 0 {
-        let _ = writeln!(out, "    and {} more {}", batch.more_changes, if batch.more_changes == 1 { "operation" } else { "operations" });
+        let _ = writeln!(
+            out,
+            "    and {} more {}",
+            batch.more_changes,
+            if batch.more_changes == 1 { "operation" } else { "operations" }
+        );
     }
     out
 }

@@ -63,9 +63,9 @@ pub(super) async fn gather(config: &Config) -> Result<Gathered, GatherError> {
     }
     match of_daemon(config).await {
         Ok(gathered) => Ok(gathered),
-        Err(daemon) => read.await.map_err(|source| {
-            GatherError::Nowhere { daemon, source: Box::new(source) }
-        }),
+        Err(daemon) => {
+            read.await.map_err(|source| GatherError::Nowhere { daemon, source: Box::new(source) })
+        }
     }
 }
 
