@@ -1,5 +1,6 @@
 //! Commands that do not answer in one text: what is told as it happens, and what is written to a file.
 
+use std::fmt::Write as _;
 use std::fs::OpenOptions;
 use std::io::{ErrorKind, IsTerminal as _, Write as _};
 use std::ops::ControlFlow;
@@ -55,7 +56,7 @@ pub(super) fn bundle(args: BundleArgs) -> Result<ExitCode, CliError> {
     written.map_err(|source| CliError::File { path: path.clone(), source })?;
     let mut text = format!("wrote {} ({} bytes)\n", path.display(), bytes.len());
     for part in &missing {
-        text += &format!("without {part}\n");
+        let _ = writeln!(text, "without {part}");
     }
     super::print(&text)?;
     Ok(ExitCode::SUCCESS)

@@ -4,6 +4,7 @@
 //! that an operator could not look at first. Credentials are not left out of what was read: they are
 //! never read. What cannot be had is named in the archive, and the rest is in it all the same.
 
+use std::fmt::Write as _;
 use std::io::Write as _;
 
 use flate2::Compression;
@@ -179,7 +180,7 @@ fn kernel_tables(config: &Config) -> Result<String, CommandError> {
     for family in Family::BOTH {
         let remarks = [tables.missing(family), tables.changed(family)];
         for remark in remarks.into_iter().flatten() {
-            out += &format!("# {remark}\n");
+            let _ = writeln!(out, "# {remark}");
         }
         if tables.missing(family).is_none() {
             out += &text::table(&tables.ruleset, family);

@@ -102,7 +102,7 @@ impl Debug {
         Ok(Some(match path {
             "/" => {
                 let page = page::Frame::new(self.about.clone(), status, query);
-                Box::new(move |snapshot| page.reply(snapshot))
+                Box::new(move |snapshot| page.reply(&snapshot))
             }
             "/debug/services" => {
                 let filter = Filter {

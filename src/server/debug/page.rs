@@ -91,8 +91,8 @@ impl Frame {
         }
     }
 
-    pub(super) fn reply(self, snapshot: Snapshot) -> Reply {
-        let text = self.text(&snapshot);
+    pub(super) fn reply(&self, snapshot: &Snapshot) -> Reply {
+        let text = self.text(snapshot);
         let mut reply = Reply::new(200, "text/html; charset=utf-8", text);
         reply.headers.push(("content-security-policy", POLICY.to_owned()));
         reply.headers.push(("referrer-policy", "no-referrer".to_owned()));
@@ -152,12 +152,12 @@ impl Frame {
 
 /// The link to another page of the same search.
 fn link(search: &str, number: usize) -> String {
-    let mut query = form_urlencoded::Serializer::new("?".to_owned());
+    let mut query = form_urlencoded::Serializer::new(String::new());
     if !search.is_empty() {
         query.append_pair("q", search);
     }
     query.append_pair("page", &number.to_string());
-    query.finish() + "#services"
+    format!("?{}#services", query.finish())
 }
 
 fn clock(at: Timestamp) -> String {
