@@ -15,12 +15,13 @@ use tracing::{debug, error, info, warn};
 use crate::config::{self, Flags, Live, Loaded, Source};
 use crate::conntrack::Sweeper;
 use crate::host::{self, PrivilegeError};
+use crate::inspect::Inspector;
 use crate::metrics::RestClient;
 use crate::model::{Event, Family, Notice, Standing, Topic};
 use crate::nft::netlink::{FEATURES, NetlinkKernel, OpenError};
 use crate::program::Program;
 use crate::reconcile::Proxy;
-use crate::server::{self, BindError, Listen, ListenFailure};
+use crate::server::{self, About, BindError, Inside, Listen, ListenFailure};
 use crate::state::State;
 use crate::status::{HealthCheckChange, Reporter, Status};
 use crate::takeover::{self, Purpose};
@@ -88,6 +89,7 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
     let (reporter, health_checks) = Reporter::new(status.clone());
     let reporter = reporter.with_notices(notices.clone());
     let swept = status.clone();
+    let (inspector, requests) = Inspector::new();
     let owning = config.table_owner;
     // Other Services of the node may still need it.
     let keep_theirs = config.keep_kube_proxy_rules || matches!(config.source, Source::Manifests(_));
@@ -97,6 +99,7 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
             Ok((kernel, sweeper)) => {
                 drop(opened.send(Ok(())));
                 Program::new(Proxy::new(state, kernel), sweeper, live, reporter)
+                    .answering(requests)
                     .after_sync(move || take_over(keep_theirs))
                     .run(events);
             }
@@ -111,7 +114,8 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
 
     info!(node = config.node_name, source = %config.source, "starting");
     follow_host(sender.downgrade())?;
-    let mut servers = pin!(serve(&loaded, status.clone(), health_checks, notices.clone()));
+    let mut servers =
+        pin!(serve(&loaded, status.clone(), inspector, health_checks, notices.clone()));
     follow_config(flags, loaded, live_sender)?;
     tokio::select! {
         signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
@@ -152,6 +156,7 @@ fn prepare_host(live: &Live) -> Result<(), String> {
 fn serve(
     loaded: &Loaded,
     status: Arc<Status>,
+    inspector: Inspector,
     health_checks: UnboundedReceiver<HealthCheckChange>,
     notices: Notices,
 ) -> impl Future<Output = BindError> + use<> {
@@ -162,7 +167,16 @@ fn serve(
         hard_fail: config.bind_address_hard_fail,
     };
     let node = config.node_name.clone();
-    server::serve(listen, status, config::configz(loaded), health_checks, move |failure| {
+    let inside = Inside {
+        configz: config::configz(loaded),
+        about: About {
+            node: node.clone(),
+            source: config.source.to_string(),
+            settings: config::given(loaded),
+        },
+        inspector,
+    };
+    server::serve(listen, status, inside, health_checks, move |failure| {
         let ListenFailure { service, address, reason } = failure;
         let standing = reason.map_or(Standing::Over, |reason| {
             // The words of kube-proxy.

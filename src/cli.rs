@@ -3,6 +3,7 @@
 mod args;
 mod flags;
 mod log;
+mod report;
 
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
@@ -54,6 +55,14 @@ pub enum CliError {
     /// Something was rendered, but not everything that was given.
     #[error("{0} of the manifest files could not be used; what is wrong with them is said above")]
     Refused(usize),
+    /// A file cannot be written.
+    #[error("cannot write {}: {source}", path.display())]
+    File {
+        /// The file.
+        path: std::path::PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
     /// The runtime cannot be started, or output not be written.
     #[error("cannot {step}: {source}")]
     System {
@@ -139,6 +148,8 @@ impl Cli {
                 let answer = commands::check::check(&config, output.output);
                 told(&runtime()?.block_on(answer)?)
             }
+            Command::Events(args) => report::events(args),
+            Command::Bundle(args) => report::bundle(args),
             Command::Completions { shell } => {
                 print(&commands::manual::completions(described(), shell))?;
                 Ok(ExitCode::SUCCESS)

@@ -4,10 +4,13 @@
 //! JSON), and then a text of that, so that the two cannot tell different things. None but `cleanup`
 //! changes anything.
 
+pub mod bundle;
 pub mod check;
 pub mod cleanup;
+pub mod daemon;
 pub mod diff;
 pub mod endpoints;
+pub mod events;
 pub mod explain;
 pub mod list;
 pub mod manual;
@@ -20,6 +23,7 @@ mod tables;
 mod text;
 
 pub use self::connections::CountersError;
+pub use self::daemon::DaemonError;
 pub use self::objects::GatherError;
 pub use self::tables::{Tables, TablesError};
 
@@ -64,6 +68,12 @@ pub enum CommandError {
     /// The objects cannot be had.
     #[error(transparent)]
     Objects(#[from] GatherError),
+    /// The daemon does not answer.
+    #[error(transparent)]
+    Daemon(#[from] DaemonError),
+    /// The archive cannot be made.
+    #[error(transparent)]
+    Bundle(#[from] bundle::BundleError),
     /// The kernel's tables cannot be had.
     #[error(transparent)]
     Tables(#[from] TablesError),

@@ -74,6 +74,12 @@ impl Repairs {
         self.waiting.as_ref().map(|_| self.not_before)
     }
 
+    /// What is to be put right.
+    #[must_use]
+    pub fn waiting(&self) -> Option<&Intrusion> {
+        self.waiting.as_ref()
+    }
+
     /// It was tried. A repair that failed is due again.
     pub fn done(&mut self, began: Instant, now: Instant, outcome: &Result<Committed, CommitError>) {
         let took = now - began;

@@ -107,7 +107,7 @@ struct Claimant {
 }
 
 /// Who owns which frontend.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Frontends {
     /// The first claimant of each.
     oldest: HashMap<Frontend, Claimant>,

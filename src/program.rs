@@ -21,6 +21,7 @@ use crate::config::Live;
 use crate::conntrack::Sweeper;
 use crate::drift::{self, Repairs};
 use crate::host::Sysctl;
+use crate::inspect::{Request, Snapshot};
 use crate::model::{Event, Family, Kind};
 use crate::nft::dataplane::{LOOPBACK_GUARD, Loopback};
 use crate::nft::kernel::Kernel;
@@ -89,6 +90,8 @@ pub struct Program {
     /// Whether the kernel is to route them, which it may behind the commit that keeps others from them.
     routing_due: bool,
     reporter: Reporter,
+    /// From those who want to look into it.
+    requests: Option<Receiver<Request>>,
 }
 
 /// What there is to do next.
@@ -97,6 +100,8 @@ enum Input {
     Intrusion(Intrusion),
     /// The configuration changed.
     Live,
+    /// Somebody wants to know what is known.
+    Request(Request),
     Due,
     /// Nobody will send any more events.
     Closed,
@@ -125,6 +130,7 @@ impl Program {
             loopback: Loopback::Untouched,
             routing_due: false,
             reporter,
+            requests: None,
         };
         this.loopback = this.loopback_of_former_run();
         this.configure(&wanted);
@@ -168,6 +174,13 @@ impl Program {
         self
     }
 
+    /// Answers those who want to look into it.
+    #[must_use]
+    pub fn answering(mut self, requests: Receiver<Request>) -> Self {
+        self.requests = Some(requests);
+        self
+    }
+
     /// Takes in events and commits, until the sender is gone.
     pub fn run(mut self, mut events: Receiver<Event>) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
@@ -189,6 +202,11 @@ impl Program {
                     Input::Live => {
                         let live = self.live.borrow_and_update().clone();
                         self.configure(&live);
+                    }
+                    // Whoever asked may have gone.
+                    Input::Request(request) => {
+                        drop(request.send(Snapshot::of(&self.proxy)));
+                        debug!(took = ?came.elapsed(), "told what is known");
                     }
                     Input::Due => {}
                     Input::Closed => open = false,
@@ -220,11 +238,22 @@ impl Program {
                 None => std::future::pending().await,
             }
         };
+        let request = async {
+            let next = match &mut self.requests {
+                Some(requests) => requests.recv().await,
+                None => None,
+            };
+            match next {
+                Some(request) => request,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             event = events.recv() => event.map_or(Input::Closed, Input::Event),
             intrusion = intrusion => Input::Intrusion(intrusion),
             // Without a file there is no sender, and this never comes.
             Ok(()) = self.live.changed() => Input::Live,
+            request = request => Input::Request(request),
             () = timer => Input::Due,
         }
     }
@@ -244,8 +273,9 @@ impl Program {
     fn act(&mut self) {
         let began = Instant::now();
         if self.repairs.due().is_some_and(|due| began >= due) {
+            let intrusion = self.repairs.waiting().cloned().unwrap_or_default();
             let outcome = self.proxy.repair();
-            self.reporter.repaired(&mut self.proxy, began.elapsed(), &outcome);
+            self.reporter.repaired(&mut self.proxy, intrusion, began.elapsed(), &outcome);
             self.repairs.done(began, Instant::now(), &outcome);
         }
         self.clock.act(&mut self.proxy, &mut self.reporter);
@@ -414,7 +444,7 @@ impl Clock {
         } else if proxy.has_idle() && now >= self.last_commit + COLLECT_AFTER {
             self.last_commit = now;
             let outcome = proxy.collect_idle();
-            reporter.collected(proxy, &outcome);
+            reporter.collected(proxy, now.elapsed(), &outcome);
             if let Err(error) = outcome {
                 debug!(%error, "idle chains stay for now");
             }

@@ -6,7 +6,7 @@
 //! which someone else changed our tables. If an operation is refused even then, the contributor it
 //! came from is set aside ([`crate::quarantine`]) and everything else is committed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tracing::{debug, error, info, warn};
 
@@ -25,6 +25,7 @@ use crate::nft::ruleset::Ruleset;
 use crate::nft::text;
 use crate::nft::transaction::{Op, Transaction};
 use crate::quarantine::{MAX_SET_ASIDE, Quarantine};
+use crate::recent::Trace;
 use crate::settings::Settings;
 use crate::state::State;
 
@@ -54,6 +55,8 @@ pub struct Proxy<K> {
     reported: BTreeMap<Contributor, Vec<Problem>>,
     /// What the owners of Services have to know, since this was last asked for.
     notices: Vec<Notice>,
+    /// What the last commit was about.
+    trace: Trace,
 }
 
 /// What a commit did.
@@ -99,6 +102,7 @@ impl<K: Kernel> Proxy<K> {
             quarantine: Quarantine::default(),
             reported: BTreeMap::new(),
             notices: Vec::new(),
+            trace: Trace::default(),
         }
     }
 
@@ -188,6 +192,21 @@ impl<K: Kernel> Proxy<K> {
         std::mem::take(&mut self.notices)
     }
 
+    /// Whose changes the kernel refuses.
+    pub fn refused(&self) -> impl Iterator<Item = &Contributor> {
+        self.quarantine.iter()
+    }
+
+    /// What is wrong with objects.
+    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.reported.values().flatten()
+    }
+
+    /// What the last commit was about, once.
+    pub fn take_trace(&mut self) -> Trace {
+        std::mem::take(&mut self.trace)
+    }
+
     /// The kernel, for tests and benches.
     pub fn kernel_mut(&mut self) -> &mut K {
         &mut self.kernel
@@ -214,6 +233,7 @@ impl<K: Kernel> Proxy<K> {
                     self.state.settle();
                     self.let_go();
                     self.account.apply(&transaction.ops);
+                    self.trace = Trace::new(&contributors, transaction.ops);
                     self.serve(contributors);
                     return Ok(done);
                 }
@@ -243,7 +263,10 @@ impl<K: Kernel> Proxy<K> {
         let mut transaction = staged.transaction(&self.options);
         let outcome = apply(&mut self.kernel, &mut transaction);
         match &outcome {
-            Ok(_) => ledger.accept(staged),
+            Ok(_) => {
+                ledger.accept(staged);
+                self.trace = Trace::new(&[], transaction.ops);
+            }
             Err(CommitError::Apply { source: ApplyError::Refused { .. }, .. }) => {}
             Err(_) => self.in_doubt = true,
         }
@@ -298,6 +321,12 @@ impl<K: Kernel> Proxy<K> {
             let mut transaction = diff(&loaded, ruleset);
             match apply(&mut self.kernel, &mut transaction) {
                 Ok(done) => {
+                    // At the start it is for everybody.
+                    let telling = Trace::telling(if first { &[] } else { &transaction.ops });
+                    let objects: BTreeSet<_> =
+                        telling.iter().filter_map(|op| staged.contributor(op)).cloned().collect();
+                    let objects: Vec<_> = objects.into_iter().collect();
+                    self.trace = Trace::new(&objects, transaction.ops);
                     let mut ledger = Ledger::default();
                     ledger.accept(staged);
                     self.ledger = Some(ledger);

@@ -1,10 +1,12 @@
-//! The program's HTTP servers: probes, metrics, and what load balancers ask about single Services.
+//! The program's HTTP servers: probes, metrics, what load balancers ask about single Services, and what
+//! operators ask about all of it.
 //!
-//! Every answer is made of what is in memory, at once. A server whose port cannot be bound keeps
+//! Every answer is made of what is in memory, and, but for those to operators, at once. A server whose port cannot be bound keeps
 //! trying and says so once: a proxy without its health port still moves packets, so that this is
 //! never a reason to stop it, unless the user wants that (`bindAddressHardFail`). Anybody can reach
 //! most of these ports, so a client gets neither the time nor the number of connections to do harm.
 
+mod debug;
 mod health;
 mod health_check;
 mod listener;
@@ -16,9 +18,11 @@ use std::sync::Arc;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::task::JoinSet;
 
+pub use debug::About;
 pub use health_check::{ListenFailure, serve as serve_health_checks};
 pub use listener::BindError;
 
+use crate::inspect::Inspector;
 use crate::status::{HealthCheckChange, Status};
 
 /// Where to listen.
@@ -32,12 +36,22 @@ pub struct Listen {
     pub hard_fail: bool,
 }
 
+/// What only this host may read, on the loopback.
+#[derive(Clone, Debug)]
+pub struct Inside {
+    /// The text of `/configz`.
+    pub configz: String,
+    /// What the status page begins with.
+    pub about: About,
+    /// Looks into the program.
+    pub inspector: Inspector,
+}
+
 /// Serves until it is aborted; returns only if a port cannot be bound and that is a reason to end.
-/// `configz` is the text of `/configz`.
 pub async fn serve(
     listen: Listen,
     status: Arc<Status>,
-    configz: String,
+    inside: Inside,
     changes: UnboundedReceiver<HealthCheckChange>,
     failures: impl FnMut(ListenFailure) + Send + 'static,
 ) -> BindError {
@@ -54,7 +68,7 @@ pub async fn serve(
         ));
     }
     if let Some(address) = metrics {
-        let pages = Arc::new(self::metrics::Pages::new(status.clone(), configz, address));
+        let pages = Arc::new(self::metrics::Pages::new(status.clone(), inside, address));
         let looking = pages.clone();
         servers.spawn(listener::keep("metrics", address, hard_fail, status.stopping(), pages));
         servers.spawn(async move {
@@ -107,7 +121,13 @@ impl Reply {
     }
 }
 
-/// What a server answers with. The method does not matter.
+/// What a server answers with.
 trait Answers: Send + Sync + 'static {
+    /// At once, whatever the method.
     fn reply(&self, path: &str) -> Reply;
+
+    /// The same for a server that has more to look at than the path, or to wait for something.
+    fn answer(&self, request: &http::request::Parts) -> impl Future<Output = Reply> + Send {
+        std::future::ready(self.reply(request.uri.path()))
+    }
 }

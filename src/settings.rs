@@ -3,13 +3,14 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use crate::model::{Family, NodeFacts};
 use crate::nft::dataplane::{Detector, Loopback, NodePorts, Options};
 use crate::nft::rule::InterfaceName;
 
 /// How a client inside the cluster is told from one outside.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DetectLocal {
     /// Sources in these ranges are pods of the cluster; a family without a range is not told apart.
     ClusterCidr(Vec<IpNet>),
@@ -20,7 +21,7 @@ pub enum DetectLocal {
 }
 
 /// On which addresses of the node node ports are served.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NodePortAddresses {
     /// The node's primary address of each family. A family without one accepts them on all addresses.
     #[default]
@@ -33,7 +34,7 @@ pub enum NodePortAddresses {
 }
 
 /// What the data plane is to be like.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
     /// The packet mark bit that asks for masquerading.
     pub masquerade_mark: u32,

@@ -27,7 +27,7 @@ use crate::settings::{DetectLocal, Settings};
 use crate::slots::Slots;
 
 /// The objects of the cluster that concern this node.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct State {
     settings: Settings,
     /// The Node object where there is one, completed by what the host tells.
@@ -44,7 +44,7 @@ pub struct State {
     listings: BTreeMap<Kind, Listing>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Listing {
     /// Number of the present listing.
     number: u32,
@@ -380,6 +380,31 @@ impl State {
             self.objects.services().filter(move |(.., service)| all || is_accountable(service));
         let services = services.map(|(name, ..)| Contributor::Service(name.clone()));
         std::iter::once(Contributor::Node).chain(services)
+    }
+
+    /// The settings.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// What [`Self::new`] was told of the node, or would be told now.
+    #[must_use]
+    pub fn host_facts(&self) -> NodeFacts {
+        let HostFacts { addresses, interfaces } = self.host.clone();
+        NodeFacts { name: self.node.name.clone(), addresses, interfaces, ..NodeFacts::default() }
+    }
+
+    /// Events that bring a new state to what this one knows.
+    pub fn events(&self) -> impl Iterator<Item = Event> {
+        let listed = Kind::ALL.into_iter().filter(|kind| !self.missing().contains(kind));
+        let node = NodeFacts { addresses: self.registered.clone(), ..self.node.clone() };
+        let node = self.seen.then_some(Event::Node(node));
+        let cidrs = self.cidrs.values().map(|known| Event::ServiceCidr(known.object.clone()));
+        let services = self.services().cloned().map(Event::Service);
+        let slices = self.objects.slices().cloned().map(Event::EndpointSlice);
+        let objects = node.into_iter().chain(cidrs).chain(services).chain(slices);
+        objects.chain(listed.map(Event::Listed))
     }
 
     /// All Services, by name.

@@ -23,7 +23,8 @@ use crate::metrics::Metrics;
 use crate::model::{Family, Kind, NamespacedName};
 use crate::nft::connection::Counters;
 use crate::nft::kernel::{Kernel, LoadError};
-use crate::nft::netlink::{OpenError, ReadCounters};
+use crate::nft::netlink::{Intrusion, OpenError, ReadCounters};
+use crate::recent::{Batch, Cause, Recent};
 use crate::reconcile::{CommitError, Committed, Proxy};
 use crate::watch::notices::Notices;
 
@@ -32,10 +33,11 @@ use crate::watch::notices::Notices;
 pub struct Status {
     /// Everything that is counted.
     pub metrics: Metrics,
+    /// The last batches.
+    pub recent: Recent,
     families: Vec<Family>,
     patience: Duration,
     started: Instant,
-    started_at: Timestamp,
     /// Milliseconds from the start to when the oldest waiting change came, plus one; 0 if none waits.
     waiting_since: AtomicU64,
     /// Microseconds since the epoch; 0 for never.
@@ -70,10 +72,10 @@ impl Status {
     pub fn new(families: Vec<Family>, sync_period: Duration) -> Self {
         Self {
             metrics: Metrics::default(),
+            recent: Recent::new(Timestamp::now()),
             families,
             patience: health::patience(sync_period),
             started: Instant::now(),
-            started_at: Timestamp::now(),
             waiting_since: AtomicU64::new(0),
             committed: AtomicI64::new(0),
             eligible: AtomicBool::new(false),
@@ -163,6 +165,24 @@ impl Status {
         if self.waiting_since.load(Ordering::Relaxed) == 0 {
             self.waiting_since.store(since, Ordering::Relaxed);
         }
+    }
+
+    /// Whether programming keeps up.
+    #[must_use]
+    pub fn is_healthy(&self) -> bool {
+        self.progress().is_healthy(self.patience)
+    }
+
+    /// When the last commit was.
+    #[must_use]
+    pub fn last_commit(&self) -> Option<Timestamp> {
+        self.progress().committed
+    }
+
+    /// Whether load balancers may send new traffic to the node.
+    #[must_use]
+    pub fn is_eligible(&self) -> bool {
+        self.eligible.load(Ordering::Relaxed)
     }
 
     /// The answer of `/healthz`.
@@ -300,6 +320,18 @@ impl Reporter {
         took: Duration,
         outcome: &Result<Committed, CommitError>,
     ) {
+        let adopted = outcome.as_ref().is_ok_and(|done| done.adopted);
+        let cause = if adopted { Cause::Sync } else { Cause::Change };
+        self.keep(proxy, cause, took, outcome);
+        self.count(proxy, took, outcome);
+    }
+
+    fn count<K: Kernel>(
+        &mut self,
+        proxy: &mut Proxy<K>,
+        took: Duration,
+        outcome: &Result<Committed, CommitError>,
+    ) {
         let Metrics { kube_proxy, own, .. } = &self.status.metrics;
         let observe = |histograms: &crate::metrics::ByFamily<prometheus::Histogram>| {
             histograms.iter().for_each(|histogram| histogram.observe(took.as_secs_f64()));
@@ -340,11 +372,13 @@ impl Reporter {
     pub fn repaired<K: Kernel>(
         &mut self,
         proxy: &mut Proxy<K>,
+        intrusion: Intrusion,
         took: Duration,
         outcome: &Result<Committed, CommitError>,
     ) {
         self.broken = outcome.is_err();
-        self.committed(proxy, took, outcome);
+        self.keep(proxy, Cause::Repair(intrusion), took, outcome);
+        self.count(proxy, took, outcome);
         if outcome.as_ref().is_ok_and(|done| done.operations > 0) {
             self.status.metrics.own.drift_repairs.inc();
         }
@@ -354,8 +388,10 @@ impl Reporter {
     pub fn collected<K: Kernel>(
         &mut self,
         proxy: &mut Proxy<K>,
+        took: Duration,
         outcome: &Result<Committed, CommitError>,
     ) {
+        self.keep(proxy, Cause::Collection, took, outcome);
         let Metrics { kube_proxy, own, .. } = &self.status.metrics;
         match outcome {
             Ok(done) => {
@@ -365,6 +401,29 @@ impl Reporter {
             }
             Err(_) => kube_proxy.cleanup_failures.iter().for_each(prometheus::IntCounter::inc),
         }
+    }
+
+    /// Keeps a batch for whoever wants to know. One that had nothing to do is none.
+    fn keep<K: Kernel>(
+        &self,
+        proxy: &mut Proxy<K>,
+        cause: Cause,
+        took: Duration,
+        outcome: &Result<Committed, CommitError>,
+    ) {
+        let trace = proxy.take_trace();
+        let (operations, bytes, error) = match outcome {
+            Ok(done) if done.operations == 0 => return,
+            Ok(done) => (done.operations, done.applied.bytes, None),
+            Err(error) => (0, 0, Some(error.to_string())),
+        };
+        let waited = match cause {
+            Cause::Change | Cause::Sync => self.oldest.map(|oldest| oldest.elapsed()),
+            Cause::Repair(_) | Cause::Collection => None,
+        };
+        let at = Timestamp::now();
+        let batch = Batch { at, cause, trace, operations, bytes, took, waited, error };
+        self.status.recent.push(batch, proxy.refused().cloned().collect());
     }
 
     fn batch(&self, done: &Committed) {
@@ -404,7 +463,7 @@ impl Reporter {
         for (family, at) in account.take_triggers() {
             let at = Timestamp::from_millisecond(i64::try_from(at).unwrap_or(i64::MAX));
             // What was changed before this began did not wait for this.
-            if let Some(at) = at.ok().filter(|at| *at > status.started_at) {
+            if let Some(at) = at.ok().filter(|at| *at > status.recent.started()) {
                 let took = now.duration_since(at).as_secs_f64().max(0.0);
                 kube_proxy.network_programming.of(family).observe(took);
             }

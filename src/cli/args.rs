@@ -24,6 +24,8 @@ Examples:
   nftproxy list --namespace default       Services, who answers, and whether it is in force
   nftproxy top                            connections a second, with --counters of the daemon
   nftproxy check                          is this host in order, and what to do if not
+  nftproxy events                         what is being programmed, and why, as it happens
+  nftproxy bundle                         an archive for whoever is to help, without secrets
   nftproxy cleanup                        remove the tables
   nftproxy cleanup --kube-proxy           remove what kube-proxy left behind
   nft list table ip nftproxy              see what is programmed
@@ -63,6 +65,12 @@ pub(super) enum Command {
     Top(TopArgs),
     /// Check whether this host is in order for nftproxy, and say what to do if not. Changes nothing.
     Check(OutputAndConfiguration),
+    /// Show what the nftproxy of this node programs, and for which objects, as it happens.
+    #[command(visible_alias = "watch")]
+    Events(EventsArgs),
+    /// Write an archive for whoever is to help: version, configuration, findings of `check`, Services,
+    /// both tables, last batches, metrics, sysctls. No credentials are in it.
+    Bundle(BundleArgs),
     /// Print the completion script for a shell: `nftproxy completions bash >
     /// /etc/bash_completion.d/nftproxy`.
     Completions {
@@ -151,6 +159,30 @@ pub(super) struct ExplainArgs {
     pub(super) wanted: bool,
     #[command(flatten)]
     pub(super) output: OutputArgs,
+    #[command(flatten)]
+    pub(super) configuration: Configuration,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct EventsArgs {
+    /// How many of the last batches to begin with.
+    #[arg(long, value_name = "NUMBER", default_value_t = 10)]
+    pub(super) last: usize,
+    /// Do not go on with new ones.
+    #[arg(long)]
+    pub(super) no_follow: bool,
+    #[command(flatten)]
+    pub(super) output: OutputArgs,
+    #[command(flatten)]
+    pub(super) configuration: Configuration,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct BundleArgs {
+    /// The archive, a new file; `-` for standard output. Otherwise one in this directory that is named
+    /// after node and time.
+    #[arg(long, short, value_name = "FILE.tar.gz")]
+    pub(super) output: Option<PathBuf>,
     #[command(flatten)]
     pub(super) configuration: Configuration,
 }

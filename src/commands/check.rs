@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use self::host::HostFiles;
-use super::objects::{gather, is_given};
+use super::objects::{Gathered, gather, is_given};
 use super::tables::Tables;
 use super::text::count;
 use super::{Answer, CommandError, Output, Verdict, json};
@@ -72,9 +72,9 @@ const NEARLY_FULL: usize = 10;
 pub async fn check(config: &Config, output: Output) -> Result<Answer, CommandError> {
     let mut findings = Vec::new();
     let state = match gather(config).await {
-        Ok(state) => {
+        Ok(Gathered { state, source }) => {
             let services = count(state.services().count(), "Service");
-            findings.push(Finding::good("objects", format!("{services} from {}", config.source)));
+            findings.push(Finding::good("objects", format!("{services} from {source}")));
             Some(state)
         }
         Err(error) if is_given(&config.source) => {

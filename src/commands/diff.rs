@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::objects::gather;
+use super::objects::{Gathered, gather};
 use super::tables::TablesError;
 use super::{Answer, CommandError, Verdict};
 use crate::config::Config;
@@ -10,15 +10,15 @@ use crate::host;
 use crate::nft::names::TABLE;
 use crate::nft::netlink::NetlinkKernel;
 use crate::nft::text;
-use crate::nft::transaction::Op;
 use crate::reconcile::Proxy;
 
 /// Compares.
 pub async fn diff(config: &Config) -> Result<Answer, CommandError> {
     host::check_privileges()?;
     let kernel = NetlinkKernel::open().map_err(TablesError::from)?;
-    let mut proxy = Proxy::new(gather(config).await?, kernel);
-    let wanted = format!("{}, node {}", config.source, config.node_name);
+    let Gathered { state, source } = gather(config).await?;
+    let wanted = format!("{source}, node {}", state.node_facts().name);
+    let mut proxy = Proxy::new(state, kernel);
     let plan = proxy.plan().map_err(TablesError::from)?;
     if plan.is_empty() {
         let text = format!("the kernel's tables are what is wanted ({wanted})\n");
@@ -28,13 +28,7 @@ pub async fn diff(config: &Config) -> Result<Answer, CommandError> {
         "--- kernel: tables ip {TABLE} and ip6 {TABLE} of this network namespace\n+++ wanted: {wanted}\n"
     );
     for (op, contributor) in plan {
-        let sign = match op {
-            Op::DeleteTable(_)
-            | Op::FlushChain(..)
-            | Op::DeleteChain(..)
-            | Op::DeleteElement(..) => '-',
-            _ => '+',
-        };
+        let sign = if op.removes() { '-' } else { '+' };
         for line in text::op(&op).lines() {
             let _ = write!(text, "{sign} {line}");
             if let Some(contributor) = &contributor {

@@ -33,6 +33,7 @@ use crate::nft::interpret::{Fate, Origin, Outcome, Packet, Step, World, interpre
 use crate::nft::names::{AffinityName, ChainName, PortChain};
 use crate::nft::ruleset::Ruleset;
 use crate::reconcile::Proxy;
+use crate::state::State;
 
 /// What is asked.
 #[derive(Clone, Debug)]
@@ -77,6 +78,19 @@ pub enum TargetError {
         /// Whom.
         to: IpAddr,
     },
+}
+
+impl Question {
+    /// Whether it makes sense.
+    pub(crate) fn check(&self) -> Result<(), TargetError> {
+        let to = self.target.address;
+        match self.from {
+            Some(from) if Family::of(from) != Family::of(to) => {
+                Err(TargetError::Families { from, to })
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl FromStr for Target {
@@ -202,12 +216,7 @@ pub async fn explain(
     question: &Question,
     output: Output,
 ) -> Result<Answer, CommandError> {
-    let to = question.target.address;
-    if let Some(from) = question.from
-        && Family::of(from) != Family::of(to)
-    {
-        return Err(TargetError::Families { from, to }.into());
-    }
+    question.check()?;
     let mut known = known(config, question).await?;
     let explanation = answer(&mut known, question);
     let answered = explanation.outcomes.iter().any(|outcome| outcome.translated);
@@ -224,9 +233,13 @@ async fn known(config: &Config, question: &Question) -> Result<Known, CommandErr
     let mut notes = Vec::new();
     let objects = gather(config).await;
     let mut proxy = None;
+    let mut source = config.source.to_string();
     let mut without = None;
     match objects {
-        Ok(state) => proxy = Some(Proxy::new(state, FakeKernel::default())),
+        Ok(gathered) => {
+            source = gathered.source;
+            proxy = Some(Proxy::new(gathered.state, FakeKernel::default()));
+        }
         Err(error @ GatherError::Source(_)) if is_given(&config.source) || question.wanted => {
             return Err(error.into());
         }
@@ -246,7 +259,7 @@ async fn known(config: &Config, question: &Question) -> Result<Known, CommandErr
         .map_or_else(|| config.live.settings.options(&node), |proxy| proxy.state().options());
     let tables = if question.wanted { None } else { Some(Tables::load(&options)) };
     let wanted = proxy.as_mut().map(Proxy::wanted);
-    let computed = format!("what {} ask for on node {}", config.source, config.node_name);
+    let computed = format!("what {source} ask for on node {}", node.name);
     let mut known =
         Known { ruleset: Ruleset::default(), proxy, tables: None, node, origin: computed, notes };
     match (tables, wanted) {
@@ -274,6 +287,24 @@ async fn known(config: &Config, question: &Question) -> Result<Known, CommandErr
         (None, wanted) => known.ruleset = wanted.unwrap_or_default(),
     }
     Ok(known)
+}
+
+/// Answers from what a daemon knows and wants, which `origin` says in words.
+pub(crate) fn of_daemon(
+    state: State,
+    wanted: Ruleset,
+    origin: String,
+    question: &Question,
+) -> Explanation {
+    let node = state.node_facts().clone();
+    let proxy = Some(Proxy::new(state, FakeKernel::default()));
+    let notes = Vec::new();
+    answer(&mut Known { ruleset: wanted, proxy, tables: None, node, origin, notes }, question)
+}
+
+/// The same in text.
+pub(crate) fn in_text(explanation: &Explanation) -> String {
+    text::write(explanation)
 }
 
 fn answer(known: &mut Known, question: &Question) -> Explanation {
@@ -453,7 +484,7 @@ fn element(id: &ElementId, ruleset: &Ruleset) -> String {
 
 /// Which of its frontends a Service is dialled on.
 fn kind_of(
-    state: &crate::state::State,
+    state: &State,
     frontend: Frontend,
     family: Family,
 ) -> Option<(&crate::model::Service, &crate::model::ServicePort, FrontendKind)> {

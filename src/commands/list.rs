@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::connections::{Counted, counted};
 use super::endpoints::{EndpointRow, endpoints};
 use super::explain::{kind_word, scheduler_word};
-use super::objects::gather;
+use super::objects::{Gathered, gather};
 use super::{Answer, CommandError, Output, Verdict, json};
 use crate::config::Config;
 use crate::connections::{Port, address_of};
@@ -118,7 +118,8 @@ pub async fn list(
     filter: &Filter,
     output: Output,
 ) -> Result<Answer, CommandError> {
-    let state = gather(config).await?;
+    let Gathered { state, source } = gather(config).await?;
+    let node = state.node_facts().name.clone();
     let kernel = if filter.wanted { None } else { Some(NetlinkKernel::open()) };
     let (rows, kernel) = match kernel {
         None => (rows(&state, None), "not asked".to_owned()),
@@ -139,18 +140,31 @@ pub async fn list(
         }
         Some(Err(error)) => (rows(&state, None), format!("not asked: {error}")),
     };
-    let ports = rows.len();
-    let services: Vec<_> = rows.into_iter().filter(|row| filter.admits(row)).collect();
-    let well = services.iter().all(|row| row.in_kernel != Some(InKernel::Differs));
-    let source = config.source.to_string();
-    let node = config.node_name.clone();
-    let listing = Listing { source, node, kernel, ports, services };
+    let listing = narrowed(rows, filter, source, node, kernel);
+    let well = listing.services.iter().all(|row| row.in_kernel != Some(InKernel::Differs));
     let verdict = if well { Verdict::Good } else { Verdict::Attention };
     let text = match output {
         Output::Json => json(&listing),
         Output::Text => text::write(&listing),
     };
     Ok(Answer { text, verdict })
+}
+
+/// A daemon's own account, which does not ask the kernel.
+pub(crate) fn of_daemon(state: &State, filter: &Filter, source: String, kernel: &str) -> Listing {
+    narrowed(rows(state, None), filter, source, state.node_facts().name.clone(), kernel.to_owned())
+}
+
+fn narrowed(
+    rows: Vec<PortRow>,
+    filter: &Filter,
+    source: String,
+    node: String,
+    kernel: String,
+) -> Listing {
+    let ports = rows.len();
+    let services = rows.into_iter().filter(|row| filter.admits(row)).collect();
+    Listing { source, node, kernel, ports, services }
 }
 
 /// The Services that a commit would change something for.

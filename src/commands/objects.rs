@@ -1,9 +1,11 @@
-//! The objects of the cluster, read once.
+//! The objects of the cluster, read once: from where the user says, or else from the nftproxy that runs
+//! on this node, or else from the cluster this runs in.
 
 use std::time::Duration;
 
 use tokio::sync::mpsc::channel;
 
+use super::daemon::{Daemon, DaemonError};
 use crate::app::{self, RunError};
 use crate::config::{Config, Source};
 use crate::host;
@@ -21,6 +23,14 @@ pub enum GatherError {
     /// The source says why.
     #[error(transparent)]
     Source(#[from] RunError),
+    /// Nobody said where they are from, and neither is there.
+    #[error("{daemon}; and {source}")]
+    Nowhere {
+        /// Why not from the daemon.
+        daemon: DaemonError,
+        /// Why not from the cluster this runs in.
+        source: Box<GatherError>,
+    },
     /// It does not answer.
     #[error("{origin}: no complete answer within {} seconds; missing: {missing}", PATIENCE.as_secs())]
     Silent {
@@ -36,8 +46,39 @@ pub(super) fn is_given(source: &Source) -> bool {
     !matches!(source, Source::Api { kubeconfig: None, master: None })
 }
 
+/// Objects, and who named them.
+pub(super) struct Gathered {
+    pub(super) state: State,
+    /// In words.
+    pub(super) source: String,
+}
+
+/// Everything that there is.
+pub(super) async fn gather(config: &Config) -> Result<Gathered, GatherError> {
+    let read = async {
+        let state = read(config).await?;
+        Ok(Gathered { state, source: config.source.to_string() })
+    };
+    if is_given(&config.source) {
+        return read.await;
+    }
+    match of_daemon(config).await {
+        Ok(gathered) => Ok(gathered),
+        Err(daemon) => {
+            read.await.map_err(|source| GatherError::Nowhere { daemon, source: Box::new(source) })
+        }
+    }
+}
+
+async fn of_daemon(config: &Config) -> Result<Gathered, DaemonError> {
+    let daemon = Daemon::of(config)?;
+    let objects = daemon.objects().await?;
+    let source = format!("nftproxy on {} ({})", daemon.at(), objects.source);
+    Ok(Gathered { state: objects.into_state(), source })
+}
+
 /// Everything that a source names.
-pub(super) async fn gather(config: &Config) -> Result<State, GatherError> {
+async fn read(config: &Config) -> Result<State, GatherError> {
     let mut state = State::new(config.live.settings.clone(), host::node_facts(&config.node_name));
     let (sender, mut events) = channel(64);
     // Nobody reads these counts: the process ends with the answer.

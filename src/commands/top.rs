@@ -90,7 +90,7 @@ impl<'a> Top<'a> {
             return Ok(None);
         }
         let (names, unnamed) = match gather(config).await {
-            Ok(state) => (names(&state), None),
+            Ok(gathered) => (names(&gathered.state), None),
             Err(error) if is_given(&config.source) => return Err(error.into()),
             Err(error) => (Connections::default(), Some(error.to_string())),
         };
@@ -110,8 +110,8 @@ impl<'a> Top<'a> {
         let unknown = after.iter().any(|(connection, _)| self.names.port_of(connection).is_none());
         if unknown && self.unnamed.is_none() && self.named_at.elapsed() >= NAMES_EVERY {
             // What cannot be had now is shown without a name.
-            if let Ok(state) = gather(self.config).await {
-                self.names = names(&state);
+            if let Ok(gathered) = gather(self.config).await {
+                self.names = names(&gathered.state);
             }
             self.named_at = Instant::now();
         }

@@ -25,6 +25,14 @@ pub fn show(loaded: &Loaded, format: Format) -> String {
     }
 }
 
+/// The settings that somebody set: path, value, and who.
+#[must_use]
+pub fn given(loaded: &Loaded) -> Vec<[String; 3]> {
+    let settings = FIELDS.iter().map(|field| (field.path, loaded.values.get(field.path)));
+    let set = settings.filter(|(_, s)| !matches!(s.origin, Origin::Default | Origin::Host));
+    set.map(|(path, s)| [path.to_owned(), s.value.to_string(), s.origin.to_string()]).collect()
+}
+
 fn text(loaded: &Loaded) -> String {
     let rows: Vec<_> = FIELDS
         .iter()

@@ -21,7 +21,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use self::effective::{Format, configz, document, show};
+pub use self::effective::{Format, configz, document, given, show};
 pub use self::field::{Effect, FIELDS, Field, LONE_FLAGS, LoneFlag};
 pub use self::value::{Type, Value};
 pub use self::values::{Origin, Setting, Values};

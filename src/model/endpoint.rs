@@ -3,10 +3,12 @@
 
 use std::net::IpAddr;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Family, NamespacedName, Protocol};
 
 /// An EndpointSlice with an address type a proxy can use.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EndpointSlice {
     /// Namespace and name of the slice itself.
     pub name: NamespacedName,
@@ -24,7 +26,7 @@ pub struct EndpointSlice {
 }
 
 /// A port of an EndpointSlice: it serves the Service port of the same name and protocol.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SlicePort {
     /// Name of the Service port it serves.
     pub name: Box<str>,
@@ -36,7 +38,7 @@ pub struct SlicePort {
 
 /// One endpoint. Unset conditions were resolved at conversion: ready and serving default to true,
 /// terminating to false.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(
     clippy::struct_excessive_bools,
     reason = "the API's own conditions, independent of another"
@@ -59,7 +61,7 @@ pub struct Endpoint {
 }
 
 /// Topology hints of an endpoint.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hints {
     /// `hints.forZones[].name`.
     pub zones: Vec<Box<str>>,

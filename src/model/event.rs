@@ -1,10 +1,12 @@
 //! Everything a source can tell the proxy, as one closed enum, so that every cause of work can be
 //! seen in one match. The API server and a directory of manifests speak the same stream.
 
+use serde::{Deserialize, Serialize};
+
 use super::{EndpointSlice, HostFacts, NamespacedName, NodeFacts, Service, ServiceCidr};
 
 /// A kind of object that is watched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Kind {
     /// `v1/Service`.
     Service,
@@ -34,7 +36,7 @@ impl std::fmt::Display for Kind {
 }
 
 /// One thing that a source saw.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
     /// A complete listing of the kind begins. Until [`Event::Listed`] nothing is forgotten; what was
     /// not named in between is gone.

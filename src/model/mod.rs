@@ -14,6 +14,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 pub use endpoint::{Endpoint, EndpointSlice, Hints, SlicePort};
 pub use event::{Event, Kind};
 pub use node::{HostFacts, NodeFacts, ServiceCidr};
@@ -21,7 +23,7 @@ pub use notice::{Notice, Standing, Topic};
 pub use service::{Scheduler, Service, ServicePort, SessionAffinity, TrafficPolicy};
 
 /// An address family: one nftables table each, with no state shared between the two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Family {
     /// IPv4, nftables family `ip`.
     V4,
@@ -54,7 +56,7 @@ impl fmt::Display for Family {
 }
 
 /// A transport protocol a Service port may have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[repr(u8)]
 pub enum Protocol {
     /// TCP, protocol number 6.
@@ -91,7 +93,8 @@ impl fmt::Display for Protocol {
 }
 
 /// `namespace/name` of an object, or the bare name of a cluster-scoped one. Cheap to clone.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
 pub struct NamespacedName(Arc<str>);
 
 impl NamespacedName {
@@ -111,6 +114,18 @@ impl NamespacedName {
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl From<String> for NamespacedName {
+    fn from(text: String) -> Self {
+        Self(text.into())
+    }
+}
+
+impl From<NamespacedName> for String {
+    fn from(name: NamespacedName) -> Self {
+        name.as_str().to_owned()
     }
 }
 

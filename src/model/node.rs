@@ -3,11 +3,12 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use super::{Family, NamespacedName};
 
 /// Facts about the node this proxy runs on, from its Node object or from the host.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeFacts {
     /// The node's name, lower case.
     pub name: String,
@@ -36,7 +37,7 @@ impl NodeFacts {
 }
 
 /// What the host itself tells.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostFacts {
     /// The address of each family that others would reach this host by. Counts where no Node object
     /// tells.
@@ -46,7 +47,7 @@ pub struct HostFacts {
 }
 
 /// A ServiceCIDR object: a range ClusterIPs are allocated from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceCidr {
     /// Its cluster-scoped name.
     pub name: NamespacedName,

@@ -6,11 +6,12 @@ use std::net::IpAddr;
 use std::num::NonZeroU16;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use super::{Family, NamespacedName, Protocol};
 
 /// A Service with at least one ClusterIP.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Service {
     /// Namespace and name.
     pub name: NamespacedName,
@@ -61,7 +62,7 @@ impl Service {
 }
 
 /// One port of a Service.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServicePort {
     /// The name, which is what endpoints are matched by; empty for an unnamed port.
     pub name: Box<str>,
@@ -74,7 +75,7 @@ pub struct ServicePort {
 }
 
 /// Who may answer: every endpoint, or those of this node only.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TrafficPolicy {
     /// Every usable endpoint.
     #[default]
@@ -84,7 +85,7 @@ pub enum TrafficPolicy {
 }
 
 /// Whether a client keeps its endpoint.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SessionAffinity {
     /// Every connection is a new choice.
     #[default]
@@ -97,7 +98,7 @@ pub enum SessionAffinity {
 }
 
 /// How new connections are spread over the endpoints of a port.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Scheduler {
     /// By chance, as kube-proxy does.
     #[default]

@@ -12,6 +12,8 @@
 //!   of their own: nat chains see the first packet of a connection only, so that neither established
 //!   connections nor Services without ranges pay for them.
 
+use serde::{Deserialize, Serialize};
+
 use super::names::{
     AffinityName, ChainName, Entry, List, Memory, Pick, PortChain, PortName, Selection, SetName,
 };
@@ -60,7 +62,7 @@ pub enum NodePorts {
 }
 
 /// What the rules have to do with loopback addresses of IPv4.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Loopback {
     /// Nothing.
     #[default]

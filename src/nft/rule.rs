@@ -6,6 +6,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::names::{AffinityName, ChainName, SetName};
 use crate::model::Protocol;
 
@@ -40,7 +42,8 @@ pub enum Selector {
 }
 
 /// The name of a network interface, or what several names begin with. Cheap to clone.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
 pub enum InterfaceName {
     /// Just this one.
     Whole(Arc<str>),
@@ -55,6 +58,22 @@ impl InterfaceName {
         match self {
             Self::Whole(name) | Self::Prefix(name) => name,
         }
+    }
+}
+
+/// As [`InterfaceName`] is displayed.
+impl From<String> for InterfaceName {
+    fn from(text: String) -> Self {
+        match text.strip_suffix('*') {
+            Some(prefix) => Self::Prefix(prefix.into()),
+            None => Self::Whole(text.into()),
+        }
+    }
+}
+
+impl From<InterfaceName> for String {
+    fn from(name: InterfaceName) -> Self {
+        name.to_string()
     }
 }
 

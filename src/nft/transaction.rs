@@ -45,6 +45,20 @@ pub enum Op {
     DeleteElement(ElementId, Value),
 }
 
+impl Op {
+    /// Whether something goes by it, rather than comes.
+    #[must_use]
+    pub fn removes(&self) -> bool {
+        matches!(
+            self,
+            Self::DeleteTable(_)
+                | Self::FlushChain(..)
+                | Self::DeleteChain(..)
+                | Self::DeleteElement(..)
+        )
+    }
+}
+
 /// Operations in the order they are sent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Transaction {

@@ -148,8 +148,8 @@ async fn answer(
     answers: Arc<impl Answers>,
 ) {
     let service = service_fn(|request: Request<hyper::body::Incoming>| {
-        let reply = answers.reply(request.uri().path());
-        std::future::ready(Ok::<_, Infallible>(response(reply)))
+        let (answers, (request, _)) = (answers.clone(), request.into_parts());
+        async move { Ok::<_, Infallible>(response(answers.answer(&request).await)) }
     });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())

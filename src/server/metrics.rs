@@ -1,4 +1,5 @@
-//! Port 10249: metrics, and what dashboards and tests of kube-proxy ask beside them.
+//! Port 10249: metrics, what dashboards and tests of kube-proxy ask beside them, and, on the loopback,
+//! what operators ask.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -7,7 +8,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::{Answers, Reply};
+use super::debug::Debug;
+use super::{Answers, Inside, Reply};
 use crate::metrics::CONTENT_TYPE;
 use crate::model::Family;
 use crate::nft::netlink::affinity_fill;
@@ -25,14 +27,16 @@ const LOOK_FOR: Duration = Duration::from_millis(100);
 pub(super) struct Pages {
     status: Arc<Status>,
     /// None where others than this host could read it.
-    configz: Option<String>,
+    inside: Option<(String, Debug)>,
     looked: Mutex<Option<Instant>>,
 }
 
 impl Pages {
-    pub(super) fn new(status: Arc<Status>, configz: String, address: SocketAddr) -> Self {
-        let configz = address.ip().is_loopback().then_some(configz);
-        Self { status, configz, looked: Mutex::new(None) }
+    pub(super) fn new(status: Arc<Status>, inside: Inside, address: SocketAddr) -> Self {
+        let Inside { configz, about, inspector } = inside;
+        let inside = address.ip().is_loopback();
+        let inside = inside.then(|| (configz, Debug::new(about, inspector)));
+        Self { status, inside, looked: Mutex::new(None) }
     }
 
     /// Keeps looking, for as long as nobody scrapes: the kernel's counters of connections age.
@@ -81,10 +85,19 @@ impl Answers for Pages {
             }
             "/healthz" => Reply::text("ok"),
             "/proxyMode" => Reply::text("nftables"),
-            "/configz" => self.configz.as_ref().map_or_else(Reply::not_found, |text| {
+            "/configz" => self.inside.as_ref().map_or_else(Reply::not_found, |(text, _)| {
                 Reply::new(200, "application/json", text.clone())
             }),
             _ => Reply::not_found(),
         }
+    }
+
+    async fn answer(&self, request: &http::request::Parts) -> Reply {
+        if let Some((_, debug)) = &self.inside
+            && let Some(reply) = debug.reply(&self.status, request).await
+        {
+            return reply;
+        }
+        self.reply(request.uri.path())
     }
 }

@@ -5,19 +5,20 @@
 //! takes: lists are no longer than what is in them, and a name is stored once.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use crate::contribution::PortSlots;
 use crate::model::{EndpointSlice, NamespacedName, Service};
 
 /// An object and the listing that named it last.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Known<T> {
     pub(super) object: T,
     pub(super) listing: u32,
 }
 
 /// What there is under the name of a Service. A slice can arrive before its Service.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Holding {
     pub(super) service: Option<Known<Service>>,
     /// Sorted by name.
@@ -36,10 +37,11 @@ impl Holding {
     }
 }
 
-/// All of them.
-#[derive(Debug, Default)]
+/// All of them. A copy shares what is under each name until one side changes it, so that it costs
+/// little and takes little memory.
+#[derive(Clone, Debug, Default)]
 pub(super) struct Objects {
-    by_service: BTreeMap<NamespacedName, Box<Holding>>,
+    by_service: BTreeMap<NamespacedName, Arc<Holding>>,
     /// The Service of every slice.
     owners: HashMap<NamespacedName, NamespacedName>,
     services: usize,
@@ -58,7 +60,7 @@ impl Objects {
 
     /// What there is under the name of a Service.
     pub(super) fn holding(&mut self, name: &NamespacedName) -> Option<&mut Holding> {
-        self.by_service.get_mut(name).map(|holding| &mut **holding)
+        self.by_service.get_mut(name).map(Arc::make_mut)
     }
 
     /// Every Service by name, with its slices.
@@ -70,7 +72,7 @@ impl Objects {
 
     /// The same, to be changed.
     pub(super) fn holdings(&mut self) -> impl Iterator<Item = (&NamespacedName, &mut Holding)> {
-        self.by_service.iter_mut().map(|(name, holding)| (name, &mut **holding))
+        self.by_service.iter_mut().map(|(name, holding)| (name, Arc::make_mut(holding)))
     }
 
     /// Every slice.
@@ -94,7 +96,7 @@ impl Objects {
     }
 
     fn slice_mut(&mut self, name: &NamespacedName) -> Option<&mut Known<EndpointSlice>> {
-        let holding = self.by_service.get_mut(self.owners.get(name)?)?;
+        let holding = Arc::make_mut(self.by_service.get_mut(self.owners.get(name)?)?);
         let index = holding.find(name).ok()?;
         holding.slices.get_mut(index)
     }
@@ -108,7 +110,7 @@ impl Objects {
     pub(super) fn put_service(&mut self, mut service: Service, listing: u32) {
         let name = self.interned(&service.name);
         service.name = name.clone();
-        let holding = self.by_service.entry(name).or_default();
+        let holding = Arc::make_mut(self.by_service.entry(name).or_default());
         let before = holding.service.replace(Known { object: service, listing });
         self.services += usize::from(before.is_none());
     }
@@ -117,7 +119,7 @@ impl Objects {
     pub(super) fn put_slice(&mut self, mut slice: EndpointSlice, listing: u32) {
         let owner = self.interned(&slice.service);
         slice.service = owner.clone();
-        let holding = self.by_service.entry(owner.clone()).or_default();
+        let holding = Arc::make_mut(self.by_service.entry(owner.clone()).or_default());
         match holding.find(&slice.name) {
             Ok(index) => holding.slices[index] = Known { object: slice, listing },
             Err(index) => {
@@ -131,7 +133,7 @@ impl Objects {
 
     /// Takes a Service away. Its numbering stays until [`Self::tidy`].
     pub(super) fn take_service(&mut self, name: &NamespacedName) -> Option<Service> {
-        let service = self.by_service.get_mut(name)?.service.take()?;
+        let service = self.holding(name)?.service.take()?;
         self.services -= 1;
         Some(service.object)
     }
@@ -139,7 +141,7 @@ impl Objects {
     /// Takes a slice away; returns the Service it belonged to.
     pub(super) fn take_slice(&mut self, name: &NamespacedName) -> Option<NamespacedName> {
         let owner = self.owners.remove(name)?;
-        let holding = self.by_service.get_mut(&owner)?;
+        let holding = Arc::make_mut(self.by_service.get_mut(&owner)?);
         if let Ok(index) = holding.find(name) {
             holding.slices.remove(index);
         }
@@ -151,7 +153,7 @@ impl Objects {
 
     /// Forgets the numbering of a Service that is gone.
     pub(super) fn tidy(&mut self, name: &NamespacedName) {
-        let Some(holding) = self.by_service.get_mut(name) else { return };
+        let Some(holding) = self.holding(name) else { return };
         if holding.service.is_none() {
             holding.slots = PortSlots::default();
             if holding.slices.is_empty() {

@@ -29,7 +29,12 @@ impl Page {
 
 /// Asks from a namespace; None if nobody listens there, or stops to.
 pub(crate) fn get(net: &Net, from: &str, at: SocketAddr, path: &str) -> Option<Page> {
-    request(net, from, at, &format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"))
+    request(
+        net,
+        from,
+        at,
+        &format!("GET {path} HTTP/1.1\r\nHost: {at}\r\nConnection: close\r\n\r\n"),
+    )
 }
 
 /// Sends a request as it is.

@@ -33,6 +33,7 @@ mod health;
 mod host;
 mod hostile;
 mod http;
+mod inside;
 mod ledger;
 mod metrics;
 mod model;
