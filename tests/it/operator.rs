@@ -335,7 +335,8 @@ fn a_map_that_is_nearly_full_is_found() {
 
 #[test]
 fn completions_and_man_pages_know_every_command() {
-    let commands = ["run", "render", "diff", "cleanup", "explain", "list", "top", "check"];
+    let commands =
+        ["run", "render", "diff", "cleanup", "explain", "list", "check", "top", "events", "bundle"];
     for shell in ["bash", "zsh", "fish"] {
         let script = nftproxy(&["completions", shell]);
         assert_eq!((script.code, script.err.as_str()), (0, ""));
@@ -343,6 +344,7 @@ fn completions_and_man_pages_know_every_command() {
     }
     let script = nftproxy(&["completions", "bash"]).out;
     let dir = tempfile::tempdir().unwrap();
+    // By a file: as an argument it would be too long.
     let file = dir.path().join("nftproxy.bash");
     fs::write(&file, script).unwrap();
     let read = Command::new("bash").arg("-n").arg(&file).output().unwrap();
