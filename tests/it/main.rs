@@ -45,3 +45,4 @@ mod serve;
 mod soak;
 mod takeover;
 mod tidy;
+mod tools;

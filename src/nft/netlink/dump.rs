@@ -457,6 +457,9 @@ fn ranges(mut starts: Vec<IpAddr>, mut ends: Vec<IpAddr>, family: Family) -> Vec
 }
 
 #[cfg(test)]
+mod hostile;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
