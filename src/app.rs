@@ -73,12 +73,7 @@ pub enum RunError {
 /// Does what takes more privileges than [`run`] does, and gives them up.
 pub fn confine(config: &Config) -> Result<(), RunError> {
     set_oom_score_adj(&config.live);
-    Ok(host::confine(!keeps_kube_proxys(config))?)
-}
-
-/// Whether what kube-proxy left stays. With manifests, other Services of the node may still need it.
-fn keeps_kube_proxys(config: &Config) -> bool {
-    config.keep_kube_proxy_rules || matches!(config.source, Source::Manifests(_))
+    Ok(host::confine(takeover::needs_iptables())?)
 }
 
 fn set_oom_score_adj(live: &Live) {
@@ -102,7 +97,8 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
     let (reporter, health_checks) = Reporter::new(status.clone());
     let swept = status.clone();
     let owning = config.table_owner;
-    let keep_theirs = keeps_kube_proxys(&config);
+    // Other Services of the node may still need it.
+    let keep_theirs = config.keep_kube_proxy_rules || matches!(config.source, Source::Manifests(_));
     let thread = std::thread::Builder::new().name("program".into()).spawn(move || {
         match open(owning, swept) {
             Err(error) => drop(opened.send(Err(error))),

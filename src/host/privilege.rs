@@ -41,16 +41,18 @@ pub enum ConfineError {
 }
 
 /// Gives up everything but changing tables and listening on any port, for this process and whatever it
-/// starts; and, if programs of iptables are to be started, but the raw socket that they open. To be called
-/// before there are threads: each has capabilities of its own, and begins with those of the one that
+/// starts. Programs of iptables open a raw socket: `iptables` says whether they are to be started. To be
+/// called before there are threads: each has capabilities of its own, and begins with those of the one that
 /// started it.
 pub fn confine(iptables: bool) -> Result<(), ConfineError> {
     prctl::set_no_new_privs()?;
     let mut keep = CapsHashSet::from([Capability::CAP_NET_ADMIN, Capability::CAP_NET_BIND_SERVICE]);
     keep.extend(iptables.then_some(Capability::CAP_NET_RAW));
     // First, as it takes a capability itself; a process that has not got that one cannot be root either.
-    for capability in caps::all() {
-        if !keep.contains(&capability) && caps::drop(None, CapSet::Bounding, capability).is_err() {
+    let mut others: Vec<_> = caps::all().difference(&keep).copied().collect();
+    others.sort_unstable_by_key(Capability::index);
+    for capability in others {
+        if caps::drop(None, CapSet::Bounding, capability).is_err() {
             break;
         }
     }

@@ -66,7 +66,9 @@ static MESSAGES: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
     events.extend(Kind::ALL.map(Event::Listed));
     let state = State::new(Settings::default(), NodeFacts::default());
     let mut proxy = Proxy::new(state, FakeKernel::default());
-    events.into_iter().for_each(|event| proxy.observe(event));
+    for event in events {
+        proxy.observe(event);
+    }
     proxy.commit().unwrap();
     let batches = proxy.kernel_mut().applied.iter().map(NetlinkKernel::encode);
     let batches: Vec<_> = batches.collect();
