@@ -281,6 +281,13 @@ impl Soak<'_> {
                     wait_until("the tables to be back", || refused(map).is_none());
                 });
                 done.longest = done.longest.max(began.elapsed());
+                // What was begun meanwhile is remembered without a translation for two minutes, and meets
+                // whoever dials from the same port again.
+                let delete = ["conntrack", "-D", "-p", "tcp", "--state", "SYN_SENT"];
+                let deleted =
+                    Command::new("ip").args(["netns", "exec", &node]).args(delete).output();
+                // There may have been none.
+                assert!(matches!(deleted.unwrap().status.code(), Some(0 | 1)));
                 *self.restored.lock().unwrap() = Some(Instant::now());
                 done.flushes += 1;
                 std::thread::sleep(patient(REPAIR));
