@@ -12,9 +12,9 @@ use tokio::sync::mpsc::{Sender, UnboundedReceiver, WeakSender, channel};
 use tokio::sync::watch;
 use tracing::{debug, error, info, warn};
 
-use crate::config::{self, Flags, Live, Loaded, Source};
+use crate::config::{self, Config, Flags, Live, Loaded, Source};
 use crate::conntrack::Sweeper;
-use crate::host::{self, PrivilegeError};
+use crate::host::{self, ConfineError, PrivilegeError};
 use crate::inspect::Inspector;
 use crate::metrics::RestClient;
 use crate::model::{Event, Family, Notice, Standing, Topic};
@@ -38,6 +38,9 @@ pub enum RunError {
     /// The process may not do what it is for.
     #[error(transparent)]
     Privilege(#[from] PrivilegeError),
+    /// What it may do beside cannot be given up.
+    #[error(transparent)]
+    Confine(#[from] ConfineError),
     /// The kernel cannot be reached.
     #[error(transparent)]
     Kernel(#[from] OpenError),
@@ -67,6 +70,18 @@ pub enum RunError {
     /// The programming thread is gone.
     #[error("the thread that programs the kernel ended unexpectedly")]
     Ended,
+}
+
+/// Does what takes more privileges than [`run`] does, and gives them up.
+pub fn confine(config: &Config) -> Result<(), RunError> {
+    set_oom_score_adj(&config.live);
+    Ok(host::confine(takeover::needs_iptables())?)
+}
+
+fn set_oom_score_adj(live: &Live) {
+    if let Err(error) = host::Sysctl::default().set_oom_score_adj(live.oom_score_adj) {
+        debug!(%error, "the kernel may end this process like any other when memory runs out");
+    }
 }
 
 /// Runs until SIGTERM or SIGINT. The tables stay in force afterwards.
@@ -144,11 +159,8 @@ pub fn prepare(live: &Live) -> Result<(), RunError> {
 /// Sets what the host is to have. What it refuses is in the error; everything else is done. Behind the
 /// probe, with which the kernel has loaded connection tracking.
 fn prepare_host(live: &Live) -> Result<(), String> {
-    let sysctl = host::Sysctl::default();
-    if let Err(error) = sysctl.set_oom_score_adj(live.oom_score_adj) {
-        debug!(%error, "the kernel may end this process like any other when memory runs out");
-    }
-    let refused = live.conntrack.apply(&sysctl);
+    set_oom_score_adj(live);
+    let refused = live.conntrack.apply(&host::Sysctl::default());
     if refused.is_empty() { Ok(()) } else { Err(host::describe(&refused)) }
 }
 

@@ -192,6 +192,8 @@ fn run(args: &RunArgs) -> Result<ExitCode, CliError> {
     } else if args.init_only {
         app::prepare(&loaded.config.live)?;
     } else {
+        // While there is one thread.
+        app::confine(&loaded.config)?;
         runtime()?.block_on(app::run(args.configuration.flags(), loaded))?;
     }
     Ok(ExitCode::SUCCESS)

@@ -92,6 +92,14 @@ fn program(backend: Backend, family: Family) -> &'static str {
     }
 }
 
+/// Whether programs of iptables will be asked: only about tables that are there.
+#[must_use]
+pub fn needs_iptables() -> bool {
+    Family::BOTH
+        .into_iter()
+        .any(|family| legacy::tables(family).is_ok_and(|tables| !tables.is_empty()))
+}
+
 /// A place where something may be left that cannot be looked at, or something that cannot be removed.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeoverError {

@@ -1,5 +1,6 @@
 //! One listening address: bound, and bound again after failures; and its connections.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -15,7 +16,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tracing::{debug, info, warn};
 
 use super::{Answers, Reply};
@@ -23,7 +24,8 @@ use super::{Answers, Reply};
 /// How long after a failure it is tried again.
 pub(super) const RETRY: Duration = Duration::from_secs(5);
 
-/// Connections of one server at a time; more wait.
+/// Connections of one server at a time. One more ends the oldest: a client that sends its request at once
+/// is answered, however many others do not.
 const MAX_CONNECTIONS: usize = 128;
 
 /// How long a client may take for its request, and keep an idle connection.
@@ -110,7 +112,8 @@ pub(super) async fn keep(
 }
 
 /// Answers connections, so many at a time, until the program stops: then it takes no more, and ends when
-/// every request that has begun is answered. Aborted, it ends at once.
+/// every request that has begun is answered. Aborted, it ends at once. Who comes when there are as many
+/// takes the place of the one that has been there for longest.
 pub(super) async fn serve(
     listener: TcpListener,
     limit: usize,
@@ -118,15 +121,19 @@ pub(super) async fn serve(
     answers: Arc<impl Answers>,
 ) {
     let mut connections = JoinSet::new();
+    let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
     while !*stopping.borrow() {
-        if connections.len() >= limit {
-            connections.join_next().await;
-        }
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
                     let connection = answer(stream, stopping.clone(), answers.clone());
-                    connections.spawn(tokio::time::timeout(LIFETIME, connection));
+                    by_age.retain(|connection| !connection.is_finished());
+                    if by_age.len() >= limit
+                        && let Some(oldest) = by_age.pop_front()
+                    {
+                        oldest.abort();
+                    }
+                    by_age.push_back(connections.spawn(tokio::time::timeout(LIFETIME, connection)));
                 }
                 Err(error) => {
                     // Out of file descriptors, mostly: they are needed elsewhere, too.

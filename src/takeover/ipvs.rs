@@ -239,4 +239,14 @@ mod tests {
         assert_eq!(refused, Some(Err(Refused(libc::ENOENT))));
         assert_eq!(read(&[9, 0, 0, 0, 2], &mut answer), None);
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_answer_is_read_to_an_end(bytes: Vec<u8>, text: String) {
+            let mut answer = Vec::new();
+            let _ = read(&bytes, &mut answer);
+            assert!(answer.len() <= bytes.len());
+            assert!(count_virtual_servers(&text) <= text.lines().count());
+        }
+    }
 }

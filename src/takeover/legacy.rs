@@ -299,4 +299,28 @@ mod tests {
         assert_eq!(target("-m comment --comment \"say \\\"-j X\\\"\" -j Y --nflog"), Some("Y"));
         assert_eq!(target("-j"), None);
     }
+
+    proptest::proptest! {
+        /// Nothing that stands in the tables becomes a command of its own.
+        #[test]
+        fn a_script_is_flushes_removals_and_nothing_else(
+            lines in proptest::collection::vec(
+                "(\\*[a-z]{0,3}|:KUBE-SERVICES|:[A-Z-]{0,9}|-A (INPUT|KUBE-SERVICES)|\\[1:2\\] -A [A-Z]{0,3})\
+                 ( (- \\[0:0\\]|-j KUBE-SERVICES|-j|-g KUBE-SVC-A|\"[ a-zA-Z\\\\-]{0,9}\"?|COMMIT|\\PC{0,9})){0,4}",
+                0..12,
+            ),
+        ) {
+            for table in parse(&lines.join("\n")) {
+                for purpose in [Purpose::TakeOver, Purpose::Cleanup] {
+                    let script = script("nat", &plan(&table.chains, purpose));
+                    let mut commands = script.lines();
+                    assert_eq!((commands.next(), commands.next_back()), (Some("*nat"), Some("COMMIT")));
+                    for command in commands {
+                        let known = [":KUBE-", "-D ", "-X KUBE-"];
+                        assert!(known.iter().any(|known| command.starts_with(known)), "{script}");
+                    }
+                }
+            }
+        }
+    }
 }

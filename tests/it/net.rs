@@ -308,6 +308,11 @@ impl Daemon {
         Self { child, log }
     }
 
+    /// Its process: `ip netns exec` becomes the program.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What it said so far.
     pub(crate) fn log(&self) -> String {
         let mut text = String::new();
@@ -326,7 +331,8 @@ impl Daemon {
         }
     }
 
-    fn signal(&mut self, signal: Signal) {
+    /// Sends it a signal that ends it, and waits.
+    pub(crate) fn end(&mut self, signal: Signal) {
         let pid = Pid::from_raw(self.child.id().try_into().unwrap());
         let _ = kill(pid, signal);
         drop(self.child.wait());
@@ -334,19 +340,19 @@ impl Daemon {
 
     /// Ends it at once, wherever it is.
     pub(crate) fn kill9(mut self) {
-        self.signal(Signal::SIGKILL);
+        self.end(Signal::SIGKILL);
     }
 
     /// Asks it to end, and waits.
     pub(crate) fn terminate(mut self) {
-        self.signal(Signal::SIGTERM);
+        self.end(Signal::SIGTERM);
     }
 }
 
 impl Drop for Daemon {
     fn drop(&mut self) {
         if let Ok(None) = self.child.try_wait() {
-            self.signal(Signal::SIGKILL);
+            self.end(Signal::SIGKILL);
         }
         if std::thread::panicking() {
             eprintln!("log of nftproxy:\n{}", self.log());

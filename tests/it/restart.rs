@@ -35,17 +35,21 @@ fn times(variable: &str, usually: u32) -> u32 {
 }
 
 /// Numbers that look random; the seed is printed.
-struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
         let seed = std::env::var("SOAK_SEED").map_or(now.as_secs(), |s| s.parse().unwrap());
         eprintln!("SOAK_SEED={seed}");
         Self(seed | 1)
     }
 
-    fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn seeded(seed: u64) -> Self {
+        Self(seed | 1)
+    }
+
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         // xorshift64
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -189,7 +193,7 @@ fn prepare(net: &Net) {
     net.write("beside.yaml", &beside(0));
 }
 
-fn arguments(net: &Net) -> Vec<String> {
+pub(crate) fn arguments(net: &Net) -> Vec<String> {
     let dir = net.manifests().to_str().unwrap().to_owned();
     ["run", "-v=2", "--manifests", &dir, "--hostname-override", "node-1"].map(str::to_owned).into()
 }

@@ -482,6 +482,9 @@ fn ranges(mut starts: Vec<IpAddr>, mut ends: Vec<IpAddr>, family: Family) -> Vec
 }
 
 #[cfg(test)]
+mod hostile;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

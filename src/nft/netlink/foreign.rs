@@ -235,4 +235,12 @@ mod tests {
         assert_eq!(targets(&expressions).collect::<Vec<_>>(), ["KUBE-SERVICES"]);
         assert_eq!(targets(&expressions[..30]).count(), 0);
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_expressions_are_read_to_an_end(bytes: Vec<u8>) {
+            let _ = targets(&bytes).count();
+            let _ = text(&bytes, CHAIN_NAME);
+        }
+    }
 }

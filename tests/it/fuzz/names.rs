@@ -68,7 +68,7 @@ fn named(i: usize, names: &[String; 4], sticky: bool, scheduler: &str) -> Vec<Ev
             "clusterIPs": [format!("10.96.0.{i}"), format!("fd00:10:96::{i}")],
             "ports": [{ "name": port, "port": 80, "protocol": "UDP", "nodePort": 30000 + i }],
             "sessionAffinity": if sticky { "ClientIP" } else { "None" },
-            "externalTrafficPolicy": if i % 2 == 0 { "Local" } else { "Cluster" },
+            "externalTrafficPolicy": if i.is_multiple_of(2) { "Local" } else { "Cluster" },
             "loadBalancerSourceRanges": ["10.0.0.0/8", "fd00::/16"],
         },
         "status": { "loadBalancer": { "ingress": [{ "ip": format!("203.0.113.{i}") }] } },

@@ -1,0 +1,228 @@
+//! What a process of this program may do, what those can do who reach its ports, and what it never tells.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crate::http::get;
+use crate::namespace::lacks;
+use crate::net::{Daemon, NODE, Net, in_netns, wait_until};
+use crate::objects::CLUSTER;
+use crate::packets::{run, to};
+
+const NET_BIND_SERVICE: u64 = 1 << 10;
+const NET_ADMIN: u64 = 1 << 12;
+const NET_RAW: u64 = 1 << 13;
+const SYS_RESOURCE: u64 = 1 << 24;
+
+/// Fields of the status of each thread of a process.
+fn of_all_threads(daemon: &Daemon, field: &str) -> BTreeSet<u64> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+    let statuses =
+        tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("status")).ok());
+    let value = |status: String| {
+        let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap().to_owned();
+        u64::from_str_radix(line.trim_start_matches(':').trim(), 16).unwrap()
+    };
+    statuses.map(value).collect()
+}
+
+fn is_confined(daemon: &Daemon, may: u64) {
+    // `nftproxy`, two workers, and threads for programming, for the host and for others' changes.
+    let threads = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap().count();
+    assert!(threads >= 5, "{threads}");
+    for (field, expected) in [
+        ("CapEff", may),
+        ("CapPrm", may),
+        ("CapBnd", may),
+        ("CapInh", 0),
+        ("CapAmb", 0),
+        ("NoNewPrivs", 1),
+    ] {
+        assert_eq!(of_all_threads(daemon, field), [expected].into(), "{field}");
+    }
+}
+
+#[test]
+fn the_daemon_keeps_no_capability_that_it_does_not_need_and_can_gain_none() {
+    let Some(net) = Net::new() else { return };
+    net.write("cluster.yaml", CLUSTER);
+    // What takes privileges beside changing tables: a low port, and sysctls.
+    let config = net.dir.path().join("config.conf");
+    let text = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n\
+                oomScoreAdj: -998\nhealthzBindAddress: 0.0.0.0:256\nbindAddressHardFail: true\n\
+                conntrack: { tcpEstablishedTimeout: 1h17m }\nnftproxy: { localhostNodePorts: true }\n";
+    fs::write(&config, text).unwrap();
+    let daemon = run(&net, &["--config", config.to_str().unwrap()]);
+    is_confined(&daemon, NET_ADMIN | NET_BIND_SERVICE);
+    let node = net.name("node");
+    let sysctl = |key: &str| {
+        in_netns(&node, || {
+            fs::read_to_string(format!("/proc/sys/net/{key}")).unwrap().trim().to_owned()
+        })
+    };
+    wait_until("loopback to be routed", || sysctl("ipv4/conf/all/route_localnet") == "1");
+    assert_eq!(sysctl("netfilter/nf_conntrack_tcp_timeout_established"), "4620");
+    let adjusted = fs::read_to_string(format!("/proc/{}/oom_score_adj", daemon.pid())).unwrap();
+    // Root of a container may not have it either.
+    let own = fs::read_to_string("/proc/self/status").unwrap();
+    let own = own.lines().find_map(|line| line.strip_prefix("CapEff:\t")).unwrap();
+    let may = u64::from_str_radix(own, 16).unwrap() & SYS_RESOURCE != 0;
+    assert_eq!(adjusted.trim(), if may { "-998" } else { "0" });
+    assert_eq!(get(&net, "client", to(NODE[0], 256), "/healthz").unwrap().code, 200);
+    assert!(!daemon.log().contains("WARN"), "{}", daemon.log());
+    drop(daemon);
+    // Where the old iptables has tables, they are looked into, for which its program opens a raw socket.
+    let made =
+        in_netns(&node, || Command::new("iptables-legacy").args(["-t", "nat", "-L"]).output());
+    if made.is_ok_and(|made| made.status.success()) {
+        let daemon = run(&net, &[]);
+        is_confined(&daemon, NET_ADMIN | NET_BIND_SERVICE | NET_RAW);
+    } else {
+        lacks("ip_tables");
+    }
+}
+
+/// A process in the client's namespace that opens so many connections, sends the beginning of a request on
+/// each, and waits.
+struct Slow(Child);
+
+impl Slow {
+    fn new(net: &Net, port: u16, connections: usize) -> Self {
+        let script = format!(
+            "ulimit -Sn $(ulimit -Hn); for i in $(seq {connections}); do \
+             exec {{fd}}<>/dev/tcp/{}/{port} && printf 'GET /healthz HTTP/1.1\\r\\nHost: x' >&$fd; done \
+             2>/dev/null; echo done; sleep 60",
+            NODE[0]
+        );
+        let mut child = Command::new("ip")
+            .args(["netns", "exec", &net.name("client"), "bash", "-c", &script])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "done\n");
+        Self(child)
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// Found by hand: with 128 connections that sent nothing, all others waited, a probe of the kubelet as well.
+#[test]
+fn a_thousand_slow_clients_keep_nobody_from_an_answer() {
+    let Some(net) = Net::new() else { return };
+    net.write("cluster.yaml", CLUSTER);
+    let daemon = run(&net, &["--metrics-bind-address", "0.0.0.0:10249"]);
+    let open = || fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
+    let before = open();
+    let ports = [(10256, "/livez"), (10249, "/metrics")];
+    let _slow = ports.map(|(port, _)| Slow::new(&net, port, 1000));
+    let began = Instant::now();
+    for (port, path) in ports.repeat(5) {
+        // It panics when nothing comes for five seconds.
+        let page = get(&net, "client", to(NODE[0], port), path).expect("an answer");
+        assert_eq!(page.code, 200);
+    }
+    // Within the time that a slow client is given for its request: none of them had to be waited for.
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    let after = open();
+    assert!(after > before + 100 && after < before + 300, "{before} and {after} files");
+    drop(daemon);
+}
+
+const TOKEN: &str = "t0ken-nobody-may-see";
+
+/// An API server that refuses everything; what it was sent.
+fn refusing(net: &Net) -> Arc<Mutex<Vec<String>>> {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let listener = in_netns(&net.name("node"), || TcpListener::bind("127.0.0.1:6443").unwrap());
+    let sent = seen.clone();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let sent = sent.clone();
+            std::thread::spawn(move || {
+                let mut lines =
+                    BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+                let mut stream = stream;
+                loop {
+                    let head: Vec<String> =
+                        lines.by_ref().take_while(|line| !line.is_empty()).collect();
+                    if head.is_empty() {
+                        return;
+                    }
+                    sent.lock().unwrap().extend(head);
+                    let body = r#"{"kind":"Status","apiVersion":"v1","status":"Failure","message":"no","reason":"Forbidden","code":403}"#;
+                    let answer = format!(
+                        "HTTP/1.1 403 Forbidden\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+                        body.len()
+                    );
+                    if stream.write_all(answer.as_bytes()).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    seen
+}
+
+#[test]
+fn a_token_is_in_no_log_no_metric_and_no_configuration() {
+    let Some(net) = Net::new() else { return };
+    let seen = refusing(&net);
+    let kubeconfig = |token: &str| {
+        let path = net.dir.path().join("kubeconfig");
+        let text = format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: c\n\
+             clusters: [{{ name: c, cluster: {{ server: \"http://127.0.0.1:6443\" }} }}]\n\
+             users:\n- name: u\n  user:\n    token: {token}\n\
+             contexts: [{{ name: c, context: {{ cluster: c, user: u }} }}]\n"
+        );
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let path = kubeconfig(TOKEN);
+    let arguments = ["run", "--hostname-override", "node-1", "--kubeconfig", &path, "-v", "10"];
+    let daemon = Daemon::spawn(&net.name("node"), &arguments);
+    let authorized = |line: &String| line.contains(&format!("Bearer {TOKEN}"));
+    wait_until("the token to be sent", || seen.lock().unwrap().iter().any(authorized));
+    daemon.wait_for("403");
+    is_confined(&daemon, NET_ADMIN | NET_BIND_SERVICE);
+    let mut told = daemon.log();
+    assert!(told.contains("TRACE"), "the log of everything");
+    for (port, path) in [(10249, "/metrics"), (10249, "/configz"), (10256, "/healthz")] {
+        wait_until("the port to be open", || {
+            get(&net, "node", to("127.0.0.1", port), path).is_some()
+        });
+        told += &get(&net, "node", to("127.0.0.1", port), path).unwrap().body;
+    }
+    assert!(told.contains("rest_client_requests_total") && told.contains("kubeconfig"));
+    let line = told.lines().find(|line| line.contains(TOKEN));
+    assert_eq!(line, None);
+    drop(daemon);
+    // Nor in what is said of a file that cannot be read.
+    for broken in
+        [format!("[{TOKEN}"), format!("{{ {TOKEN}: {TOKEN} }}"), format!("{TOKEN}\n  x: \"{TOKEN}")]
+    {
+        let path = kubeconfig(&broken);
+        let output = Command::new("ip")
+            .args(["netns", "exec", &net.name("node"), env!("CARGO_BIN_EXE_nftproxy"), "run"])
+            .args(["--hostname-override", "node-1", "--kubeconfig", &path])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains("kubeconfig") && !said.contains(TOKEN), "{said}");
+    }
+}
