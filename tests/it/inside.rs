@@ -373,12 +373,12 @@ fn no_credential_is_in_a_bundle() {
     let dir = tempfile::tempdir().unwrap();
     let secrets = ["tokenT0k3nT0k3n", "passw0rdPassw0rd", "a2V5ZGF0YWtleWRhdGE", "userU53r"];
     let [token, password, key, user] = secrets;
-    let kubeconfig = |broken: &str| {
+    let kubeconfig = |more: &str| {
         format!(
             "apiVersion: v1\nkind: Config\ncurrent-context: c\n\
              clusters: [{{ name: c, cluster: {{ server: \"http://127.0.0.1:1\" }} }}]\n\
              contexts: [{{ name: c, context: {{ cluster: c, user: u }} }}]\nusers:\n- name: u\n  user:\n    \
-             token: {token}{broken}\n    client-key-data: {key}\n    username: {user}\n    password: {password}\n"
+             token: {token}{more}\n    username: {user}\n    password: {password}\n"
         )
     };
     let bundle = |name: &str, more: &[&str]| {
@@ -406,9 +406,11 @@ fn no_credential_is_in_a_bundle() {
             }
         }
     };
-    for (name, broken) in [("valid", ""), ("broken", ": [ {")] {
+    // One that nobody answers to, one with a key that is none, and one that is no YAML.
+    let no_key = format!("\n    client-key-data: {key}");
+    for (name, more) in [("silent", ""), ("no-key", no_key.as_str()), ("broken", ": [ {")] {
         let path = dir.path().join(name);
-        fs::write(&path, kubeconfig(broken)).unwrap();
+        fs::write(&path, kubeconfig(more)).unwrap();
         bundle(path.to_str().unwrap(), &[]);
         let master = format!("http://{user}:{password}@127.0.0.1:1");
         if name == "broken" {
