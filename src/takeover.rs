@@ -7,7 +7,7 @@
 //! that ipvs made end with it.
 //!
 //! - nftables mode: the tables `ip kube-proxy` and `ip6 kube-proxy`.
-//! - iptables mode: chains and the rules that lead to them, as [`chains`] decides; those of
+//! - iptables mode: chains and the rules that lead to them, as `chains` decides; those of
 //!   `iptables-nft` by netlink, those of `iptables-legacy` by its own programs.
 //! - ipvs mode: virtual servers, a link, sets, and chains likewise.
 //!

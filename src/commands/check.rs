@@ -1,7 +1,7 @@
 //! `nftproxy check`: whether this host is in order, before nftproxy runs here and while it does.
 //!
 //! Every finding says what was looked at, how it is, and what to do if that is not good. What the
-//! kernel can do is not derived from its version, but tried: see [`trial`].
+//! kernel can do is not derived from its version, but tried: see `trial`.
 
 mod host;
 mod leftovers;

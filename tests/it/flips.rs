@@ -210,7 +210,7 @@ struct Progress {
 }
 
 /// Sets a flag when it goes, also in a panic.
-struct Raise<'a>(&'a AtomicBool);
+pub(crate) struct Raise<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for Raise<'_> {
     fn drop(&mut self) {

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
+use crate::flips::Raise;
 use crate::namespace::{nft, refused};
 use crate::net::{
     Daemon, NODE, Net, in_netns, ip, ip_batch_in, number, patient, wait_until, write_manifest,
@@ -391,6 +392,8 @@ fn everything_at_once_keeps_what_is_promised() {
         for protocol in ["tcp", "udp", "sctp"] {
             threads.extend([0, 1].map(|family| scope.spawn(move || soak.dial(protocol, family))));
         }
+        // Also when something panics here: the scope waits for its threads.
+        let stop = Raise(&soak.stop);
         let began = Instant::now();
         while began.elapsed() < time && !threads.iter().any(ScopedJoinHandle::is_finished) {
             std::thread::sleep(Duration::from_millis(random.below(500)));
@@ -402,7 +405,7 @@ fn everything_at_once_keeps_what_is_promised() {
                 done.sizes.push((began.elapsed().as_secs_f64() / 60.0, memory, files));
             }
         }
-        soak.stop.store(true, Relaxed);
+        drop(stop);
         for thread in threads {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         }
