@@ -162,8 +162,9 @@ pub fn chain(name: ChainName, family: Family, options: &Options) -> Chain {
     Chain { base: base(&name), rules: rules(&name, &shape), name }
 }
 
-/// Where the base chains attach. Priorities are those of kube-proxy: dstnat -100, filter 0,
-/// srcnat 100.
+/// Where the base chains attach. Priorities are those of kube-proxy: dstnat -100, filter 0; but srcnat is
+/// one before 100, ahead of the masquerading of network plugins: a connection whose source is decided
+/// passes no further nat chain, and would not be remembered.
 fn base(name: &ChainName) -> Option<Base> {
     let (kind, hook, priority) = match name {
         ChainName::FilterInput => (BaseKind::Filter, Hook::Input, 0),
@@ -171,11 +172,11 @@ fn base(name: &ChainName) -> Option<Base> {
         ChainName::FilterOutput => (BaseKind::Filter, Hook::Output, 0),
         ChainName::NatPrerouting => (BaseKind::Nat, Hook::Prerouting, -100),
         ChainName::NatOutput => (BaseKind::Nat, Hook::Output, -100),
-        ChainName::NatInput => (BaseKind::Nat, Hook::Input, 100),
-        ChainName::NatPostrouting => (BaseKind::Nat, Hook::Postrouting, 100),
-        // Before anybody's masquerading, behind which a connection passes no further nat chain.
-        ChainName::CountInput => (BaseKind::Nat, Hook::Input, 99),
-        ChainName::CountPostrouting => (BaseKind::Nat, Hook::Postrouting, 99),
+        ChainName::NatInput => (BaseKind::Nat, Hook::Input, 99),
+        ChainName::NatPostrouting => (BaseKind::Nat, Hook::Postrouting, 99),
+        // Before our own, for the same reason.
+        ChainName::CountInput => (BaseKind::Nat, Hook::Input, 98),
+        ChainName::CountPostrouting => (BaseKind::Nat, Hook::Postrouting, 98),
         _ => return None,
     };
     Some(Base { kind, hook, priority })

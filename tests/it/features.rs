@@ -8,7 +8,7 @@ use std::process::Command;
 
 use crate::namespace::nft;
 use crate::net::{
-    Daemon, GATEWAY, NODE, NODE_SECOND, Net, POD_B, REMOTE_GATEWAY, in_netns, wait_until,
+    CLIENT, Daemon, GATEWAY, NODE, NODE_SECOND, Net, POD_B, REMOTE_GATEWAY, in_netns, wait_until,
 };
 use crate::objects::{CLUSTER, Svc, slice};
 use crate::packets::{CIDRS, HTTP, answered, many, one, run, to};
@@ -103,6 +103,28 @@ fn a_client_keeps_its_endpoint_over_all_frontends_of_a_port() {
         net.write("web.yaml", &objects(&["a", "b", "remote"]));
         wait_until("it to come back", || list(&net, family, "endpoints").contains(". 2 :"));
         assert_eq!(only(who(&net, "client", &frontends)), other);
+    }
+}
+
+/// Of one priority the last comer is first, and a connection whose source is decided passes no further
+/// nat chain.
+#[test]
+fn a_plugin_that_masquerades_takes_nobody_from_the_endpoint_it_had() {
+    let Some(net) = Net::new() else { return };
+    let spec = [EXTERNAL, "sessionAffinity: ClientIP"];
+    let web = Svc { spec: &spec, ..WEB };
+    net.write("web.yaml", &(CLUSTER.to_owned() + &web.yaml() + &endpoints(&["a", "b", "remote"])));
+    let _daemon = run(&net, &["--cluster-cidr", CIDRS]);
+    for (family, table) in ["ip", "ip6"].into_iter().enumerate() {
+        let plugin = format!(
+            "add table {table} plugin
+             add chain {table} plugin post {{ type nat hook postrouting priority 100; policy accept; }}
+             add chain {table} plugin in {{ type nat hook input priority 100; policy accept; }}
+             add rule {table} plugin post {table} saddr {} masquerade",
+            CLIENT[family]
+        );
+        in_netns(&net.name("node"), || nft(&["-f", "-"], &plugin));
+        only(who(&net, "client", &frontends(family)));
     }
 }
 
