@@ -119,6 +119,8 @@ struct Watch<K> {
     failures: u32,
     /// Times in a row that the server said that the kind is not for us.
     denials: u32,
+    /// How often there was an outage when this watch began.
+    outages: u64,
     /// The consumer was told that the kind cannot be had.
     unavailable: bool,
 }
@@ -160,6 +162,7 @@ impl<K: Watched> Watch<K> {
             backoff: DefaultBackoff::default(),
             failures: 0,
             denials: 0,
+            outages: 0,
             unavailable: false,
         }
     }
@@ -192,6 +195,7 @@ impl<K: Watched> Watch<K> {
     /// One watcher, until the watch has to begin anew.
     async fn watch(&mut self) -> Result<(), Closed> {
         let streaming = self.shared.streams.load(Ordering::Relaxed);
+        self.outages = self.shared.connection.outages();
         let mut stream = pin!(watcher(self.api.clone(), self.config(streaming)));
         let mut phase = Phase::Asking;
         loop {
@@ -399,6 +403,9 @@ impl<K: Watched> Watch<K> {
             self.send(Event::Unavailable(K::KIND)).await?;
         }
 
+        if trouble.is_outage() {
+            connection.met_outage();
+        }
         self.failures += 1;
         let mut pause = self.backoff.next().unwrap_or(LONG_PAUSE);
         // All servers have the other kinds.
@@ -412,7 +419,8 @@ impl<K: Watched> Watch<K> {
         }
         // Behind an outage it may be another server, or one restored from a backup: that takes a place
         // it has not come to yet, and is silent until it has, or one where it once told something else.
-        let outage = phase == Phase::Watching && trouble.is_outage();
+        // Not every kind asks while there is no answer; that one did is enough.
+        let outage = phase == Phase::Watching && connection.outages() != self.outages;
         // A broken list must not be completed: what was lost from it would count as gone. A change
         // that could not be read is lost, too. And 410 in answer to a request, rather than in the
         // stream, is not understood by the watcher.

@@ -49,8 +49,9 @@ pub(crate) fn request(net: &Net, from: &str, at: SocketAddr, request: &str) -> O
         let mut text = String::new();
         let sent = stream.write_all(request.as_bytes());
         match sent.and_then(|()| stream.read_to_string(&mut text)) {
+            // The port was closed under the connection, before the request was read or later.
+            Ok(0) => None,
             Ok(_) => Some(parsed(&text)),
-            // The port was closed under the connection.
             Err(error) if [ConnectionReset, BrokenPipe].contains(&error.kind()) => None,
             Err(error) => panic!("{at}: {error}"),
         }

@@ -4,6 +4,7 @@
 //! something breaks and one when it works again. A watch that is back says nothing by itself until
 //! the next change, so recovery is read off the HTTP responses.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -121,6 +122,7 @@ impl<'a> Trouble<'a> {
 pub(super) struct Connection {
     lost: Mutex<Option<Instant>>,
     back: Notify,
+    outages: AtomicU64,
 }
 
 impl Connection {
@@ -128,6 +130,17 @@ impl Connection {
     /// waits for a try of its own need not wait longer.
     pub(super) fn back(&self) -> Notified<'_> {
         self.back.notified()
+    }
+
+    /// Counts how often some kind found that no server could answer: a number that is another one tells
+    /// that there was an outage meanwhile, also to a kind whose own requests it did not meet.
+    pub(super) fn outages(&self) -> u64 {
+        self.outages.load(Ordering::Relaxed)
+    }
+
+    /// Some kind found that no server could answer.
+    pub(super) fn met_outage(&self) {
+        self.outages.fetch_add(1, Ordering::Relaxed);
     }
 
     fn lost(&self, error: &kube::Error) {
