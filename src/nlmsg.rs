@@ -1,7 +1,8 @@
-//! Netlink messages as bytes: where one ends and the next begins, and the attributes in one.
+//! Netlink messages as bytes, read and written: where one ends and the next begins, and the attributes in
+//! one.
 //!
-//! What nf_tables, connection tracking and the others asked have in common. It is here once, in safe code, as lengths
-//! that come from outside are never trusted: whatever does not fit ends the reading.
+//! What nf_tables, connection tracking and the others asked have in common. It is here once, in safe
+//! code, as lengths that come from outside are never trusted: whatever does not fit ends the reading.
 
 /// Length of `struct nlmsghdr`, behind which the payload begins.
 pub(crate) const HEADER: usize = 16;
@@ -15,6 +16,15 @@ pub(crate) const ERROR: u16 = 2;
 pub(crate) const DONE: u16 = 3;
 /// `NLM_F_DUMP_INTR`: what is dumped changed meanwhile.
 pub(crate) const DUMP_INTERRUPTED: u16 = 0x10;
+
+/// `NLM_F_REQUEST`, which every message to the kernel has.
+pub(crate) const REQUEST: u16 = 0x1;
+/// `NLM_F_ACK`: success is answered, too.
+pub(crate) const ACK: u16 = 0x4;
+/// `NLM_F_DUMP`: everything of a kind is listed.
+pub(crate) const DUMP: u16 = 0x300;
+/// `NLA_F_NESTED`, in the type of an attribute that holds others.
+pub(crate) const NESTED: u16 = 0x8000;
 
 /// Some bytes at an offset, for a number in whichever order.
 pub(crate) fn number<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
@@ -52,13 +62,48 @@ pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])>
     })
 }
 
-/// Appends an attribute, padded to four bytes.
-pub(crate) fn put(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    let len = u16::try_from(4 + value.len()).expect("an attribute is short");
-    bytes.extend(len.to_ne_bytes());
+/// The value of the first attribute of a type.
+pub(crate) fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
+    attributes(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
+}
+
+/// Begins a message: its header, with no address, which stands for the kernel. Returns where it stands.
+pub(crate) fn begin(bytes: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32) -> usize {
+    let start = bytes.len();
+    bytes.extend([0; 4]); // the length, known at the end
     bytes.extend(kind.to_ne_bytes());
-    bytes.extend_from_slice(value);
+    bytes.extend(flags.to_ne_bytes());
+    bytes.extend(sequence.to_ne_bytes());
+    bytes.extend([0; 4]);
+    start
+}
+
+/// Ends the message that begins there.
+pub(crate) fn end(bytes: &mut [u8], start: usize) {
+    let len = u32::try_from(bytes.len() - start).expect("little more than an attribute");
+    bytes[start..start + 4].copy_from_slice(&len.to_ne_bytes());
+}
+
+/// Opens an attribute, whose value is what is appended until it is closed. Returns where it stands.
+pub(crate) fn open(bytes: &mut Vec<u8>, kind: u16) -> usize {
+    let start = bytes.len();
+    bytes.extend([0; 2]); // the length, known at the end
+    bytes.extend(kind.to_ne_bytes());
+    start
+}
+
+/// Closes the attribute that stands there, and pads it to four bytes.
+pub(crate) fn close(bytes: &mut Vec<u8>, start: usize) {
+    let len = u16::try_from(bytes.len() - start).expect("an attribute is at most 64 KiB");
+    bytes[start..start + 2].copy_from_slice(&len.to_ne_bytes());
     bytes.resize(bytes.len().next_multiple_of(4), 0);
+}
+
+/// Appends an attribute.
+pub(crate) fn put(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    let start = open(bytes, kind);
+    bytes.extend_from_slice(value);
+    close(bytes, start);
 }
 
 /// A text as attributes hold it: closed by a NUL.

@@ -7,10 +7,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::sweep::{Filter, Flow, Tuple};
 use crate::model::{Family, Protocol};
-use crate::nlmsg::{self, DONE, DUMP_INTERRUPTED, ERROR, GENMSG, HEADER, attributes, number, put};
-
-const REQUEST: u16 = 0x1;
-const DUMP: u16 = 0x300;
+use crate::nlmsg::{
+    self, DONE, DUMP, DUMP_INTERRUPTED, ERROR, GENMSG, HEADER, NESTED, REQUEST, attributes, number,
+    put,
+};
 
 /// `NFNL_SUBSYS_CTNETLINK << 8`
 const CTNETLINK: u16 = 1 << 8;
@@ -18,8 +18,6 @@ const CTNETLINK: u16 = 1 << 8;
 const NEW: u16 = CTNETLINK;
 const GET: u16 = CTNETLINK | 1;
 const DELETE: u16 = CTNETLINK | 2;
-
-const NESTED: u16 = 0x8000;
 
 // enum ctattr_type
 const TUPLE_ORIG: u16 = 1;
@@ -155,16 +153,10 @@ fn message(
     family: Family,
     body: impl FnOnce(&mut Vec<u8>),
 ) {
-    let start = bytes.len();
-    bytes.extend([0; 4]);
-    bytes.extend(kind.to_ne_bytes());
-    bytes.extend(flags.to_ne_bytes());
-    bytes.extend(sequence.to_ne_bytes());
-    bytes.extend([0; 4]);
+    let start = nlmsg::begin(bytes, kind, flags, sequence);
     bytes.extend([family_number(family), 0, 0, 0]);
     body(bytes);
-    let len = u32::try_from(bytes.len() - start).expect("a request is short");
-    bytes[start..start + 4].copy_from_slice(&len.to_ne_bytes());
+    nlmsg::end(bytes, start);
 }
 
 fn family_number(family: Family) -> u8 {
@@ -176,9 +168,9 @@ fn family_number(family: Family) -> u8 {
 }
 
 fn nested(bytes: &mut Vec<u8>, kind: u16, body: impl FnOnce(&mut Vec<u8>)) {
-    let mut content = Vec::new();
-    body(&mut content);
-    put(bytes, kind | NESTED, &content);
+    let start = nlmsg::open(bytes, kind | NESTED);
+    body(bytes);
+    nlmsg::close(bytes, start);
 }
 
 /// Reads a listed flow, behind the message header.

@@ -16,7 +16,9 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
-use crate::nlmsg::{ERROR, HEADER, attributes, kind, messages, number, put, terminated};
+use crate::nlmsg::{
+    self, ACK, ERROR, HEADER, REQUEST, attributes, kind, messages, number, put, terminated,
+};
 
 /// The link that kube-proxy makes for the addresses of Services.
 pub(super) const LINK: &str = "kube-ipvs0";
@@ -59,9 +61,6 @@ const IPSET_NAME: u16 = 2;
 const NAME_LIMIT: usize = 31;
 /// The oldest version that kernels still talk.
 const IPSET_VERSION: u8 = 6;
-
-const REQUEST: u16 = 1;
-const ACK: u16 = 4;
 
 /// The kernel answers inside the call; if it does not in so many seconds, something is broken.
 const PATIENCE: i64 = 10;
@@ -170,12 +169,10 @@ fn request(protocol: SockProtocol, kind: u16, body: &[u8]) -> Result<Vec<u8>, Re
         socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
     connect(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
     setsockopt(&socket, ReceiveTimeout, &TimeVal::new(PATIENCE, 0))?;
-    let len = u32::try_from(HEADER + body.len()).expect("requests are short");
-    let mut bytes = len.to_ne_bytes().to_vec();
-    bytes.extend(kind.to_ne_bytes());
-    bytes.extend((REQUEST | ACK).to_ne_bytes());
-    bytes.extend([0; 8]); // sequence and address
+    let mut bytes = Vec::new();
+    let start = nlmsg::begin(&mut bytes, kind, REQUEST | ACK, 0);
     bytes.extend_from_slice(body);
+    nlmsg::end(&mut bytes, start);
     send(socket.as_raw_fd(), &bytes, MsgFlags::empty())?;
     let mut buffer = vec![0; 16 << 10];
     let mut answer = Vec::new();

@@ -5,7 +5,7 @@ use std::ffi::c_char;
 use nftnl::NlMsg;
 use nftnl::nftnl_sys::{self as sys};
 
-use crate::nlmsg::{GENMSG, HEADER, attributes};
+use crate::nlmsg::{self, ACK, GENMSG, HEADER, NESTED, REQUEST, attributes, put};
 
 /// A batch being written.
 pub(super) struct Batch {
@@ -101,17 +101,9 @@ impl Batch {
         family: u16,
         flags: libc::c_int,
     ) -> Message<'_> {
-        let start = self.bytes.len();
         let sequence = self.next_sequence();
         let small = |number: libc::c_int| u16::try_from(number).expect("types and flags are small");
-        let kind = SUBSYSTEM << 8 | small(kind);
-        self.bytes.extend([0; 4]); // the length, known at the end
-        self.bytes.extend(kind.to_ne_bytes());
-        self.bytes.extend((REQUEST | small(flags)).to_ne_bytes());
-        self.bytes.extend(sequence.to_ne_bytes());
-        self.bytes.extend([0; 4]); // from the kernel's own view of the sender
-        let family = u8::try_from(family).expect("families are bytes");
-        self.bytes.extend([family, 0, 0, 0]);
+        let start = begin(&mut self.bytes, small(kind), REQUEST | small(flags), sequence, family);
         Message { batch: self, start }
     }
 
@@ -152,26 +144,23 @@ pub(super) struct Message<'a> {
 pub(super) struct Nest(usize);
 
 impl Message<'_> {
-    /// Writes an attribute, padded to four bytes.
+    /// Writes an attribute.
     pub(super) fn attribute(&mut self, kind: u16, value: &[u8]) {
-        self.head(kind, value.len());
-        self.batch.bytes.extend_from_slice(value);
-        self.pad();
+        put(&mut self.batch.bytes, kind, value);
     }
 
     /// Writes a string, ended by a NUL.
     pub(super) fn string(&mut self, kind: u16, value: &str) {
-        self.head(kind, value.len() + 1);
-        self.batch.bytes.extend_from_slice(value.as_bytes());
-        self.batch.bytes.push(0);
-        self.pad();
+        let bytes = &mut self.batch.bytes;
+        let start = nlmsg::open(bytes, kind);
+        bytes.extend_from_slice(value.as_bytes());
+        bytes.push(0);
+        nlmsg::close(bytes, start);
     }
 
     /// Opens an attribute for others.
     pub(super) fn nest(&mut self, kind: u16) -> Nest {
-        let nest = Nest(self.batch.bytes.len());
-        self.head(kind | NESTED, 0);
-        nest
+        Nest(nlmsg::open(&mut self.batch.bytes, kind | NESTED))
     }
 
     /// How long it is so far.
@@ -182,51 +171,31 @@ impl Message<'_> {
     /// Closes it.
     #[expect(clippy::needless_pass_by_value, reason = "it is closed once")]
     pub(super) fn end(&mut self, nest: Nest) {
-        let len = u16::try_from(self.len_of(&nest)).expect("an attribute is at most 64 KiB");
-        self.batch.bytes[nest.0..nest.0 + 2].copy_from_slice(&len.to_ne_bytes());
+        nlmsg::close(&mut self.batch.bytes, nest.0);
     }
 
     /// Ends the message, which carries this operation, or from this one on one with each element.
     pub(super) fn finish(self, operation: Option<usize>, elements: bool) {
         let Self { batch, start } = self;
-        let len = u32::try_from(batch.bytes.len() - start).expect("little more than an attribute");
-        batch.bytes[start..start + 4].copy_from_slice(&len.to_ne_bytes());
+        nlmsg::end(&mut batch.bytes, start);
         batch.index.push(Position { start, operation, elements });
-    }
-
-    fn head(&mut self, kind: u16, len: usize) {
-        let len = u16::try_from(ATTRIBUTE + len).expect("an attribute is at most 64 KiB");
-        self.batch.bytes.extend_from_slice(&len.to_ne_bytes());
-        self.batch.bytes.extend_from_slice(&kind.to_ne_bytes());
-    }
-
-    fn pad(&mut self) {
-        let len = self.batch.bytes.len().next_multiple_of(4);
-        self.batch.bytes.resize(len, 0);
     }
 }
 
-/// Length of an attribute's header.
-const ATTRIBUTE: usize = 4;
-/// Flag of an attribute that holds others.
-const NESTED: u16 = 0x8000;
-/// The subsystem that messages of nf_tables are for.
-const SUBSYSTEM: u16 = 10;
-/// Flag of a message that is a request.
-const REQUEST: u16 = 1;
-const ACK: u16 = 4;
-
 /// A message of nf_tables: header, `struct nfgenmsg`, attributes.
 pub(super) fn message(kind: u16, flags: u16, sequence: u32, family: u16, body: &[u8]) -> Vec<u8> {
-    let len = u32::try_from(HEADER + GENMSG + body.len()).expect("messages are short");
-    let mut bytes = len.to_ne_bytes().to_vec();
-    bytes.extend((NFTABLES << 8 | kind).to_ne_bytes());
-    bytes.extend(flags.to_ne_bytes());
-    bytes.extend(sequence.to_ne_bytes());
-    bytes.extend([0; 4]); // address: the kernel
-    bytes.extend([u8::try_from(family).expect("families are small numbers"), 0, 0, 0]);
+    let mut bytes = Vec::with_capacity(HEADER + GENMSG + body.len());
+    let start = begin(&mut bytes, kind, flags, sequence, family);
     bytes.extend_from_slice(body);
+    nlmsg::end(&mut bytes, start);
     bytes
+}
+
+/// Begins such a message, whose attributes follow.
+fn begin(bytes: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, family: u16) -> usize {
+    let start = nlmsg::begin(bytes, NFTABLES << 8 | kind, flags, sequence);
+    bytes.extend([u8::try_from(family).expect("families are bytes"), 0, 0, 0]);
+    start
 }
 
 /// Which element of an element message lies at this offset.

@@ -13,13 +13,13 @@ use super::batch::Batch;
 use super::encode::{data_type, set_message};
 use super::ffi::Set;
 use super::socket::{NetlinkSocket, OpenError};
-use super::{dump, userdata};
+use super::{dump, now, userdata};
 use crate::model::Family;
 use crate::nft::connection::{CONNECTION, Connection, CounterSet, Counters};
 use crate::nft::kernel::{LoadError, SetState};
 use crate::nft::names::{CONNECTIONS, TABLE};
 use crate::nft::rule::CONNECTIONS_SIZE;
-use crate::nlmsg::{GENMSG, HEADER, attributes};
+use crate::nlmsg::{GENMSG, HEADER, attributes, find};
 
 const FLAGS: libc::c_int = libc::NFT_SET_TIMEOUT | libc::NFT_SET_EVAL;
 
@@ -131,7 +131,7 @@ impl ReadCounters {
         let mut handle = None;
         let outcome = self.socket.dump(request, |message| {
             let content = message.get(HEADER + GENMSG..).unwrap_or_default();
-            handle = value(content, attribute).and_then(|bytes| bytes.try_into().ok());
+            handle = find(content, attribute).and_then(|bytes| bytes.try_into().ok());
         });
         match outcome {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
@@ -156,26 +156,17 @@ const COUNTER_PACKETS: u16 = 2;
 
 /// Hands on the elements of a message that are understood.
 fn elements(message: &[u8], family: Family, mut each: impl FnMut((Connection, u64))) {
-    let list = value(message.get(HEADER + GENMSG..).unwrap_or_default(), LIST_ELEMENTS);
+    let list = find(message.get(HEADER + GENMSG..).unwrap_or_default(), LIST_ELEMENTS);
     for (_, element) in attributes(list.unwrap_or_default()) {
-        let connection = value(element, ELEMENT_KEY)
-            .and_then(|key| value(key, DATA_VALUE))
+        let connection = find(element, ELEMENT_KEY)
+            .and_then(|key| find(key, DATA_VALUE))
             .and_then(|key| Connection::from_bytes(family, key));
-        let packets = value(element, ELEMENT_EXPRESSION)
-            .and_then(|expression| value(expression, EXPRESSION_DATA))
-            .and_then(|counter| value(counter, COUNTER_PACKETS))
+        let packets = find(element, ELEMENT_EXPRESSION)
+            .and_then(|expression| find(expression, EXPRESSION_DATA))
+            .and_then(|counter| find(counter, COUNTER_PACKETS))
             .and_then(|packets| packets.try_into().ok().map(u64::from_be_bytes));
         if let (Some(connection), Some(packets)) = (connection, packets) {
             each((connection, packets));
         }
     }
-}
-
-fn value(content: &[u8], wanted: u16) -> Option<&[u8]> {
-    attributes(content).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
-}
-
-#[expect(clippy::disallowed_methods, reason = "a budget of time is the business of this alone")]
-fn now() -> Instant {
-    Instant::now()
 }

@@ -4,18 +4,18 @@
 //! on say how many elements a set has. Before, they have to be listed, which is given up after a
 //! while: what is told then is true of the maps that were reached.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nftnl::nftnl_sys as sys;
 
 use super::ffi::Set;
 use super::socket::NetlinkSocket;
-use super::{affinity, dump};
+use super::{affinity, dump, now};
 use crate::model::Family;
 use crate::nft::kernel::LoadError;
 use crate::nft::names::{AffinityName, TABLE};
 use crate::nft::rule::AFFINITY_SIZE;
-use crate::nlmsg::{GENMSG, HEADER, attributes};
+use crate::nlmsg::{GENMSG, HEADER, find};
 
 /// `NFTA_SET_COUNT`, which libc does not know.
 const SET_COUNT: u16 = 20;
@@ -81,11 +81,6 @@ pub fn affinity_fill(budget: Duration) -> Result<[AffinityFill; 2], LoadError> {
 
 /// What the kernel says of the number of elements, if it does.
 fn counted(message: &[u8]) -> Option<u32> {
-    let (_, value) = attributes(message.get(HEADER + GENMSG..)?).find(|(k, _)| *k == SET_COUNT)?;
+    let value = find(message.get(HEADER + GENMSG..)?, SET_COUNT)?;
     Some(u32::from_be_bytes(value.try_into().ok()?))
-}
-
-#[expect(clippy::disallowed_methods, reason = "a budget of time is the business of this alone")]
-fn now() -> Instant {
-    Instant::now()
 }

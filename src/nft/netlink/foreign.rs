@@ -10,7 +10,7 @@ use super::encode::nfproto;
 use crate::model::Family;
 use crate::nft::kernel::{ApplyError, LoadError};
 use crate::nft::names::TABLE;
-use crate::nlmsg::{HEADER, attributes, put, terminated};
+use crate::nlmsg::{DUMP, HEADER, REQUEST, attributes, find, put, terminated};
 
 /// A table of somebody else.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,8 +58,6 @@ impl ForeignOp {
     }
 }
 
-const DUMP: u16 = 0x301; // NLM_F_REQUEST | NLM_F_DUMP
-
 // The attributes of tables, chains and rules as linux/netfilter/nf_tables.h numbers them.
 const TABLE_NAME: u16 = 1;
 const CHAIN_TABLE: u16 = 1;
@@ -102,8 +100,8 @@ impl NetlinkKernel {
             if text(content, CHAIN_TABLE).as_deref() == Some(&table.name) {
                 chains.push(ForeignChain {
                     name: text(content, CHAIN_NAME).unwrap_or_default(),
-                    base: value(content, CHAIN_HOOK).is_some(),
-                    drops: value(content, CHAIN_POLICY) == Some(&DROP.to_be_bytes()),
+                    base: find(content, CHAIN_HOOK).is_some(),
+                    drops: find(content, CHAIN_POLICY) == Some(&DROP.to_be_bytes()),
                     jumps: Vec::new(),
                 });
             }
@@ -117,9 +115,9 @@ impl NetlinkKernel {
             }
             let chain = text(content, RULE_CHAIN).unwrap_or_default();
             let Ok(at) = chains.binary_search_by(|c| c.name.cmp(&chain)) else { return };
-            let handle = value(content, RULE_HANDLE).and_then(|bytes| bytes.try_into().ok());
+            let handle = find(content, RULE_HANDLE).and_then(|bytes| bytes.try_into().ok());
             let rule = handle.map_or(0, u64::from_be_bytes);
-            let to = targets(value(content, RULE_EXPRESSIONS).unwrap_or_default());
+            let to = targets(find(content, RULE_EXPRESSIONS).unwrap_or_default());
             chains[at].jumps.extend(to.map(|target| (rule, target)));
         })?;
         Ok(chains)
@@ -163,7 +161,7 @@ impl NetlinkKernel {
         put(&mut filter, RULE_TABLE, &terminated(TABLE));
         self.foreign(libc::NFT_MSG_GETRULE, family, &filter, "list rules", |content| {
             let ours = text(content, RULE_TABLE).as_deref() == Some(TABLE);
-            let userdata = value(content, RULE_USERDATA).unwrap_or_default();
+            let userdata = find(content, RULE_USERDATA).unwrap_or_default();
             let is_it = userdata.windows(comment.len()).any(|part| part == comment.as_bytes());
             found |= ours && is_it;
         })?;
@@ -178,7 +176,7 @@ impl NetlinkKernel {
         step: &'static str,
         mut each: impl FnMut(&[u8]),
     ) -> Result<(), LoadError> {
-        let request = message(number(kind), DUMP, 1, nfproto(family), body);
+        let request = message(number(kind), REQUEST | DUMP, 1, nfproto(family), body);
         // What changes meanwhile is found out when it is removed.
         let outcome = self.socket.dump(&request, |message| {
             each(message.get(HEADER + 4..).unwrap_or_default());
@@ -191,12 +189,8 @@ fn number(kind: libc::c_int) -> u16 {
     u16::try_from(kind).expect("kinds of messages are small numbers")
 }
 
-fn value(content: &[u8], wanted: u16) -> Option<&[u8]> {
-    attributes(content).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
-}
-
 fn text(content: &[u8], wanted: u16) -> Option<String> {
-    let value = value(content, wanted)?;
+    let value = find(content, wanted)?;
     let text = value.strip_suffix(&[0]).unwrap_or(value);
     Some(String::from_utf8_lossy(text).into_owned())
 }
@@ -205,8 +199,8 @@ fn text(content: &[u8], wanted: u16) -> Option<String> {
 fn targets(expressions: &[u8]) -> impl Iterator<Item = String> {
     attributes(expressions).filter_map(|(_, expression)| {
         text(expression, EXPRESSION_NAME).filter(|name| name == "immediate")?;
-        let data = value(expression, EXPRESSION_DATA)?;
-        let verdict = value(value(data, IMMEDIATE_DATA)?, DATA_VERDICT)?;
+        let data = find(expression, EXPRESSION_DATA)?;
+        let verdict = find(find(data, IMMEDIATE_DATA)?, DATA_VERDICT)?;
         text(verdict, VERDICT_CHAIN)
     })
 }
