@@ -216,7 +216,7 @@ fn row(number: u64, batch: &Batch) -> BatchRow {
         bytes: *bytes,
         took_ms: ms(took),
         event_to_kernel_ms: waited.as_ref().map(ms),
-        changes: trace.operations.iter().flat_map(changes).collect(),
+        changes: trace.operations.iter().flat_map(text::change).collect(),
         more_changes: operations.saturating_sub(trace.operations.len()),
         error: error.clone(),
     }
@@ -225,12 +225,6 @@ fn row(number: u64, batch: &Batch) -> BatchRow {
 fn author(intrusion: &Intrusion) -> String {
     let process = intrusion.process.as_deref().unwrap_or("an unknown process");
     intrusion.pid.map_or_else(|| process.to_owned(), |pid| format!("{process} (process {pid})"))
-}
-
-/// An operation as lines of nft text, each behind a sign that says whether it comes or goes.
-fn changes(op: &Op) -> Vec<String> {
-    let sign = if op.removes() { '-' } else { '+' };
-    text::op(op).lines().map(|line| format!("{sign} {line}")).collect()
 }
 
 #[cfg(test)]

@@ -1,28 +1,29 @@
 //! From events to commits: the state, the ledger and the kernel, tied together.
 //!
-//! Nothing here waits or reads a clock; when to commit is decided by [`crate::app`], which drives
+//! Nothing here waits or reads a clock; when to commit is decided by [`crate::program`], which drives
 //! this, as do the benches and the packet tests. A commit that the kernel refuses is first answered
 //! by reading back what the kernel really holds and sending the difference: that cures every case in
 //! which someone else changed our tables. If an operation is refused even then, the contributor it
 //! came from is set aside ([`crate::quarantine`]) and everything else is committed.
 
+mod blame;
+
 use std::collections::{BTreeMap, BTreeSet};
 
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use crate::account::{Account, count_elements};
 use crate::conntrack::{Serving, Sweep};
-use crate::contribution::{Contribution, Contributor};
+use crate::contribution::Contributor;
 use crate::frontend::Frontend;
 use crate::ledger::{Ledger, Staged};
-use crate::model::{Event, NamespacedName, Notice, Problem, Standing, Topic};
+use crate::model::{Event, NamespacedName, Notice, Problem};
 use crate::nft::dataplane::Options;
 use crate::nft::diff::{Foreign, diff, foreign};
 use crate::nft::element::{ElementId, Key};
-use crate::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
+use crate::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded};
 use crate::nft::names::{LAYOUT, LAYOUTS};
 use crate::nft::ruleset::Ruleset;
-use crate::nft::text;
 use crate::nft::transaction::{Op, Transaction};
 use crate::quarantine::{MAX_SET_ASIDE, Quarantine};
 use crate::recent::Trace;
@@ -414,119 +415,6 @@ impl<K: Kernel> Proxy<K> {
         }
         Ledger::stage_all(all)
     }
-
-    /// Whose operations were refused, each with the first of them. Nobody's, if the table itself was
-    /// refused: everything in it is refused along with it.
-    fn guilty(
-        &self,
-        staged: &Staged,
-        transaction: &Transaction,
-        refusals: &[Refusal],
-    ) -> BTreeMap<Contributor, (String, Refusal)> {
-        let mut guilty = BTreeMap::new();
-        let operation = |refusal: &Refusal| transaction.ops.get(refusal.op?);
-        let table = |op: &Op| {
-            matches!(op, Op::DeleteTable(_) | Op::AddTable(_) | Op::AddSet(..) | Op::AddCounters(_))
-        };
-        if refusals.iter().filter_map(operation).any(table) {
-            return guilty;
-        }
-        for refusal in refusals {
-            let Some(op) = operation(refusal) else { continue };
-            let Some(contributor) = staged.contributor(op) else { continue };
-            if !self.quarantine.contains(contributor) {
-                guilty
-                    .entry(contributor.clone())
-                    .or_insert_with(|| (text::op(op), refusal.clone()));
-            }
-        }
-        guilty
-    }
-
-    /// Leaves contributors out, each said when it begins, and when the reason is another one.
-    fn set_aside(&mut self, guilty: BTreeMap<Contributor, (String, Refusal)>) {
-        for (contributor, (operation, refusal)) in guilty {
-            // Its number is another one each time.
-            let reason = Refusal { op: None, ..refusal }.to_string();
-            if !self.quarantine.put(&contributor, reason.clone()) {
-                debug!(object = %contributor, operation, reason, "the kernel refuses it still");
-                continue;
-            }
-            error!(
-                object = %contributor,
-                operation,
-                reason,
-                "the kernel refuses this object's change; it keeps what it had, and is tried again"
-            );
-            if let Contributor::Service(service) = contributor {
-                let note = format!(
-                    "the kernel refuses the Service's change ({operation}: {reason}); it keeps what it had \
-                     there, and is tried again"
-                );
-                self.notices.push(Notice::new(service, Topic::Refused, Standing::Is(vec![note])));
-            }
-        }
-    }
-
-    /// The kernel took everything that was not set aside for this commit.
-    fn let_go(&mut self) {
-        for contributor in self.quarantine.settle() {
-            info!(object = %contributor, "the kernel accepts this object's change");
-            if let Contributor::Service(service) = contributor {
-                let standing = self.over(&service);
-                self.notices.push(Notice::new(service, Topic::Refused, standing));
-            }
-        }
-    }
-
-    /// What there was to say about a Service is no longer so.
-    fn over(&self, service: &NamespacedName) -> Standing {
-        if self.state.service_named(service).is_some() { Standing::Over } else { Standing::Gone }
-    }
-
-    /// Reports the problems of contributions that are new, and leaves out those set aside.
-    fn accepted(
-        &mut self,
-        contributions: Vec<(Contributor, Contribution, Vec<Problem>)>,
-    ) -> Vec<(Contributor, Contribution)> {
-        let mut list = Vec::with_capacity(contributions.len());
-        for (contributor, contribution, problems) in contributions {
-            let known = self.reported.remove(&contributor).unwrap_or_default();
-            for problem in problems.iter().filter(|problem| !known.contains(problem)) {
-                warn!(object = problem.object, field = problem.field, "{}", problem.message);
-            }
-            if let Contributor::Service(service) = &contributor
-                && problems != known
-            {
-                for topic in [Topic::Conflict, Topic::Partly] {
-                    let (was, is) = (about(topic, &known), about(topic, &problems));
-                    if was != is {
-                        let standing =
-                            if is.is_empty() { self.over(service) } else { Standing::Is(is) };
-                        self.notices.push(Notice::new(service.clone(), topic, standing));
-                    }
-                }
-            }
-            if !problems.is_empty() {
-                self.reported.insert(contributor.clone(), problems);
-            }
-            if !self.quarantine.contains(&contributor) {
-                list.push((contributor, contribution));
-            }
-        }
-        list
-    }
-}
-
-/// What the problems of a contribution say on a topic. Without a field it is about a frontend that is
-/// another Service's.
-fn about(topic: Topic, problems: &[Problem]) -> Vec<String> {
-    let of_topic = |problem: &&Problem| problem.field.is_empty() == (topic == Topic::Conflict);
-    let said = |problem: &Problem| match &*problem.field {
-        "" => problem.message.clone(),
-        field => format!("{field}: {}", problem.message),
-    };
-    problems.iter().filter(of_topic).map(said).collect()
 }
 
 /// Whether two readings found the same elements. If not, a refusal between them is no object's fault.
@@ -579,7 +467,6 @@ fn apply<K: Kernel>(
     let (first, then) = (first?, send(transaction)?);
     let applied =
         Applied { messages: first.messages + then.messages, bytes: first.bytes + then.bytes };
-    debug!(operations, bytes = applied.bytes, "committed");
     Ok(Committed { operations, applied, adopted: false, set_aside: 0 })
 }
 

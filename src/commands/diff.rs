@@ -28,9 +28,8 @@ pub async fn diff(config: &Config) -> Result<Answer, CommandError> {
         "--- kernel: tables ip {TABLE} and ip6 {TABLE} of this network namespace\n+++ wanted: {wanted}\n"
     );
     for (op, contributor) in plan {
-        let sign = if op.removes() { '-' } else { '+' };
-        for line in text::op(&op).lines() {
-            let _ = write!(text, "{sign} {line}");
+        for line in text::change(&op) {
+            text.push_str(&line);
             if let Some(contributor) = &contributor {
                 let _ = write!(text, "    # {contributor}");
             }

@@ -203,7 +203,7 @@ mod tests {
 
     use super::super::sweep::{Flow, Tuple};
     use super::*;
-    use crate::model::{Endpoint, Scheduler, SessionAffinity, SlicePort, TrafficPolicy};
+    use crate::model::{Endpoint, SlicePort};
 
     fn at(text: &str) -> SocketAddr {
         text.parse().unwrap()
@@ -395,18 +395,13 @@ mod tests {
             node_port: NonZeroU16::new(30000 + port),
         };
         let service = |text: &str, cluster_ips: [&str; 2], created| Service {
-            name: name(text),
             created,
-            cluster_ips: cluster_ips.map(|ip| ip.parse().unwrap()).into(),
             external_ips: vec![IpAddr::from([198, 51, 100, 7])],
-            load_balancer_ips: Vec::new(),
-            ports: vec![port("dns", Protocol::Udp, 53), port("dns-tcp", Protocol::Tcp, 53)],
-            internal_traffic_policy: TrafficPolicy::Cluster,
-            external_traffic_policy: TrafficPolicy::Cluster,
-            session_affinity: SessionAffinity::None,
-            source_ranges: Vec::new(),
-            scheduler: Scheduler::Random,
-            health_check_node_port: None,
+            ..Service::new(
+                name(text),
+                cluster_ips.map(|ip| ip.parse().unwrap()).into(),
+                vec![port("dns", Protocol::Udp, 53), port("dns-tcp", Protocol::Tcp, 53)],
+            )
         };
         let endpoint = |host| Endpoint {
             address: IpAddr::from([10, 244, 1, host]),

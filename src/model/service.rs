@@ -43,6 +43,25 @@ pub struct Service {
 }
 
 impl Service {
+    /// A Service that asks for nothing else, as Kubernetes understands that.
+    #[must_use]
+    pub fn new(name: NamespacedName, cluster_ips: Vec<IpAddr>, ports: Vec<ServicePort>) -> Self {
+        Self {
+            name,
+            created: 0,
+            cluster_ips,
+            external_ips: Vec::new(),
+            load_balancer_ips: Vec::new(),
+            ports,
+            internal_traffic_policy: TrafficPolicy::Cluster,
+            external_traffic_policy: TrafficPolicy::Cluster,
+            session_affinity: SessionAffinity::None,
+            source_ranges: Vec::new(),
+            scheduler: Scheduler::Random,
+            health_check_node_port: None,
+        }
+    }
+
     /// The ClusterIP of a family, if the Service exists in it.
     #[must_use]
     pub fn cluster_ip(&self, family: Family) -> Option<IpAddr> {

@@ -262,6 +262,14 @@ fn selector(selector: Selector, family: Family) -> String {
     }
 }
 
+/// An operation as a change: its commands, each behind a sign that says whether it brings or takes
+/// something.
+#[must_use]
+pub fn change(op: &Op) -> Vec<String> {
+    let sign = if op.removes() { '-' } else { '+' };
+    self::op(op).lines().map(|line| format!("{sign} {line}")).collect()
+}
+
 /// An operation as nft commands, one a line.
 #[must_use]
 pub fn op(op: &Op) -> String {

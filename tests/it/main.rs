@@ -31,6 +31,7 @@ mod flips;
 mod fuzz;
 mod hardening;
 mod health;
+mod history;
 mod host;
 mod hostile;
 mod http;

@@ -27,18 +27,9 @@ pub(crate) fn service(service: &str, addresses: &[&str], ports: &[ServicePort]) 
         .filter(|a| !cluster_ips.contains(a) && !load_balancer_ips.contains(a))
         .collect();
     Service {
-        name: name(service),
-        created: 0,
-        cluster_ips,
         external_ips,
         load_balancer_ips,
-        ports: ports.to_vec(),
-        internal_traffic_policy: TrafficPolicy::Cluster,
-        external_traffic_policy: TrafficPolicy::Cluster,
-        session_affinity: SessionAffinity::None,
-        source_ranges: Vec::new(),
-        scheduler: Scheduler::Random,
-        health_check_node_port: None,
+        ..Service::new(name(service), cluster_ips, ports.to_vec())
     }
 }
 

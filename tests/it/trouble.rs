@@ -13,7 +13,7 @@ use nftproxy::nft::transaction::{Op, Transaction};
 use nftproxy::reconcile::Proxy;
 use proptest::prelude::*;
 
-use crate::ledger::{Objects, Step, any_step, fresh, normal};
+use crate::history::{Objects, Step, any_step, fresh, normal};
 use crate::model::{all_listed, name, port, service, slice, state};
 
 /// Errors that speak of the process or the machine.
