@@ -43,7 +43,8 @@ pub struct Proxy<K> {
     kernel: K,
     /// None until the tables were adopted.
     ledger: Option<Ledger>,
-    /// The kernel may hold something else than the ledger says: an answer was lost, for instance.
+    /// The kernel may hold something else than is wanted beside what the ledger tells: an answer was
+    /// lost, for instance, or rules have to be others.
     in_doubt: bool,
     options: Options,
     /// Contributors whose operations the kernel refuses; they keep what they had.
@@ -215,12 +216,8 @@ impl<K: Kernel> Proxy<K> {
 
     /// Brings the kernel to what the events so far ask for.
     pub fn commit(&mut self) -> Result<Committed, CommitError> {
-        // The node's pod ranges may have become known or changed family.
-        let options = self.state.options();
-        if options != self.options {
-            self.options = options;
-            self.ledger = None;
-        }
+        // The node's pod ranges may have become known or changed family: rules are others then.
+        self.in_doubt |= self.state.options() != self.options;
         if self.ledger.is_some() && !self.in_doubt {
             let stale = self.state.stale_contributions();
             let stale = self.accepted(stale);

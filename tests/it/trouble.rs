@@ -11,10 +11,11 @@ use nftproxy::nft::fake::{Failure, FakeKernel};
 use nftproxy::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
 use nftproxy::nft::transaction::{Op, Transaction};
 use nftproxy::reconcile::Proxy;
+use nftproxy::settings::Settings;
 use proptest::prelude::*;
 
 use crate::history::{Objects, Step, any_step, fresh, normal};
-use crate::model::{all_listed, name, port, service, slice, state};
+use crate::model::{all_listed, name, port, service, settings, slice, state};
 
 /// Errors that speak of the process or the machine.
 const SYSTEM: [i32; 6] = [EACCES, EAGAIN, EINTR, ENOBUFS, ENOMEM, EPERM];
@@ -173,6 +174,27 @@ fn one_refused_operation_costs_its_service_alone_until_the_cause_is_gone() {
         let over = Notice::new(name("s-2"), Topic::Refused, Standing::Over);
         assert_eq!(proxy.take_notices(), [over]);
     }
+}
+
+#[test]
+fn a_service_that_is_left_out_keeps_what_it_had_when_rules_change() {
+    let refuses = |id: &ElementId| matches!(id.key, Key::Slot(.., 1)).then_some(EINVAL);
+    let mut proxy = Proxy::new(state(), Refusing { kernel: FakeKernel::default(), refuses });
+    events(1).into_iter().chain(all_listed()).for_each(|event| proxy.observe(event));
+    proxy.commit().unwrap();
+    let two = slice("s-1", "4", &[("", Protocol::Tcp, 8080)], &["10.244.2.1", "10.244.2.2"]);
+    proxy.observe(Event::EndpointSlice(two));
+    assert_eq!(proxy.commit().unwrap().set_aside, 1);
+    let held = |proxy: &mut Proxy<Refusing<_>>| -> Vec<_> {
+        let elements = proxy.kernel_mut().kernel.elements();
+        elements.filter(|(id, _)| of_service(id, 1)).map(|(id, _)| *id).collect()
+    };
+    let before = held(&mut proxy);
+    assert!(!before.is_empty());
+    proxy.configure(Settings { masquerade_all: true, ..settings() });
+    proxy.observe(events(2)[0].clone());
+    proxy.commit().unwrap();
+    assert_eq!((held(&mut proxy), proxy.set_aside_count()), (before, 1));
 }
 
 #[test]
