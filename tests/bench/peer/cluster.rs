@@ -18,6 +18,9 @@ use serde_json::{Value, json};
 /// Requests at once while loading.
 const WRITERS: usize = 32;
 
+/// How long after a request that failed it is tried again.
+const RETRY: Duration = Duration::from_millis(200);
+
 /// Services over UDP whose changes are timed.
 pub(crate) const PROBES: usize = 32;
 
@@ -130,7 +133,7 @@ where
             Ok(_) => return,
             Err(kube::Error::Api(error)) if error.code == 409 => return,
             Err(error) if attempt == 10 => panic!("cannot create {object:?}: {error}"),
-            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+            Err(_) => tokio::time::sleep(RETRY).await,
         }
     }
 }
@@ -179,7 +182,11 @@ impl Cluster {
             // The server ends a watch after some minutes.
             loop {
                 let parameters = WatchParams::default().labels(PROBE_LABEL);
-                let Ok(events) = api.watch(&parameters, "0").await else { continue };
+                let Ok(events) = api.watch(&parameters, "0").await else {
+                    // At the end there is no server, and this must not keep the runtime from ending.
+                    tokio::time::sleep(RETRY).await;
+                    continue;
+                };
                 let mut events = std::pin::pin!(events);
                 while let Some(Ok(event)) = events.next().await {
                     if let WatchEvent::Added(slice) | WatchEvent::Modified(slice) = event {
