@@ -14,6 +14,7 @@ use crate::nft::dataplane::FIRST_LOCAL_SLOT;
 use crate::nft::element::{Backend, ElementId, Key, Value};
 use crate::nft::names::{
     AffinityName, ChainName, Entry, List, Memory, Pick, PortChain, PortName, Selection, SetName,
+    Traffic,
 };
 use crate::selection::{Candidate, Uses, select};
 use crate::slots::{MAX_BACKENDS, Slots};
@@ -236,15 +237,15 @@ impl Serving<'_> {
         }
     }
 
-    /// The same for traffic that is masqueraded whoever sent it.
-    fn external_chain(&self, entry: Entry, n: u16) -> ChainName {
-        let selection = Selection { entry, list: List::Cluster, pick: self.pick, n };
+    /// The same, behind a chain that marks what is to be masqueraded.
+    fn enter(&self, traffic: Traffic, entry: Entry, list: List, n: u16) -> ChainName {
+        let selection = Selection { entry, list, pick: self.pick, n };
         match (&self.sticky, &self.name) {
             (Some(sticky), _) => {
-                ChainName::of_port(&sticky.port, PortChain::ExternalSticky(selection))
+                ChainName::of_port(&sticky.port, PortChain::EnterSticky(traffic, selection))
             }
-            (None, Some(name)) => ChainName::of_port(name, PortChain::External(selection)),
-            (None, None) => ChainName::External(selection),
+            (None, Some(name)) => ChainName::of_port(name, PortChain::Enter(traffic, selection)),
+            (None, None) => ChainName::Enter(traffic, selection),
         }
     }
 }
@@ -349,17 +350,18 @@ impl<'a, 'b> Objects<'a, 'b> {
             {
                 return;
             }
-            (FrontendKind::ClusterIp, TrafficPolicy::Cluster) => {
-                let n = self.backends(List::Cluster);
-                self.go(dispatch, serving.chain(self.entry, List::Cluster, n));
-            }
-            (FrontendKind::ClusterIp, TrafficPolicy::Local) => {
-                let n = self.backends(List::Local);
-                self.go(dispatch, serving.chain(self.entry, List::Local, n));
+            (FrontendKind::ClusterIp, _) => {
+                let list = match policy {
+                    TrafficPolicy::Cluster => List::Cluster,
+                    TrafficPolicy::Local => List::Local,
+                };
+                let n = self.backends(list);
+                self.go(dispatch, serving.enter(Traffic::Internal, self.entry, list, n));
             }
             (_, TrafficPolicy::Cluster) => {
                 let n = self.backends(List::Cluster);
-                self.go(dispatch, serving.external_chain(self.entry, n));
+                let chain = serving.enter(Traffic::External, self.entry, List::Cluster, n);
+                self.go(dispatch, chain);
             }
             (_, TrafficPolicy::Local) => {
                 if !serving.any {

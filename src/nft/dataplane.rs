@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::names::{
     AffinityName, ChainName, Entry, List, Memory, Pick, PortChain, PortName, Selection, SetName,
+    Traffic,
 };
 use super::rule::{
     Base, BaseKind, Chain, Hook, InterfaceName, Rule, Selector, SlotSource, Statement,
@@ -183,14 +184,18 @@ fn base(name: &ChainName) -> Option<Base> {
 }
 
 fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
-    use Statement::{CtStateNew, Drop, Goto, In, Jump, MarkOr, Reject, ToLoopback, Vmap};
+    use Statement::{
+        Accept, CtStateNew, CtStatusDnat, Drop, Goto, In, Jump, MarkOr, NotIn, Reject, ToLoopback,
+        Vmap,
+    };
     let mark = shape.options.masquerade_mark;
     let next = || Goto(name.next().expect("a chain that leads on"));
     match name {
         ChainName::Select(selection) => select(*selection),
         ChainName::OfPort(chain) => of_port(&chain.0, chain.1, next),
-        ChainName::External(_) => external(next()),
+        ChainName::Enter(traffic, _) => enter(*traffic, next()),
         ChainName::MarkForMasquerade => vec![Rule::new([MarkOr(mark)])],
+        ChainName::MarkInternal => mark_internal(shape),
         ChainName::ExternalLocal => {
             by_client(&FRONTEND, SetName::ServicesCluster, SetName::ServicesLocal, shape)
         }
@@ -232,8 +237,11 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
             rules
         }
         ChainName::AffinityRecordNodeport => affinity_record(Entry::NodePort).into(),
-        // Translated or not: an endpoint can be a ClusterIP, and is refused as one.
+        // An endpoint can be a ClusterIP, and is refused as one. That is asked of the few ranges they are
+        // from (where none is known, it is routed): nearly all that is translated goes elsewhere, and the
+        // other sets are large.
         ChainName::NewConnection => vec![
+            Rule::new([CtStatusDnat, NotIn(vec![Selector::Daddr], SetName::ServiceCidrs), Accept]),
             Rule::new([Vmap(FRONTEND.into(), SetName::NoEndpoints)]),
             Rule::new([Goto(ChainName::ClusterIpsCheck)]),
         ],
@@ -297,8 +305,23 @@ fn postrouting(shape: &Shape<'_>) -> Vec<Rule> {
     rules
 }
 
-fn external(next: Statement) -> Vec<Rule> {
-    vec![Rule::new([Statement::Jump(ChainName::MarkForMasquerade)]), Rule::new([next])]
+/// Who is to be masqueraded is asked by the chain that the frontend leads to, and not in the dispatch by
+/// the address: the set of ClusterIPs is large, and to look into it costs more than anything else that a
+/// new connection meets (0.3 of 5.2 µs, measured).
+fn enter(traffic: Traffic, next: Statement) -> Vec<Rule> {
+    let mark = match traffic {
+        Traffic::Internal => ChainName::MarkInternal,
+        Traffic::External => ChainName::MarkForMasquerade,
+    };
+    vec![Rule::new([Statement::Jump(mark)]), Rule::new([next])]
+}
+
+fn mark_internal(shape: &Shape<'_>) -> Vec<Rule> {
+    let mark = Statement::Jump(ChainName::MarkForMasquerade);
+    if shape.options.masquerade_all {
+        return vec![Rule::new([mark])];
+    }
+    shape.is_not_from_pod().map(|elsewhere| Rule::new([elsewhere, mark])).into_iter().collect()
 }
 
 /// The chains of one Service port.
@@ -310,7 +333,7 @@ fn of_port(port: &PortName, chain: PortChain, next: impl Fn() -> Statement) -> V
             let sticky = [Statement::L4Proto(port.protocol()), Statement::DnatSticky(affinity)];
             vec![Rule::new(sticky), Rule::new([next()])]
         }
-        PortChain::External(_) | PortChain::ExternalSticky(_) => external(next()),
+        PortChain::Enter(traffic, _) | PortChain::EnterSticky(traffic, _) => enter(traffic, next()),
         PortChain::Record(memory, timeout) => record(port, memory, timeout),
     }
 }
@@ -372,20 +395,9 @@ fn by_client(
 }
 
 fn dispatch(shape: &Shape<'_>) -> Vec<Rule> {
-    let to_cluster_ip = Statement::In(vec![Selector::Daddr], SetName::ClusterIps);
-    let mark = Statement::Jump(ChainName::MarkForMasquerade);
-    let mut rules = Vec::new();
-    if shape.options.masquerade_all {
-        rules.push(Rule::new([to_cluster_ip, mark]));
-    } else if let Some(from_elsewhere) = shape.is_not_from_pod() {
-        // A pod's address is found among few.
-        rules.push(Rule::new([from_elsewhere, to_cluster_ip, mark]));
-    }
     let services = Rule::new([Statement::Jump(ChainName::DispatchServices)]);
-    rules.extend([
-        services.clone(),
-        services.comment("second try: a lookup that races with a commit can miss"),
-    ]);
+    let again = services.clone().comment("second try: a lookup that races with a commit can miss");
+    let mut rules = vec![services, again];
     let node_ports = || Statement::Jump(ChainName::DispatchNodeports);
     let mut to_node_port = shape.to_node_port_address();
     to_node_port.push(node_ports());

@@ -11,7 +11,7 @@ mod set;
 use std::fmt;
 use std::sync::Arc;
 
-pub use chain::{ChainName, Entry, List, Memory, Pick, PortChain, Selection};
+pub use chain::{ChainName, Entry, List, Memory, Pick, PortChain, Selection, Traffic};
 pub use set::{DataType, KeyField, SetName};
 
 use crate::model::{NamespacedName, Protocol};
@@ -162,15 +162,19 @@ mod tests {
                         let selection = Selection { entry, list, pick, n };
                         if pick == Pick::RoundRobin {
                             chains.push(ChainName::of_port(&port, PortChain::Select(selection)));
-                            chains.push(ChainName::of_port(&port, PortChain::External(selection)));
                         } else {
                             chains.push(ChainName::Select(selection));
-                            chains.push(ChainName::External(selection));
                         }
-                        for chain in
-                            [PortChain::Sticky(selection), PortChain::ExternalSticky(selection)]
-                        {
-                            chains.push(ChainName::of_port(&port, chain));
+                        chains.push(ChainName::of_port(&port, PortChain::Sticky(selection)));
+                        for traffic in [Traffic::Internal, Traffic::External] {
+                            let enter = match pick {
+                                Pick::RoundRobin => {
+                                    ChainName::of_port(&port, PortChain::Enter(traffic, selection))
+                                }
+                                _ => ChainName::Enter(traffic, selection),
+                            };
+                            let sticky = PortChain::EnterSticky(traffic, selection);
+                            chains.extend([enter, ChainName::of_port(&port, sticky)]);
                         }
                     }
                 }
@@ -216,6 +220,8 @@ mod tests {
             "record-s/a/b/tcp",
             "external-",
             "external-external-lb-2",
+            "external-internal-lb-2",
+            "internal-2",
             "round-robin-2",
             "affinity/a/b/tcp",
         ] {

@@ -196,7 +196,7 @@ fn a_diff_names_both_sides_and_says_by_its_exit_code_whether_there_is_one() {
         assert_eq!(lines.next().unwrap(), kernel);
         assert_eq!(lines.next().unwrap(), format!("+++ wanted: manifests in {path}, node node-1"));
         assert!(lines.all(|line| line.starts_with("+ ")), "{}", done.out);
-        let element = "+ add element ip nftproxy services { 10.96.0.53 . udp . 53 : goto lb-3 }    # \
+        let element = "+ add element ip nftproxy services { 10.96.0.53 . udp . 53 : goto internal-lb-3 }    # \
                        Service default/dns\n";
         assert!(done.out.contains(element), "{}", done.out);
         assert_eq!(listed(), before, "a diff changes nothing");

@@ -191,7 +191,7 @@ fn an_endpoint_more_is_two_elements_and_its_replacement_one() {
         web(endpoints).into_iter().for_each(|event| proxy.observe(event));
         proxy.commit().unwrap().operations
     };
-    // A new slot, and the verdict replaced; lb-3 is there for dns.
+    // A new slot, and the verdict replaced; internal-lb-3 is there for dns.
     assert_eq!(ops(&mut proxy, &["10.0.0.1", "10.0.0.2", "10.0.0.3"]), 3);
     assert_eq!(ops(&mut proxy, &["10.0.0.1", "10.0.0.4", "10.0.0.3"]), 2);
     // The first goes: the last takes its slot.

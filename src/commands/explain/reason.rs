@@ -260,10 +260,10 @@ impl Because<'_> {
             (pair[1].chain == ChainName::MarkForMasquerade).then(|| pair[0].chain.clone())
         };
         Some(match pairs.find_map(marking)? {
-            ChainName::Dispatch if self.ruleset.options.masquerade_all => {
+            ChainName::MarkInternal if self.ruleset.options.masquerade_all => {
                 "all traffic to ClusterIPs is (masqueradeAll)".into()
             }
-            ChainName::Dispatch => match self.detector() {
+            ChainName::MarkInternal => match self.detector() {
                 Detector::Interface(name) => {
                     format!("it goes to a ClusterIP and did not come in by {name}")
                 }

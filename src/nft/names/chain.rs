@@ -60,6 +60,16 @@ pub enum Memory {
     Both,
 }
 
+/// Traffic by the kind of frontend that was dialled, as in `internalTrafficPolicy` and
+/// `externalTrafficPolicy`: decides who is masqueraded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Traffic {
+    /// To a ClusterIP: clients that are no pods.
+    Internal,
+    /// To any other frontend: everybody, unless the external policy is Local.
+    External,
+}
+
 /// What the chains of one Service port do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PortChain {
@@ -67,10 +77,10 @@ pub enum PortChain {
     Select(Selection),
     /// Takes the backend that the client had last, else picks one: `sticky-lb-2/…`.
     Sticky(Selection),
-    /// As the first for traffic from outside the cluster: `external-round-robin-2/…`.
-    External(Selection),
-    /// As the second for traffic from outside the cluster: `external-sticky-lb-2/…`.
-    ExternalSticky(Selection),
+    /// Marks what is to be masqueraded, then does the first: `external-round-robin-2/…`.
+    Enter(Traffic, Selection),
+    /// The same, then the second: `external-sticky-lb-2/…`.
+    EnterSticky(Traffic, Selection),
     /// Remembers the backend of a client for so many seconds: `record-10800s/…`.
     Record(Memory, u32),
 }
@@ -82,12 +92,14 @@ pub enum PortChain {
 pub enum ChainName {
     /// Picks a backend: `lb-2`, `nodeport-lb-local-1`, `hash-3`.
     Select(Selection),
-    /// The same for traffic from outside the cluster, which is masqueraded: `external-lb-2`.
-    External(Selection),
+    /// Marks what is to be masqueraded, then picks a backend: `internal-lb-2`, `external-hash-3`.
+    Enter(Traffic, Selection),
     /// A chain that belongs to one Service port.
     OfPort(Arc<(PortName, PortChain)>),
     /// Sets the mark that postrouting masquerades by.
     MarkForMasquerade,
+    /// Marks those of a ClusterIP's clients that are to be masqueraded.
+    MarkInternal,
     /// Tells clients of a frontend address under a Local policy apart.
     ExternalLocal,
     /// The same for node ports.
@@ -134,8 +146,9 @@ pub enum ChainName {
 
 impl ChainName {
     /// The chains that always exist, in the order of the table's text.
-    pub const FIXED: [Self; 20] = [
+    pub const FIXED: [Self; 21] = [
         Self::MarkForMasquerade,
+        Self::MarkInternal,
         Self::ExternalLocal,
         Self::NodeportExternalLocal,
         Self::RestrictedAllowed,
@@ -163,8 +176,9 @@ impl ChainName {
     /// The whole name of a chain that does not depend on Services.
     fn fixed(&self) -> Option<&'static str> {
         Some(match self {
-            Self::Select(_) | Self::External(_) | Self::OfPort(_) => return None,
+            Self::Select(_) | Self::Enter(..) | Self::OfPort(_) => return None,
             Self::MarkForMasquerade => "mark-for-masquerade",
+            Self::MarkInternal => "mark-internal",
             Self::ExternalLocal => "external-local",
             Self::NodeportExternalLocal => "nodeport-external-local",
             Self::Restricted => "restricted",
@@ -223,18 +237,40 @@ impl ChainName {
     #[must_use]
     pub fn next(&self) -> Option<Self> {
         match self {
-            Self::External(selection) => Some(Self::Select(*selection)),
+            Self::Enter(_, selection) => Some(Self::Select(*selection)),
             Self::OfPort(chain) => match chain.1 {
-                PortChain::External(selection) | PortChain::Sticky(selection) => {
+                PortChain::Enter(_, selection) | PortChain::Sticky(selection) => {
                     Some(Self::select(Some(&chain.0), selection))
                 }
-                PortChain::ExternalSticky(selection) => {
+                PortChain::EnterSticky(_, selection) => {
                     Some(Self::of_port(&chain.0, PortChain::Sticky(selection)))
                 }
                 PortChain::Select(_) | PortChain::Record(..) => None,
             },
             _ => None,
         }
+    }
+}
+
+/// As the beginning of a chain's name.
+impl fmt::Display for Traffic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Internal => "internal-",
+            Self::External => "external-",
+        })
+    }
+}
+
+impl Traffic {
+    /// Reads what [`fmt::Display`] writes off the beginning of a chain's name.
+    fn strip(name: &str) -> (Option<Self>, &str) {
+        for traffic in [Self::Internal, Self::External] {
+            if let Some(rest) = name.strip_prefix(&*traffic.to_string()) {
+                return (Some(traffic), rest);
+            }
+        }
+        (None, name)
     }
 }
 
@@ -285,8 +321,8 @@ impl fmt::Display for PortChain {
         match self {
             Self::Select(selection) => write!(f, "{selection}"),
             Self::Sticky(selection) => write!(f, "sticky-{selection}"),
-            Self::External(selection) => write!(f, "external-{selection}"),
-            Self::ExternalSticky(selection) => write!(f, "external-sticky-{selection}"),
+            Self::Enter(traffic, selection) => write!(f, "{traffic}{selection}"),
+            Self::EnterSticky(traffic, selection) => write!(f, "{traffic}sticky-{selection}"),
             Self::Record(memory, timeout) => {
                 let memory = match memory {
                     Memory::Cluster => "",
@@ -303,7 +339,7 @@ impl fmt::Display for ChainName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Select(selection) => write!(f, "{selection}"),
-            Self::External(selection) => write!(f, "external-{selection}"),
+            Self::Enter(traffic, selection) => write!(f, "{traffic}{selection}"),
             Self::OfPort(chain) => write!(f, "{}/{}", chain.1, chain.0),
             fixed => f.write_str(fixed.fixed().unwrap_or_default()),
         }
@@ -331,12 +367,12 @@ impl FromStr for ChainName {
 }
 
 fn shared_chain(name: &str) -> Option<ChainName> {
-    let (external, rest) = match name.strip_prefix("external-") {
-        Some(rest) => (true, rest),
-        None => (false, name),
-    };
+    let (traffic, rest) = Traffic::strip(name);
     let selection = Selection::parse(rest).filter(|s| s.pick != Pick::RoundRobin)?;
-    Some(if external { ChainName::External(selection) } else { ChainName::Select(selection) })
+    Some(match traffic {
+        Some(traffic) => ChainName::Enter(traffic, selection),
+        None => ChainName::Select(selection),
+    })
 }
 
 fn port_chain(kind: &str) -> Option<PortChain> {
@@ -348,20 +384,17 @@ fn port_chain(kind: &str) -> Option<PortChain> {
         };
         return Some(PortChain::Record(memory, rest.strip_suffix('s')?.parse().ok()?));
     }
-    let (external, rest) = match kind.strip_prefix("external-") {
-        Some(rest) => (true, rest),
-        None => (false, kind),
-    };
+    let (traffic, rest) = Traffic::strip(kind);
     let (sticky, rest) = match rest.strip_prefix("sticky-") {
         Some(rest) => (true, rest),
         None => (false, rest),
     };
     let selection = Selection::parse(rest)?;
-    Some(match (external, sticky) {
-        (false, true) => PortChain::Sticky(selection),
-        (true, true) => PortChain::ExternalSticky(selection),
+    Some(match (traffic, sticky) {
+        (None, true) => PortChain::Sticky(selection),
+        (Some(traffic), true) => PortChain::EnterSticky(traffic, selection),
         _ if selection.pick != Pick::RoundRobin => return None,
-        (false, false) => PortChain::Select(selection),
-        (true, false) => PortChain::External(selection),
+        (None, false) => PortChain::Select(selection),
+        (Some(traffic), false) => PortChain::Enter(traffic, selection),
     })
 }
