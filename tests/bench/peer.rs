@@ -2,8 +2,9 @@
 //! same namespaces, one after the other: how soon everything is programmed, how soon one change takes
 //! effect, what a storm of changes costs, and what packets pay.
 //!
-//! `tests/bench/run` builds what it takes and starts it. Arguments: SERVICES ENDPOINTS [--quick]. The
-//! ratios of one run are the figure; absolute times are those of one machine at one time.
+//! `tests/bench/run` builds what it takes and starts it. Arguments: SERVICES ENDPOINTS [--quick], or
+//! --growth with any number of such pairs, or --fanout with one. The ratios of one run are the figure; absolute times are those of
+//! one machine at one time.
 
 #![expect(clippy::print_stdout, reason = "a bench prints its table")]
 #![expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
@@ -13,8 +14,14 @@ mod cluster;
 #[path = "../it/control_plane.rs"]
 #[expect(dead_code, reason = "shared with the tests, which need more of it")]
 mod control_plane;
+#[path = "peer/etcd.rs"]
+mod etcd;
+#[path = "peer/fanout.rs"]
+mod fanout;
 #[path = "peer/field.rs"]
 mod field;
+#[path = "peer/growth.rs"]
+mod growth;
 #[path = "peer/packets.rs"]
 mod packets;
 #[path = "peer/proxy.rs"]
@@ -34,6 +41,7 @@ use self::cluster::{
 };
 use self::control_plane::{ControlPlane, User};
 use self::field::{Field, OUTSIDE};
+use self::growth::Size;
 use self::packets::{
     Arrival, Await, quantile, syn_cost, throughput, until_programmed, while_sleeping,
 };
@@ -49,7 +57,7 @@ const SAMPLE: usize = 200;
 /// The longest that a first sync may take.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// How much is measured.
+/// How much is measured; nothing where it says 0.
 #[derive(Clone, Copy)]
 struct Extent {
     changes: usize,
@@ -78,44 +86,95 @@ const QUICK: Extent = Extent {
     stream: Duration::from_millis(200),
 };
 
+/// Of many sizes, what grows with them.
+const GROWTH: Extent = Extent {
+    changes: 20,
+    storm: Duration::ZERO,
+    idle: Duration::from_secs(5),
+    syn_rounds: 4,
+    stream_rounds: 0,
+    stream: Duration::ZERO,
+};
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let quick = arguments.iter().any(|argument| argument == "--quick");
     let sizes: Vec<usize> = arguments.iter().filter_map(|argument| argument.parse().ok()).collect();
+    let asked = |option: &str| arguments.iter().any(|argument| argument == option);
+    if asked("--fanout") {
+        let (services, endpoints) = match sizes[..] {
+            [services, endpoints] => (services, endpoints),
+            _ => (10_000, 5),
+        };
+        let world = World::new(services, endpoints);
+        return world.runtime.block_on(fanout::run(&world.plane, &world.cluster));
+    }
+    if asked("--growth") {
+        let mut seen = Vec::new();
+        for size in sizes.chunks_exact(2) {
+            let (services, endpoints) = (size[0], size[1]);
+            let [ours, peer] = measure(services, endpoints, GROWTH);
+            assert!(ours.works(), "every Service must have been programmed");
+            seen.push(Size { services, endpoints, ours, peer });
+            growth::print(&seen);
+            growth::write(&seen);
+        }
+        return;
+    }
     let (services, endpoints) = match sizes[..] {
         [services, endpoints] => (services, endpoints),
         _ if quick => (300, 3),
         _ => (10_000, 5),
     };
-    let extent = if quick { QUICK } else { FULL };
-
-    let field = Field::new();
-    // Threads that are made from here on are there, too.
-    field::enter(&field.name("outside"));
-    let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    let runtime = runtime.enable_all().worker_threads(2).build().expect("a runtime");
-    let plane = runtime.block_on(ControlPlane::start(OUTSIDE.parse().expect("an address")));
-    let began = Instant::now();
-    let cluster =
-        runtime.block_on(async { Cluster::load(plane.client().await, services, endpoints).await });
-    println!("{services} Services x {endpoints} written in {:.0?}", began.elapsed());
-    let told = runtime.block_on(async { cluster.listen() });
-    let bench = Bench { field: &field, runtime: &runtime, cluster, told, extent };
-
-    bench.load_floor();
-    let kubeconfig = plane.kubeconfig(User::Admin);
-    let ours = bench.run(Which::Nftproxy, &kubeconfig);
-    let peer = bench.run(Which::KubeProxy, &kubeconfig);
+    let [ours, peer] = measure(services, endpoints, if quick { QUICK } else { FULL });
     let report = Report { services, endpoints, quick, ours, peer };
     report.print();
     assert!(report.works(), "every Service must have been programmed by both");
     report.write();
 }
 
+/// Namespaces, and a control plane outside with all the objects.
+struct World {
+    cluster: Cluster,
+    plane: ControlPlane,
+    runtime: Runtime,
+    field: Field,
+}
+
+impl World {
+    fn new(services: usize, endpoints: usize) -> Self {
+        let field = Field::new();
+        // Threads that are made from here on are there, too.
+        field::enter(&field.name("outside"));
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = runtime.enable_all().worker_threads(2).build().expect("a runtime");
+        let outside = OUTSIDE.parse().expect("an address");
+        let plane = runtime.block_on(ControlPlane::start(outside));
+        let began = Instant::now();
+        let cluster = runtime.block_on(Cluster::load(&plane, services, endpoints));
+        println!("{services} Services x {endpoints} written in {:.0?}", began.elapsed());
+        Self { cluster, plane, runtime, field }
+    }
+}
+
+/// Ours and the peer's, with a control plane of their own.
+fn measure(services: usize, endpoints: usize, extent: Extent) -> [Figures; 2] {
+    let World { cluster, plane, runtime, field } = &World::new(services, endpoints);
+    let told = runtime.block_on(async { cluster.listen() });
+    let port = plane.address().port();
+    let bench = Bench { field, runtime, port, cluster, told, extent };
+
+    bench.load_floor();
+    let kubeconfig = plane.kubeconfig(User::Admin);
+    [Which::Nftproxy, Which::KubeProxy].map(|which| bench.run(which, &kubeconfig))
+}
+
 struct Bench<'a> {
     field: &'a Field,
     runtime: &'a Runtime,
-    cluster: Cluster,
+    /// Of the API server.
+    port: u16,
+    cluster: &'a Cluster,
     told: Told,
     extent: Extent,
 }
@@ -195,28 +254,38 @@ impl Bench<'_> {
     /// Everything about one of the two.
     fn run(&self, which: Which, kubeconfig: &std::path::Path) -> Figures {
         let mut figures = Figures::default();
+        self.count_bytes();
         // Programmed is what packets pass: a sample from all over, the last one among them.
         let all = self.destinations().into_iter().next().expect("the Services");
         let sample: Vec<_> =
             all.iter().rev().step_by((all.len() / SAMPLE).max(1)).copied().collect();
         let began = Instant::now();
         let proxy = Proxy::start(self.field, which, kubeconfig);
-        let arrived = until_programmed(self.field, &sample, PATIENCE)
-            .unwrap_or_else(|| panic!("not programmed\n{}", proxy.log()));
+        let Some(arrived) = until_programmed(self.field, &sample, PATIENCE) else {
+            assert!(which == Which::KubeProxy, "not programmed\n{}", proxy.log());
+            println!("{which:?} did not program everything within {PATIENCE:?}");
+            let peak_mb = proxy.peak_mb();
+            proxy.end();
+            self.field.nft("node", "flush ruleset\n");
+            return Figures { peak_mb, ..Figures::unknown() };
+        };
         figures.ready = (arrived - began).as_secs_f64();
         // It says so a little later, and may then do what it put off.
         std::thread::sleep(self.extent.idle);
         let known = proxy.syncs().len();
         figures.first_sync = proxy.syncs().into_iter().fold(f64::NAN, f64::max);
+        figures.start_bytes = self.bytes();
 
         let (costs, arrived) = syn_cost(self.field, &self.destinations(), self.extent.syn_rounds);
         [figures.syn, figures.floor, figures.random, figures.routing] = costs;
         figures.programmed = arrived;
         let to = [SocketAddrV4::new(endpoint_ip(0, 0), 8080), SocketAddrV4::new(cluster_ip(0), 80)];
-        let Extent { stream_rounds, stream, .. } = self.extent;
-        let [direct, by_service] =
-            throughput(self.field, to.map(SocketAddr::V4), stream_rounds, stream);
-        (figures.direct, figures.by_service) = (direct, by_service);
+        let Extent { stream_rounds, stream, storm, .. } = self.extent;
+        if stream_rounds > 0 {
+            let to = to.map(SocketAddr::V4);
+            [figures.direct, figures.by_service] =
+                throughput(self.field, to, stream_rounds, stream);
+        }
 
         let before = proxy.wakeups();
         std::thread::sleep(self.extent.idle);
@@ -231,18 +300,41 @@ impl Bench<'_> {
         let mut syncs = proxy.syncs().split_off(known.min(proxy.syncs().len()));
         figures.next_sync = quantile(&mut syncs, 0.5);
 
-        let before = waits(self.field);
-        let ((written, lags, cpu), mut late) = while_sleeping(|| self.storm(which, &proxy));
-        figures.storm_late = [0.99, 1.0].map(|at| quantile(&mut late, at));
-        figures.storm_inside = waits(self.field).since(&before);
-        figures.storm_rate = written;
-        [figures.storm, figures.storm_told, figures.storm_blind] = lags.quantiles();
-        figures.storm_cpu = cpu;
+        if !storm.is_zero() {
+            let (before, bytes) = (waits(self.field), self.bytes());
+            let ((written, lags, cpu), mut late) = while_sleeping(|| self.storm(which, &proxy));
+            figures.storm_late = [0.99, 1.0].map(|at| quantile(&mut late, at));
+            figures.storm_inside = waits(self.field).since(&before);
+            figures.storm_rate = written;
+            figures.change_bytes = (self.bytes() - bytes) / (written * storm.as_secs_f64());
+            [figures.storm, figures.storm_told, figures.storm_blind] = lags.quantiles();
+            figures.storm_cpu = cpu;
+        }
         figures.peak_mb = proxy.peak_mb();
         proxy.end();
         self.field.nft("node", "flush ruleset\n");
         println!("{which:?}: {figures:.3?}");
         figures
+    }
+
+    /// Begins to count what the API server sends to the node.
+    fn count_bytes(&self) {
+        let ruleset = format!(
+            "table ip bench {{
+    counter sent {{ }}
+    chain input {{
+        type filter hook input priority -300
+        ip saddr {OUTSIDE} tcp sport {} counter name sent
+    }}
+}}
+",
+            self.port
+        );
+        self.field.nft("node", &ruleset);
+    }
+
+    fn bytes(&self) -> f64 {
+        self.field.counted("node", "bench", "sent")[1]
     }
 
     /// One endpoint more in a Service after the other, until enough or told to stop.
@@ -283,7 +375,7 @@ impl Bench<'_> {
             self.runtime.block_on(async {
                 let start = tokio::time::Instant::now();
                 let changes = (0..writes * RATE).map(|change| {
-                    let (cluster, written) = (&self.cluster, &written);
+                    let (cluster, written) = (self.cluster, &written);
                     async move {
                         tokio::time::sleep_until(
                             start + Duration::from_millis(change * 1000 / RATE),

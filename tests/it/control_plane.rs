@@ -160,7 +160,7 @@ impl ControlPlane {
             ip => ip.to_string(),
         };
         let mut flags = vec![
-            format!("--etcd-servers=http://127.0.0.1:{}", self.etcd_port),
+            format!("--etcd-servers=http://{}", self.etcd()),
             format!("--bind-address={}", self.address.ip()),
             format!("--secure-port={}", self.address.port()),
             format!("--advertise-address={advertised}"),
@@ -185,6 +185,17 @@ impl ControlPlane {
     /// Ends the API server at once, as a crash would; etcd stays.
     pub(crate) fn kill_apiserver(&mut self) {
         assert!(self.apiserver.take().is_some(), "the API server does not run");
+    }
+
+    /// Where etcd is.
+    pub(crate) fn etcd(&self) -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.etcd_port).into()
+    }
+
+    /// The process of the API server, which runs.
+    #[allow(dead_code, reason = "for the benches")]
+    pub(crate) fn apiserver_id(&self) -> u32 {
+        self.apiserver.as_ref().expect("it runs").child.id()
     }
 
     /// Where the API server is, as `address:port`.

@@ -76,7 +76,9 @@ fn two_programs_that_undo_each_other_do_not_do_so_all_the_time() {
     assert!(status.unwrap().success());
     let repairs = daemon.log().matches("they are put right").count();
     assert!((2..20).contains(&repairs), "{repairs} repairs\n{}", daemon.log());
-    wait_until("the last repair", || listed(&net).contains("10.96.0.10 . tcp . 80 : goto internal-lb-1"));
+    wait_until("the last repair", || {
+        listed(&net).contains("10.96.0.10 . tcp . 80 : goto internal-lb-1")
+    });
     assert_eq!(one(&net, "client", to("10.96.0.10", 80)), answered("a", 8080, GATEWAY[0]));
 }
 

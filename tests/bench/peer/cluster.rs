@@ -1,22 +1,22 @@
-//! The objects, written through the API: the Services that are measured, and those that are watched
+//! The objects: the Services that are measured, and those that are watched
 //! for how soon a change takes effect.
 
 use std::collections::HashMap;
+use std::fmt::Debug;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures::stream::{self, StreamExt as _};
+use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::api::{Api, PostParams, WatchEvent, WatchParams};
+use kube::api::{Api, ListParams, PostParams, WatchEvent, WatchParams};
 use kube::{Client, Resource};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-/// Requests at once while loading.
-const WRITERS: usize = 32;
+use super::control_plane::ControlPlane;
+use super::etcd::Writer;
 
 /// How long after a request that failed it is tried again.
 const RETRY: Duration = Duration::from_millis(200);
@@ -116,31 +116,10 @@ fn slice(name: &str, protocol: &str, addresses: &[Ipv4Addr]) -> Value {
     })
 }
 
-async fn create<K>(client: &Client, object: Value)
-where
-    K: Resource<Scope = kube::core::NamespaceResourceScope>
-        + Clone
-        + Serialize
-        + DeserializeOwned
-        + std::fmt::Debug,
-    K::DynamicType: Default,
-{
-    let api: Api<K> = Api::namespaced(client.clone(), "default");
-    let object: K = serde_json::from_value(object).expect("an object of its kind");
-    // The server can be slow to answer under so many, and may have taken what it seems to refuse.
-    for attempt in 0.. {
-        match api.create(&PostParams::default(), &object).await {
-            Ok(_) => return,
-            Err(kube::Error::Api(error)) if error.code == 409 => return,
-            Err(error) if attempt == 10 => panic!("cannot create {object:?}: {error}"),
-            Err(_) => tokio::time::sleep(RETRY).await,
-        }
-    }
-}
-
 impl Cluster {
     /// Writes everything.
-    pub(crate) async fn load(client: Client, services: usize, endpoints: usize) -> Self {
+    pub(crate) async fn load(plane: &ControlPlane, services: usize, endpoints: usize) -> Self {
+        let client = plane.client().await;
         let node: Node = serde_json::from_value(json!({
             "apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-1"},
             "spec": {"podCIDR": "10.244.0.0/24", "podCIDRs": ["10.244.0.0/24"]},
@@ -154,23 +133,42 @@ impl Cluster {
         let _ = nodes.replace_status("node-1", &PostParams::default(), &made).await;
 
         let this = Self { client, services, endpoints };
-        let writes = (0..services + PROBES).map(|index| {
-            let (client, this) = (this.client.clone(), &this);
-            async move {
-                if index < services {
-                    let name = format!("service-{index}");
-                    create::<Service>(&client, service(&name, cluster_ip(index), "TCP")).await;
-                    create::<EndpointSlice>(&client, this.slice_of(index, 0)).await;
-                } else {
-                    let probe = index - services;
-                    let name = format!("probe-{probe}");
-                    create::<Service>(&client, service(&name, probe_ip(probe), "UDP")).await;
-                    create::<EndpointSlice>(&client, this.probe_slice(probe, None)).await;
+        let mut etcd = Writer::connect(plane.etcd()).await;
+        for index in 0..services {
+            let ip = cluster_ip(index);
+            etcd.service(service(&format!("service-{index}"), ip, "TCP"), ip).await;
+            etcd.slice(this.slice_of(index, 0)).await;
+        }
+        for probe in 0..PROBES {
+            let ip = probe_ip(probe);
+            etcd.service(service(&format!("probe-{probe}"), ip, "UDP"), ip).await;
+            etcd.slice(this.probe_slice(probe, None)).await;
+        }
+        etcd.flush().await;
+        this.served::<Service>(services + PROBES).await;
+        this.served::<EndpointSlice>(services + PROBES).await;
+        this
+    }
+
+    /// Waits until the server has all of a kind in its cache: a consistent list of one object says how many
+    /// others there are.
+    async fn served<K>(&self, all: usize)
+    where
+        K: Resource<Scope = kube::core::NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
+        K::DynamicType: Default,
+    {
+        let api: Api<K> = Api::namespaced(self.client.clone(), "default");
+        for _ in 0..300 {
+            if let Ok(list) = api.list(&ListParams::default().limit(1)).await {
+                let others = list.metadata.remaining_item_count.unwrap_or_default();
+                // The Service `kubernetes` may be one of them.
+                if usize::try_from(others).is_ok_and(|others| others + 1 >= all) {
+                    return;
                 }
             }
-        });
-        stream::iter(writes).buffer_unordered(WRITERS).collect::<Vec<()>>().await;
-        this
+            tokio::time::sleep(RETRY).await;
+        }
+        panic!("the server does not serve what is in etcd");
     }
 
     /// Begins to watch the probes as any client would.

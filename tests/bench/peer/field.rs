@@ -108,6 +108,15 @@ impl Field {
         assert!(nft.wait().expect("nft ends").success(), "nft refused:\n{ruleset:.1000}");
     }
 
+    /// Packets and bytes that a named counter has seen.
+    pub(crate) fn counted(&self, namespace: &str, table: &str, counter: &str) -> [f64; 2] {
+        let listing = self.output(namespace, &["nft", "list", "counter", "ip", table, counter]);
+        ["packets ", "bytes "].map(|what| {
+            let number = listing.split(what).nth(1).and_then(|rest| rest.split_whitespace().next());
+            number.and_then(|n| n.parse().ok()).expect("a counter")
+        })
+    }
+
     /// What a command in a namespace prints.
     pub(crate) fn output(&self, namespace: &str, command: &[&str]) -> String {
         let name = self.name(namespace);

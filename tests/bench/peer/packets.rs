@@ -29,9 +29,7 @@ const SINK: &str = "table ip sink {
 ";
 
 fn arrived(field: &Field) -> f64 {
-    let listing = field.output("backends", &["nft", "list", "counter", "ip", "sink", "arrived"]);
-    let packets = listing.split("packets ").nth(1).and_then(|rest| rest.split(' ').next());
-    packets.and_then(|n| n.parse().ok()).expect("a counter")
+    field.counted("backends", "sink", "arrived")[0]
 }
 
 /// When SYNs to all of these first arrived; None if not in time.

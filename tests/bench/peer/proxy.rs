@@ -98,12 +98,8 @@ clientConnection: {{kubeconfig: {}}}
         figure(&self.file("status"), "VmHWM:") * 1024.0 / 1e6
     }
 
-    /// Seconds of CPU that it and the children it waited for have used.
     pub(crate) fn cpu_seconds(&self) -> f64 {
-        let stat = self.file("stat");
-        let fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
-        // utime, stime, cutime, cstime, in hundredths
-        fields.skip(11).take(4).filter_map(|n| n.parse::<f64>().ok()).sum::<f64>() / 100.0
+        cpu_seconds(self.child.id())
     }
 
     /// How often its threads went to sleep of their own accord.
@@ -127,6 +123,14 @@ impl Drop for Proxy {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Seconds of CPU that a process and the children it waited for have used.
+pub(crate) fn cpu_seconds(process: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    let fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
+    // utime, stime, cutime, cstime, in hundredths
+    fields.skip(11).take(4).filter_map(|n| n.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
 /// How long events waited for their commits so far, if the proxy on the node says so.
