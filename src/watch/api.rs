@@ -11,6 +11,7 @@
 mod connect;
 mod incoming;
 mod outage;
+mod wire;
 
 use std::collections::BTreeMap;
 use std::pin::pin;

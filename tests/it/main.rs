@@ -55,3 +55,4 @@ mod takeover;
 mod tidy;
 mod tools;
 mod trouble;
+mod wire;

@@ -16,6 +16,7 @@ use thiserror::Error;
 use tokio::time::Instant;
 
 use super::outage::{Report, locked};
+use super::wire::in_protobuf;
 use crate::metrics::RestClient;
 use crate::watch::convert::{one_line, shown};
 
@@ -90,7 +91,8 @@ pub async fn measured_client(
 }
 
 fn client_for(config: Config) -> Result<Client, ClientError> {
-    Client::try_from(config).map_err(|error| ClientError::Build(Box::new(error)))
+    let client = Client::try_from(config).map_err(|error| ClientError::Build(Box::new(error)))?;
+    Ok(in_protobuf(client))
 }
 
 async fn config(kubeconfig: Option<&Path>, master: Option<&str>) -> Result<Config, ClientError> {
