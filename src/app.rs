@@ -303,8 +303,8 @@ pub async fn watch(
         Source::Manifests(dir) => Manifests::new(dir, node_name).run(events).await?,
         Source::Api { kubeconfig, master } => {
             let (kubeconfig, master) = (kubeconfig.as_deref(), master.as_deref());
-            let client = api::measured_client(kubeconfig, master, metrics).await?;
-            api::run(client, node_name, events, notices).await;
+            let clients = api::measured_clients(kubeconfig, master, metrics).await?;
+            api::run(clients, node_name, api::RENEWAL, events, notices).await;
         }
     }
     Ok(())

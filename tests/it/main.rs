@@ -55,3 +55,5 @@ mod takeover;
 mod tidy;
 mod tools;
 mod trouble;
+mod watches;
+mod wire;
