@@ -32,7 +32,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use self::connect::observed;
-pub use self::connect::{ClientError, client, measured_clients};
+pub use self::connect::{ClientError, client, measured_clients, starts_programs};
 use self::incoming::Incoming;
 use self::outage::{Connection, Report, Trouble};
 use self::place::Place;

@@ -135,6 +135,16 @@ async fn config(kubeconfig: Option<&Path>, master: Option<&str>) -> Result<Confi
     Ok(config)
 }
 
+/// Whether a kubeconfig has users whose credentials a program tells. So it is taken of one that cannot be
+/// read.
+#[must_use]
+pub fn starts_programs(kubeconfig: &Path) -> bool {
+    Kubeconfig::read_from(kubeconfig).map_or(true, |kubeconfig| {
+        let mut users = kubeconfig.auth_infos.iter().filter_map(|user| user.auth_info.as_ref());
+        users.any(|user| user.exec.is_some() || user.auth_provider.is_some())
+    })
+}
+
 /// Without the excerpt of the file that the parser adds: a kubeconfig holds secrets, and the log is
 /// one line.
 fn reason(error: &KubeconfigError) -> String {
