@@ -75,7 +75,19 @@ pub enum RunError {
 /// Does what takes more privileges than [`run`] does, and gives them up.
 pub fn confine(config: &Config) -> Result<(), RunError> {
     set_oom_score_adj(&config.live);
-    Ok(host::confine(takeover::needs_iptables())?)
+    let iptables = takeover::needs_iptables();
+    host::confine(iptables)?;
+    // Nothing is lost without it but a line of defence.
+    if let Err(error) = host::refuse_system_calls(iptables || starts_programs(&config.source)) {
+        warn!("{error}; all system calls can be made");
+    }
+    Ok(())
+}
+
+/// Whether credentials come from a program.
+fn starts_programs(source: &Source) -> bool {
+    let Source::Api { kubeconfig: Some(kubeconfig), .. } = source else { return false };
+    api::starts_programs(kubeconfig)
 }
 
 fn set_oom_score_adj(live: &Live) {
@@ -303,8 +315,8 @@ pub async fn watch(
         Source::Manifests(dir) => Manifests::new(dir, node_name).run(events).await?,
         Source::Api { kubeconfig, master } => {
             let (kubeconfig, master) = (kubeconfig.as_deref(), master.as_deref());
-            let client = api::measured_client(kubeconfig, master, metrics).await?;
-            api::run(client, node_name, events, notices).await;
+            let clients = api::measured_clients(kubeconfig, master, metrics).await?;
+            api::run(clients, node_name, api::RENEWAL, events, notices).await;
         }
     }
     Ok(())

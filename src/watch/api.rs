@@ -11,9 +11,12 @@
 mod connect;
 mod incoming;
 mod outage;
-mod wire;
+mod place;
+mod protobuf;
 
 use std::collections::BTreeMap;
+use std::hash::{BuildHasher as _, RandomState};
+use std::ops::RangeInclusive;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,9 +33,10 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use self::connect::observed;
-pub use self::connect::{ClientError, client, measured_client};
+pub use self::connect::{ClientError, client, measured_clients, starts_programs};
 use self::incoming::Incoming;
 use self::outage::{Connection, Report, Trouble};
+use self::place::Place;
 use super::convert::{HEADLESS_LABEL, PROXY_NAME_LABEL, name_of, one_line};
 use super::notices::Notices;
 use super::{Causes, ProblemLog, Watched};
@@ -46,6 +50,15 @@ const STREAMING_PATIENCE: Duration = Duration::from_secs(30);
 /// place where the watch stopped.
 const RESUMPTIONS: u32 = 10;
 
+/// What is watched.
+pub const KINDS: usize = 4;
+
+/// For how many seconds a watch is asked for; how many of these is left to chance, so that nodes that began
+/// together do not ask together for ever. A stream that has not ended five seconds later leads nowhere,
+/// however open its connection is: nothing else tells it from one of a kind that does not change. Shorter is
+/// sooner noticed, and costs the server a request on an open connection each time.
+pub const RENEWAL: RangeInclusive<u32> = 120..=180;
+
 /// How long a kind that the server does not know is left alone.
 const LONG_PAUSE: Duration = Duration::from_secs(300);
 
@@ -55,13 +68,15 @@ struct Shared {
     connection: Arc<Connection>,
     /// Whether the server is believed to stream lists.
     streams: AtomicBool,
+    renewal: RangeInclusive<u32>,
     notices: Notices,
 }
 
 impl Default for Shared {
     fn default() -> Self {
         let notices = Notices::default();
-        Self { connection: Arc::default(), streams: AtomicBool::new(true), notices }
+        let streams = AtomicBool::new(true);
+        Self { connection: Arc::default(), streams, renewal: RENEWAL, notices }
     }
 }
 
@@ -75,16 +90,24 @@ impl Shared {
 }
 
 /// Watches all kinds and sends what happens, until the receiver is gone. Dropping the future stops
-/// the watches. Owners of Services are given notice of what makes no sense.
-pub async fn run(client: Client, node_name: String, events: mpsc::Sender<Event>, notices: Notices) {
-    let shared = Arc::new(Shared { notices, ..Shared::default() });
+/// the watches. Owners of Services are given notice of what makes no sense. Each kind has a client of its
+/// own, which must not share connections with others, and asks for `renewal` seconds at a time.
+pub async fn run(
+    clients: [Client; KINDS],
+    node_name: String,
+    renewal: RangeInclusive<u32>,
+    events: mpsc::Sender<Event>,
+    notices: Notices,
+) {
+    let shared = Arc::new(Shared { renewal, notices, ..Shared::default() });
     let node_name: Arc<str> = node_name.into();
     let mut watches = JoinSet::new();
-    watches.spawn(Watch::<Service>::new(&client, &node_name, &shared, &events).run());
-    watches.spawn(Watch::<EndpointSlice>::new(&client, &node_name, &shared, &events).run());
-    watches.spawn(Watch::<ServiceCIDR>::new(&client, &node_name, &shared, &events).run());
-    watches.spawn(Watch::<Node>::new(&client, &node_name, &shared, &events).run());
-    drop((client, shared, events));
+    let [services, slices, cidrs, nodes] = clients;
+    watches.spawn(Watch::<Service>::new(&services, &node_name, &shared, &events).run());
+    watches.spawn(Watch::<EndpointSlice>::new(&slices, &node_name, &shared, &events).run());
+    watches.spawn(Watch::<ServiceCIDR>::new(&cidrs, &node_name, &shared, &events).run());
+    watches.spawn(Watch::<Node>::new(&nodes, &node_name, &shared, &events).run());
+    drop((services, slices, cidrs, nodes, shared, events));
     while let Some(ended) = watches.join_next().await {
         if let Err(error) = ended
             && error.is_panic()
@@ -120,8 +143,7 @@ struct Watch<K> {
     failures: u32,
     /// Times in a row that the server said that the kind is not for us.
     denials: u32,
-    /// How often there was an outage when this watch began.
-    outages: u64,
+    place: Arc<Place>,
     /// The consumer was told that the kind cannot be had.
     unavailable: bool,
 }
@@ -152,8 +174,9 @@ impl<K: Watched> Watch<K> {
             K::plural(&()).into_owned(),
             shared.connection.clone(),
         ));
+        let place = Arc::new(Place::default());
         Self {
-            api: Api::all(observed(client.clone(), report.clone())),
+            api: Api::all(observed(client.clone(), report.clone(), place.clone())),
             node_name: node_name.clone(),
             shared: shared.clone(),
             report,
@@ -163,7 +186,7 @@ impl<K: Watched> Watch<K> {
             backoff: DefaultBackoff::default(),
             failures: 0,
             denials: 0,
-            outages: 0,
+            place,
             unavailable: false,
         }
     }
@@ -175,7 +198,12 @@ impl<K: Watched> Watch<K> {
 
     /// What to ask the server for.
     fn config(&self, streaming: bool) -> watcher::Config {
-        let config = watcher::Config::default();
+        let renewal = &self.shared.renewal;
+        let spread = u64::from(renewal.end() - renewal.start()) + 1;
+        // The keys are random, which is all that is asked for.
+        let chance = RandomState::new().hash_one(K::KIND) % spread;
+        let seconds = renewal.start() + u32::try_from(chance).unwrap_or(0);
+        let config = watcher::Config::default().timeout(seconds);
         let config = match K::KIND {
             Kind::Service => {
                 config.labels(&format!("!{PROXY_NAME_LABEL}")).fields("spec.clusterIP!=None")
@@ -196,7 +224,6 @@ impl<K: Watched> Watch<K> {
     /// One watcher, until the watch has to begin anew.
     async fn watch(&mut self) -> Result<(), Closed> {
         let streaming = self.shared.streams.load(Ordering::Relaxed);
-        self.outages = self.shared.connection.outages();
         let mut stream = pin!(watcher(self.api.clone(), self.config(streaming)));
         let mut phase = Phase::Asking;
         loop {
@@ -250,10 +277,12 @@ impl<K: Watched> Watch<K> {
             }
             watcher::Event::Apply(object) => {
                 self.works();
+                self.place.passed(object.meta(), false);
                 self.deliver(object).await?;
             }
             watcher::Event::Delete(object) => {
                 self.works();
+                self.place.passed(object.meta(), true);
                 if let Ok(name) = name_of(K::KIND, object.meta()) {
                     self.problems.report(&format!("{} {name}", K::KIND), &[]);
                     self.forget(&name);
@@ -404,10 +433,11 @@ impl<K: Watched> Watch<K> {
             self.send(Event::Unavailable(K::KIND)).await?;
         }
 
-        if trouble.is_outage() {
-            connection.met_outage();
-        }
         self.failures += 1;
+        // What may have been said last after an outage that made tries rare.
+        if phase == Phase::Watching && matches!(trouble, Trouble::Expired) {
+            self.backoff.reset();
+        }
         let mut pause = self.backoff.next().unwrap_or(LONG_PAUSE);
         // All servers have the other kinds.
         if K::KIND == Kind::ServiceCidr && matches!(trouble, Trouble::NotServed) && !hasty {
@@ -418,16 +448,12 @@ impl<K: Watched> Watch<K> {
             () = back, if matches!(trouble, Trouble::Unreachable(_)) => self.backoff.reset(),
             () = self.events.closed() => return Err(Closed),
         }
-        // Behind an outage it may be another server, or one restored from a backup: that takes a place
-        // it has not come to yet, and is silent until it has, or one where it once told something else.
-        // Not every kind asks while there is no answer; that one did is enough.
-        let outage = phase == Phase::Watching && connection.outages() != self.outages;
         // A broken list must not be completed: what was lost from it would count as gone. A change
         // that could not be read is lost, too. And 410 in answer to a request, rather than in the
         // stream, is not understood by the watcher.
         let broken_list = matches!(phase, Phase::Begun | Phase::Listing);
         let lost = matches!(trouble, Trouble::Expired | Trouble::Undecodable(_) | Trouble::NoEvent);
-        if broken_list || lost || outage || self.failures.is_multiple_of(RESUMPTIONS) {
+        if broken_list || lost || self.failures.is_multiple_of(RESUMPTIONS) {
             return Ok(Next::Anew);
         }
         Ok(Next::Resume)

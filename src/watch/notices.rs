@@ -63,7 +63,7 @@ pub fn start(source: &Source, node_name: &str, metrics: &RestClient) -> Notices 
     tokio::spawn(async move {
         let (kubeconfig, master) = (kubeconfig.as_deref(), master.as_deref());
         // The watches say what is wrong with it.
-        if let Ok(client) = api::measured_client(kubeconfig, master, metrics).await {
+        if let Ok([client]) = api::measured_clients(kubeconfig, master, metrics).await {
             publish(client, node_name, receiver).await;
         }
     });

@@ -70,6 +70,7 @@ pub(crate) struct ControlPlane {
     etcd_port: u16,
     // Fields are dropped in this order: no program outlives its folder.
     apiserver: Option<Process>,
+    another: Option<Process>,
     etcd: Option<Process>,
     peer_port: u16,
     folder: TempDir,
@@ -91,6 +92,7 @@ impl ControlPlane {
             etcd_port,
             peer_port,
             apiserver: None,
+            another: None,
             etcd: None,
             folder,
             further_flags: Vec::new(),
@@ -146,23 +148,37 @@ impl ControlPlane {
     /// same data and certificate, and waits until it is ready.
     pub(crate) async fn start_apiserver(&mut self) {
         assert!(self.apiserver.is_none(), "the API server runs already");
+        self.apiserver = Some(self.apiserver_at(self.address));
+        self.wait_for(self.address).await;
+    }
+
+    /// Starts another API server beside the first, on the same data, and tells where it is.
+    pub(crate) async fn start_another(&mut self) -> SocketAddr {
+        let [port] = free_ports([self.address.ip()]);
+        let address = SocketAddr::new(self.address.ip(), port);
+        self.another = Some(self.apiserver_at(address));
+        self.wait_for(address).await;
+        address
+    }
+
+    fn apiserver_at(&self, address: SocketAddr) -> Process {
         let path = |name: &str| self.folder.path().join(name).display().to_string();
         // The family of the first range has to be that of the advertised address.
         let mut ranges = ["10.96.0.0/12", "fd00:10:96::/108"];
-        if self.address.is_ipv6() {
+        if address.is_ipv6() {
             ranges.reverse();
         }
         // It becomes the endpoint of the Service `kubernetes`, for which loopback is refused. Left
         // out, it would be looked for by way of a default route, which a namespace need not have.
-        let advertised = match self.address.ip() {
+        let advertised = match address.ip() {
             IpAddr::V4(ip) if ip.is_loopback() || ip.is_unspecified() => "192.0.2.1".into(),
             IpAddr::V6(ip) if ip.is_loopback() || ip.is_unspecified() => "2001:db8::1".into(),
             ip => ip.to_string(),
         };
         let mut flags = vec![
             format!("--etcd-servers=http://{}", self.etcd()),
-            format!("--bind-address={}", self.address.ip()),
-            format!("--secure-port={}", self.address.port()),
+            format!("--bind-address={}", address.ip()),
+            format!("--secure-port={}", address.port()),
             format!("--advertise-address={advertised}"),
             format!("--cert-dir={}", path("certificates")),
             format!("--service-cluster-ip-range={}", ranges.join(",")),
@@ -175,8 +191,11 @@ impl ControlPlane {
         ];
         flags.extend(self.further_flags.iter().cloned());
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-        self.apiserver = Some(Process::start("kube-apiserver", self.folder.path(), &flags));
-        if let Err(reason) = self.ready().await {
+        Process::start("kube-apiserver", self.folder.path(), &flags)
+    }
+
+    async fn wait_for(&mut self, address: SocketAddr) {
+        if let Err(reason) = self.ready(address).await {
             let logs = self.apiserver.iter().chain(&self.etcd).map(Process::end_of_log);
             panic!("no control plane: {reason}\n{}", logs.collect::<String>());
         }
@@ -228,7 +247,12 @@ impl ControlPlane {
     pub(crate) fn kubeconfig_at(&self, user: User, server: &str) -> PathBuf {
         let path = self.folder.path().join(format!("{user:?}-elsewhere.kubeconfig"));
         let mut kubeconfig = self.kubeconfig_of(user);
-        kubeconfig["clusters"][0]["cluster"] = json!({ "server": server });
+        let cluster = &mut kubeconfig["clusters"][0]["cluster"];
+        if server.starts_with("https:") {
+            cluster["server"] = json!(server);
+        } else {
+            *cluster = json!({ "server": server });
+        }
         fs::write(&path, kubeconfig.to_string()).expect(WRITABLE);
         path
     }
@@ -325,15 +349,17 @@ impl ControlPlane {
         client_by(self.kubeconfig_of(user)).await
     }
 
-    async fn ready(&mut self) -> Result<(), String> {
+    async fn ready(&mut self, address: SocketAddr) -> Result<(), String> {
         let mut last_error = String::new();
         let ready = async {
             loop {
-                match self.answer().await {
+                match self.answer(address).await {
                     Ok(()) => return Ok(()),
                     Err(error) => last_error = error.to_string(),
                 }
-                for process in self.apiserver.iter_mut().chain(&mut self.etcd) {
+                for process in
+                    self.apiserver.iter_mut().chain(&mut self.another).chain(&mut self.etcd)
+                {
                     if let Ok(Some(status)) = process.child.try_wait() {
                         return Err(format!("{status}, log {}", process.log.display()));
                     }
@@ -348,8 +374,10 @@ impl ControlPlane {
 
     /// Asks for what may come last: the server does not wait for its own Service to say that it is
     /// ready, but only with that one are there a namespace `default` and ClusterIPs for others.
-    async fn answer(&self) -> Result<(), Box<dyn Error>> {
-        let client = self.client_of(User::Admin).await?;
+    async fn answer(&self, address: SocketAddr) -> Result<(), Box<dyn Error>> {
+        let mut kubeconfig = self.kubeconfig_of(User::Admin);
+        kubeconfig["clusters"][0]["cluster"]["server"] = json!(format!("https://{address}"));
+        let client = client_by(kubeconfig).await?;
         client.request_text(Request::new("").get("readyz", &GetParams::default())?).await?;
         Api::<Service>::namespaced(client, "default").get("kubernetes").await?;
         Ok(())

@@ -8,6 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use nix::sched::CloneFlags;
+
 use crate::http::get;
 use crate::namespace::lacks;
 use crate::net::{Daemon, NODE, Net, in_netns, wait_until};
@@ -42,6 +44,8 @@ fn is_confined(daemon: &Daemon, may: u64) {
         ("CapInh", 0),
         ("CapAmb", 0),
         ("NoNewPrivs", 1),
+        // By filters.
+        ("Seccomp", 2),
     ] {
         assert_eq!(of_all_threads(daemon, field), [expected].into(), "{field}");
     }
@@ -85,6 +89,81 @@ fn the_daemon_keeps_no_capability_that_it_does_not_need_and_can_gain_none() {
     } else {
         lacks("ip_tables");
     }
+}
+
+/// What a system call that cannot be had fails with.
+fn refused<T>(outcome: std::io::Result<T>) -> Option<i32> {
+    outcome.err().and_then(|error| error.raw_os_error())
+}
+
+#[test]
+fn what_no_proxy_needs_is_refused_and_everything_else_works() {
+    let Some(net) = Net::new() else { return };
+    let socket = |domain: i32, kind| refused(socket2::Socket::new(domain.into(), kind, None));
+    let (stream, raw) = (socket2::Type::STREAM, socket2::Type::RAW);
+    let program = || refused(Command::new("true").status());
+    for programs in [true, false] {
+        // It is for this thread, and goes with it.
+        in_netns(&net.name("node"), || {
+            // As root that may do all: it is not for want of a capability.
+            let before = (program(), socket(libc::AF_PACKET, raw));
+            assert_eq!(before, (None, None));
+            nftproxy::host::refuse_system_calls(programs).unwrap();
+            assert_eq!(program(), (!programs).then_some(libc::EPERM));
+            let denied = Some(libc::EPERM);
+            assert_eq!(socket(libc::AF_PACKET, raw), denied);
+            assert_eq!(socket(libc::AF_ALG, socket2::Type::SEQPACKET), denied);
+            assert_eq!(socket(libc::AF_VSOCK, stream), denied);
+            let file = fs::File::open("/proc/self/ns/net").unwrap();
+            let calls: [(&str, nix::Result<()>); 7] = [
+                ("unshare", nix::sched::unshare(CloneFlags::CLONE_NEWNET)),
+                ("setns", nix::sched::setns(file, CloneFlags::CLONE_NEWNET)),
+                ("mount", nix::mount::umount("/nowhere")),
+                ("chroot", nix::unistd::chroot("/")),
+                ("ptrace", nix::sys::ptrace::traceme()),
+                ("sethostname", nix::unistd::sethostname("x")),
+                ("reboot", nix::sys::reboot::set_cad_enabled(true)),
+            ];
+            for (name, outcome) in calls {
+                assert_eq!(outcome, Err(nix::errno::Errno::EPERM), "{name}");
+            }
+            // What it lives by.
+            std::thread::spawn(|| ()).join().unwrap();
+            for domain in [libc::AF_INET, libc::AF_INET6, libc::AF_UNIX] {
+                assert_eq!(socket(domain, stream), None);
+            }
+            assert_eq!(socket(libc::AF_NETLINK, raw), None);
+        });
+    }
+}
+
+/// A kubeconfig whose credentials a program tells: it is started, and what it says is sent.
+#[test]
+fn credentials_of_a_program_are_had_all_the_same() {
+    let Some(net) = Net::new() else { return };
+    let seen = refusing(&net);
+    let path = net.dir.path().join("kubeconfig");
+    let told = format!(
+        "{{\"apiVersion\": \"client.authentication.k8s.io/v1\", \"kind\": \"ExecCredential\", \
+         \"status\": {{\"token\": \"{TOKEN}\"}}}}"
+    );
+    let text = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: c\n\
+         clusters: [{{ name: c, cluster: {{ server: \"http://127.0.0.1:6443\" }} }}]\n\
+         users:\n- name: u\n  user:\n    exec:\n      apiVersion: client.authentication.k8s.io/v1\n      \
+         command: echo\n      args: ['{told}']\n      interactiveMode: Never\n\
+         contexts: [{{ name: c, context: {{ cluster: c, user: u }} }}]\n"
+    );
+    fs::write(&path, text).unwrap();
+    let path = path.to_str().unwrap();
+    let daemon = Daemon::spawn(
+        &net.name("node"),
+        &["run", "--hostname-override", "node-1", "--kubeconfig", path],
+    );
+    let authorized = |line: &String| line.contains(&format!("Bearer {TOKEN}"));
+    wait_until("the token to be sent", || seen.lock().unwrap().iter().any(authorized));
+    is_confined(&daemon, NET_ADMIN | NET_BIND_SERVICE);
+    drop(daemon);
 }
 
 /// A process in the client's namespace that opens so many connections, sends the beginning of a request on

@@ -13,15 +13,19 @@ use kube::runtime::utils::Backoff as _;
 use kube::runtime::watcher::DefaultBackoff;
 use kube::{Client, Config};
 use thiserror::Error;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::outage::{Report, locked};
-use super::wire::in_protobuf;
+use super::place::{Place, is_watch};
+use super::protobuf::in_protobuf;
 use crate::metrics::RestClient;
 use crate::watch::convert::{one_line, shown};
 
 /// A watch that a server ends sooner than this after granting it is begun again with growing pauses.
 const SHORT: Duration = Duration::from_secs(1);
+
+/// How long the beginning of an answer is waited for: a server gives up after a minute.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(75);
 
 /// Why there is no client for the API server.
 #[derive(Debug, Error)]
@@ -67,15 +71,22 @@ pub async fn client(
     client_for(config(kubeconfig, master).await?)
 }
 
-/// The same, with every request counted.
-pub async fn measured_client(
+/// So many of them, with every request counted. None uses a connection of another.
+pub async fn measured_clients<const N: usize>(
     kubeconfig: Option<&Path>,
     master: Option<&str>,
     metrics: RestClient,
-) -> Result<Client, ClientError> {
+) -> Result<[Client; N], ClientError> {
     let config = config(kubeconfig, master).await?;
     let host: Arc<str> = config.cluster_url.authority().map_or("", |host| host.as_str()).into();
-    let client = client_for(config)?;
+    let mut clients = Vec::with_capacity(N);
+    for _ in 0..N {
+        clients.push(measured(client_for(config.clone())?, host.clone(), metrics.clone()));
+    }
+    Ok(clients.try_into().unwrap_or_else(|_| unreachable!("as many as were made")))
+}
+
+fn measured(client: Client, host: Arc<str>, metrics: RestClient) -> Client {
     let namespace = client.default_namespace().to_owned();
     let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
         let (client, metrics, host) = (client.clone(), metrics.clone(), host.clone());
@@ -87,7 +98,7 @@ pub async fn measured_client(
             answer
         }
     });
-    Ok(Client::new(service, namespace))
+    Client::new(service, namespace)
 }
 
 fn client_for(config: Config) -> Result<Client, ClientError> {
@@ -116,13 +127,24 @@ async fn config(kubeconfig: Option<&Path>, master: Option<&str>) -> Result<Confi
     };
     config.connect_timeout = Some(Duration::from_secs(10));
     config.write_timeout = Some(Duration::from_secs(30));
-    // A quiet watch gets a bookmark every minute, so that two minutes of silence mean that the
-    // other end is gone. Without this it takes the watcher five to find out.
-    config.read_timeout = Some(Duration::from_secs(120));
+    // For lists. A server may have nothing to say in a watch of a kind that does not change, not even a
+    // bookmark before its database tells it of progress, which may be every ten minutes: the time that a
+    // watch is asked for is shorter than this.
+    config.read_timeout = Some(Duration::from_secs(240));
     config.reset_reader_on_write = true;
     // The client's own retries go on for minutes without a word; the watch loop has its own.
     config.default_retry = false;
     Ok(config)
+}
+
+/// Whether a kubeconfig has users whose credentials a program tells. So it is taken of one that cannot be
+/// read.
+#[must_use]
+pub fn starts_programs(kubeconfig: &Path) -> bool {
+    Kubeconfig::read_from(kubeconfig).map_or(true, |kubeconfig| {
+        let mut users = kubeconfig.auth_infos.iter().filter_map(|user| user.auth_info.as_ref());
+        users.any(|user| user.exec.is_some() || user.auth_provider.is_some())
+    })
 }
 
 /// Without the excerpt of the file that the parser adds: a kubeconfig holds secrets, and the log is
@@ -147,23 +169,25 @@ where
     master.parse().map_err(|error: U::Err| refused(error.to_string()))
 }
 
-/// A client that tells the report of every answer, and does not ask again at once for a watch that
-/// the server keeps ending.
-pub(super) fn observed(client: Client, report: Arc<Report>) -> Client {
+/// A client that tells the report of every answer, does not ask again at once for a watch that the server
+/// keeps ending, and does not go on where the server does not know the place.
+pub(super) fn observed(client: Client, report: Arc<Report>, place: Arc<Place>) -> Client {
     let namespace = client.default_namespace().to_owned();
-    let pace = Arc::new(Pace::default());
+    let brake = Arc::new(Pace::default());
     let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
-        let (client, report, pace) = (client.clone(), report.clone(), pace.clone());
+        let (client, report, brake, place) =
+            (client.clone(), report.clone(), brake.clone(), place.clone());
         async move {
-            let watch = request.uri().query().is_some_and(|query| query.contains("watch=true"));
-            if watch && let Some(pause) = pace.pause() {
+            let watch = is_watch(request.uri());
+            if watch && let Some(pause) = brake.pause() {
                 tokio::time::sleep(pause).await;
             }
-            let answer = client.send(request).await;
+            let answer = timeout(ANSWERS_WITHIN, place.ask(report.kind(), &client, request)).await;
+            let answer = answer.unwrap_or_else(|late| Err(kube::Error::Service(late.into())));
             if let Ok(response) = &answer {
                 let good = response.status().is_success();
                 if watch && good {
-                    pace.granted();
+                    brake.granted();
                 }
                 report.answered(good);
             }

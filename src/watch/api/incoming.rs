@@ -34,6 +34,7 @@ impl<'de, K: serde::de::DeserializeOwned> Deserialize<'de> for Incoming<K> {
             name: text("/metadata/name"),
             namespace: text("/metadata/namespace"),
             resource_version: text("/metadata/resourceVersion"),
+            uid: text("/metadata/uid"),
             ..ObjectMeta::default()
         };
         Ok(match serde_path_to_error::deserialize(value) {

@@ -4,7 +4,6 @@
 //! something breaks and one when it works again. A watch that is back says nothing by itself until
 //! the next change, so recovery is read off the HTTP responses.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -95,15 +94,6 @@ impl<'a> Trouble<'a> {
         matches!(self, Self::Answered(status) if matches!(status.code, 400 | 405 | 406 | 422 | 501))
     }
 
-    /// Whether there was no server that could answer: none at all, or none behind a balancer.
-    pub(super) fn is_outage(&self) -> bool {
-        match self {
-            Self::Unreachable(_) => true,
-            Self::Answered(status) => matches!(status.code, 502 | 503),
-            _ => false,
-        }
-    }
-
     /// Whether the answer began well, so that another one that begins well is no news.
     fn in_answer(&self) -> bool {
         matches!(
@@ -122,7 +112,6 @@ impl<'a> Trouble<'a> {
 pub(super) struct Connection {
     lost: Mutex<Option<Instant>>,
     back: Notify,
-    outages: AtomicU64,
 }
 
 impl Connection {
@@ -130,17 +119,6 @@ impl Connection {
     /// waits for a try of its own need not wait longer.
     pub(super) fn back(&self) -> Notified<'_> {
         self.back.notified()
-    }
-
-    /// Counts how often some kind found that no server could answer: a number that is another one tells
-    /// that there was an outage meanwhile, also to a kind whose own requests it did not meet.
-    pub(super) fn outages(&self) -> u64 {
-        self.outages.load(Ordering::Relaxed)
-    }
-
-    /// Some kind found that no server could answer.
-    pub(super) fn met_outage(&self) {
-        self.outages.fetch_add(1, Ordering::Relaxed);
     }
 
     fn lost(&self, error: &kube::Error) {
@@ -188,6 +166,10 @@ impl Report {
         connection: Arc<Connection>,
     ) -> Self {
         Self { kind, group, plural, connection, complaint: Mutex::new(None) }
+    }
+
+    pub(super) fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// The server answered; `good` if it began to do as asked.

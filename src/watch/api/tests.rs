@@ -398,12 +398,9 @@ async fn an_outage_is_one_line_and_so_is_its_end_though_no_event_comes() {
     // One connection ends, the other breaks off.
     slice_stream.break_off();
     bench.server.asked_for_changes(7).await.reset();
-    // For changes, or for everything if the other kind has met the outage by now.
-    slices.asked().await.reset();
-    // Who comes back may be another one, or restored from a backup: it is asked for everything.
-    for _ in 0..7 {
-        bench.server.asked_for_stream().await.reset();
-        slices.asked_for_stream().await.reset();
+    for _ in 0..8 {
+        slices.asked_for_changes(7).await.reset();
+        bench.server.asked_for_changes(7).await.reset();
     }
     let said = "WARN nftproxy::watch::api::outage: no answer from the API server; what is \
                 programmed stays, and it is tried again error=";
@@ -412,38 +409,165 @@ async fn an_outage_is_one_line_and_so_is_its_end_though_no_event_comes() {
     assert_eq!(bench.log.count("answers again"), 0, "{}", bench.log.text());
 
     // The first answer ends the waiting of all.
-    let (mut stream, mut slice_stream, waited) = tokio::select! {
-        asked = bench.server.asked_for_stream() => {
-            let (stream, answered) = (asked.begin(), Instant::now());
-            (stream, slices.asked_for_stream().await.begin(), answered.elapsed())
+    let answered = tokio::select! {
+        asked = bench.server.asked_for_changes(7) => {
+            drop(asked.begin());
+            let answered = Instant::now();
+            drop(slices.asked_for_changes(7).await.begin());
+            answered
         }
-        asked = slices.asked_for_stream() => {
-            let (slice_stream, answered) = (asked.begin(), Instant::now());
-            (bench.server.asked_for_stream().await.begin(), slice_stream, answered.elapsed())
+        asked = slices.asked_for_changes(7) => {
+            drop(asked.begin());
+            let answered = Instant::now();
+            drop(bench.server.asked_for_changes(7).await.begin());
+            answered
         }
     };
-    assert_eq!(waited, Duration::ZERO);
+    assert_eq!(answered.elapsed(), Duration::ZERO);
+    // It may be another one, or restored from a backup: it is asked for everything.
+    let mut stream = bench.server.asked_for_stream().await.begin();
+    let mut slice_stream = slices.asked_for_stream().await.begin();
+    assert!(answered.elapsed() < Duration::from_secs(2), "{:?}", answered.elapsed());
     stream.complete(5);
     slice_stream.complete(5);
     bench.saw(&["listing Service", "listed Service"]).await;
-    bench.server.is_left_alone(Duration::from_secs(200)).await;
+    bench.server.is_left_alone(Duration::from_secs(120)).await;
     assert_eq!(bench.log.count("answers again"), 1, "{}", bench.log.text());
     assert_eq!(bench.log.text().lines().count(), 2, "{}", bench.log.text());
     bench.saw_nothing();
     drop((stream, slice_stream));
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_watch_that_only_broke_off_is_resumed_without_a_word() {
+/// A Service with an identity.
+fn known(name: &str, version: u32) -> Value {
+    let mut object = service(name, version);
+    object["metadata"]["uid"] = json!(format!("uid of {name}"));
+    object
+}
+
+/// A watch that has seen one event, of version 8, and whose stream has broken off.
+async fn broken_off(what: &str) -> Bench {
     let mut bench = Bench::start::<Service>();
     let mut stream = bench.server.asked_for_stream().await.begin();
     stream.complete(7);
-    bench.saw(&["listing Service", "listed Service"]).await;
+    stream.event(what, &known("a", 8));
+    let seen = if what == "DELETED" { "gone x/a" } else { "x/a" };
+    bench.saw(&["listing Service", "listed Service", seen]).await;
     stream.break_off();
-    let mut stream = bench.server.asked_for_changes(7).await.begin();
-    stream.event("ADDED", &service("a", 8));
-    bench.saw(&["x/a"]).await;
+    // What the answer says is not looked at: it comes on another connection.
+    drop(bench.server.asked_for_changes(8).await.begin());
+    bench
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_goes_on_without_a_word_on_another_connection_if_what_was_seen_last_is_repeated() {
+    for what in ["MODIFIED", "DELETED"] {
+        let mut bench = broken_off(what).await;
+        let mut stream = bench.server.asked_for_changes(7).await.begin();
+        stream.event(what, &known("a", 8));
+        stream.event("ADDED", &known("b", 9));
+        bench.saw(&["x/b"]).await;
+        // On that connection it goes on where it is.
+        drop(stream);
+        let mut stream = bench.server.asked_for_changes(9).await.begin();
+        stream.event("ADDED", &known("c", 10));
+        bench.saw(&["x/c"]).await;
+        assert_eq!(bench.log.text(), "");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_does_not_repeat_what_was_seen_last_is_asked_for_everything() {
+    type Says = fn(&mut server::Stream);
+    let otherwise: [(&str, Says); 5] = [
+        ("nothing", |_| {}),
+        ("another object", |stream| stream.event("MODIFIED", &known("b", 8))),
+        ("another version", |stream| stream.event("MODIFIED", &known("a", 9))),
+        ("another end", |stream| stream.event("DELETED", &known("a", 8))),
+        ("no event", |stream| stream.text(&json!("502 Bad Gateway"))),
+    ];
+    for (what, says) in otherwise {
+        let mut bench = broken_off("MODIFIED").await;
+        let mut stream = bench.server.asked_for_changes(7).await.begin();
+        says(&mut stream);
+        let began = Instant::now();
+        let mut listing = bench.server.asked_for_stream().await.begin();
+        assert!(began.elapsed() < Duration::from_secs(5), "{what}: {:?}", began.elapsed());
+        listing.complete(5);
+        bench.saw(&["listing Service", "listed Service"]).await;
+        assert_eq!(bench.log.count("does not repeat"), 1, "{what}: {}", bench.log.text());
+        assert_eq!(bench.log.text().lines().count(), 1, "{what}: {}", bench.log.text());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_remembers_less_is_asked_for_everything() {
+    let mut bench = broken_off("MODIFIED").await;
+    bench.server.asked_for_changes(7).await.refuse(410, "too old resource version: 7 (12)");
+    bench.server.asked_for_stream().await.begin().complete(12);
+    bench.saw(&["listing Service", "listed Service"]).await;
     assert_eq!(bench.log.text(), "");
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_connection_without_an_event_since_the_list_is_asked_for_everything() {
+    let mut bench = Bench::start::<Service>();
+    let mut stream = bench.server.asked_for_stream().await.begin();
+    stream.event("ADDED", &known("a", 6));
+    stream.complete(7);
+    bench.saw(&["listing Service", "x/a", "listed Service"]).await;
+    // As properly as if its time were up, but what follows is another connection.
+    drop(stream);
+    bench.server.is_connected_to_again();
+    let mut stream = bench.server.asked_for_changes(7).await.begin();
+    stream.event("ADDED", &known("b", 8));
+    let mut stream = bench.server.asked_for_stream().await.begin();
+    stream.complete(5);
+    bench.saw(&["listing Service", "listed Service"]).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_proxy_without_a_server_behind_it_makes_its_connection_another_one() {
+    for code in [502, 503, 504] {
+        let mut bench = Bench::start::<Service>();
+        bench.server.asked_for_stream().await.begin().complete(7);
+        bench.saw(&["listing Service", "listed Service"]).await;
+        bench.server.asked_for_changes(7).await.refuse(code, "nobody there");
+        drop(bench.server.asked_for_changes(7).await.begin());
+        bench.server.asked_for_stream().await.begin().complete(5);
+        bench.saw(&["listing Service", "listed Service"]).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_does_not_end_in_time_is_given_up() {
+    let mut bench = Bench::start::<Service>();
+    let asked = bench.server.asked_for_stream().await;
+    let seconds = RENEWAL.clone().find(|s| asked.says(&format!("timeoutSeconds={s}")));
+    let seconds = Duration::from_secs(seconds.expect("it is asked for so long").into());
+    let mut stream = asked.begin();
+    stream.complete(7);
+    bench.saw(&["listing Service", "listed Service"]).await;
+    // Longer silence than that is no watch's.
+    bench.server.is_left_alone(seconds + Duration::from_secs(4)).await;
+    bench.server.is_connected_to_again();
+    drop(bench.server.asked_for_changes(7).await.begin());
+    bench.server.asked_for_stream().await.begin().complete(7);
+    bench.saw(&["listing Service", "listed Service"]).await;
+    assert_eq!(bench.log.text(), "");
+    drop(stream);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_is_not_answered_is_made_again() {
+    let mut bench = Bench::start::<Service>();
+    let began = Instant::now();
+    let _unanswered = bench.server.asked_for_stream().await;
+    let asked = bench.server.asked_for_stream().await;
+    assert!(began.elapsed() < Duration::from_secs(80), "{:?}", began.elapsed());
+    assert_eq!(bench.log.count("no answer from the API server"), 1, "{}", bench.log.text());
+    asked.begin().complete(7);
+    bench.saw(&["listing Service", "listed Service"]).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -502,7 +626,9 @@ async fn a_master_that_is_no_url_is_refused() {
 async fn a_watch_ends_with_its_receiver() {
     let (client, mut server) = server();
     let (sender, events) = mpsc::channel(64);
-    let run = tokio::spawn(run(client, "node-1".to_owned(), sender, Notices::default()));
+    let clients = std::array::from_fn(|_| client.clone());
+    let run = run(clients, "node-1".to_owned(), RENEWAL, sender, Notices::default());
+    let run = tokio::spawn(run);
     let asked = server.asked().await;
     drop(events);
     tokio::time::timeout(Duration::from_secs(10), run).await.expect("it ends").unwrap();

@@ -1,6 +1,8 @@
 //! An API server that answers what the test tells it to, and a log to read.
 
 use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -14,40 +16,62 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
+use crate::watch::api::place::Line;
+
 type Answer = Result<Response<Channel<Bytes, io::Error>>, io::Error>;
 
 /// The requests of one client, in their order.
-pub(super) struct Server(mpsc::UnboundedReceiver<Asked>);
+pub(super) struct Server {
+    requests: mpsc::UnboundedReceiver<Asked>,
+    connection: Connection,
+}
+
+/// The number of the connection on which answers come.
+#[derive(Clone, Default)]
+struct Connection(Arc<AtomicU16>);
+
+impl Connection {
+    fn is_lost(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn line(&self) -> Line {
+        Line(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), self.0.load(Ordering::Relaxed)))
+    }
+}
 
 /// A request that waits for its answer.
 pub(super) struct Asked {
     pub(super) uri: String,
     answer: oneshot::Sender<Answer>,
+    connection: Connection,
 }
 
 /// The body of an answer that goes on.
-pub(super) struct Stream(Sender<Bytes, io::Error>);
+pub(super) struct Stream(Sender<Bytes, io::Error>, Connection);
 
 /// A client, and the server it talks to.
 pub(super) fn server() -> (Client, Server) {
     let (sender, requests) = mpsc::unbounded_channel();
+    let connection = Connection::default();
+    let its = connection.clone();
     let service = tower::service_fn(move |request: Request<Body>| {
         let (answer, answered) = oneshot::channel();
         let uri = request.uri().to_string();
-        let sent = sender.send(Asked { uri, answer });
+        let sent = sender.send(Asked { uri, answer, connection: its.clone() });
         async move {
             let gone = || io::Error::new(io::ErrorKind::ConnectionRefused, "connection refused");
             sent.map_err(|_| gone())?;
             answered.await.map_err(|_| gone())?
         }
     });
-    (Client::new(service, "default"), Server(requests))
+    (Client::new(service, "default"), Server { requests, connection })
 }
 
 impl Server {
     /// The next request; there must be one within half an hour.
     pub(super) async fn asked(&mut self) -> Asked {
-        let asked = timeout(Duration::from_secs(1800), self.0.recv()).await;
+        let asked = timeout(Duration::from_secs(1800), self.requests.recv()).await;
         asked.expect("a request").expect("a client")
     }
 
@@ -73,9 +97,14 @@ impl Server {
         asked
     }
 
+    /// What comes from now on comes on another connection.
+    pub(super) fn is_connected_to_again(&self) {
+        self.connection.is_lost();
+    }
+
     /// Asserts that there is no request for so long.
     pub(super) async fn is_left_alone(&mut self, for_so_long: Duration) {
-        if let Ok(Some(asked)) = timeout(for_so_long, self.0.recv()).await {
+        if let Ok(Some(asked)) = timeout(for_so_long, self.requests.recv()).await {
             panic!("asked for {}", asked.uri);
         }
     }
@@ -90,9 +119,10 @@ impl Asked {
 
     fn answer(self, code: u16) -> Stream {
         let (sender, body) = Channel::new(1024);
-        let response = Response::builder().status(code).body(body).unwrap();
+        let mut response = Response::builder().status(code).body(body).unwrap();
+        response.extensions_mut().insert(self.connection.line());
         self.answer.send(Ok(response)).expect("the client waits");
-        Stream(sender)
+        Stream(sender, self.connection)
     }
 
     /// Begins an answer that goes on.
@@ -113,6 +143,7 @@ impl Asked {
 
     /// Does not answer at all.
     pub(super) fn reset(self) {
+        self.connection.is_lost();
         let error = io::Error::new(io::ErrorKind::ConnectionReset, "connection reset by peer");
         self.answer.send(Err(error)).expect("the client waits");
     }
@@ -139,6 +170,7 @@ impl Stream {
 
     /// Breaks off, as a connection does.
     pub(super) fn break_off(self) {
+        self.1.is_lost();
         self.0.abort(io::Error::new(io::ErrorKind::ConnectionReset, "connection reset by peer"));
     }
 }

@@ -29,6 +29,7 @@ use serde::Serialize;
 use thiserror::Error;
 
 use self::messages::{Bookmark, List, Status, TypeMeta, Unknown, WatchEvent};
+use super::place::is_watch;
 
 /// What comes before every wrapped object.
 const MAGIC: &[u8] = b"k8s\0";
@@ -76,10 +77,6 @@ pub(super) fn in_protobuf(client: Client) -> Client {
         }
     });
     Client::new(service, namespace)
-}
-
-fn is_watch(uri: &http::Uri) -> bool {
-    uri.query().is_some_and(|query| query.split('&').any(|pair| pair == "watch=true"))
 }
 
 fn asks_for_objects(request: &Request<Body>) -> bool {

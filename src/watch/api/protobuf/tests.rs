@@ -1,4 +1,4 @@
-//! Answers made by hand; that a real server's are read is for `tests/it/wire.rs`.
+//! Answers made by hand; that a real server's are read is for `tests/it/protobuf.rs`.
 
 use std::sync::Mutex;
 
