@@ -100,7 +100,8 @@ impl ControlPlane {
         this
     }
 
-    fn start_etcd(&mut self) {
+    /// Starts etcd again after [`Self::kill_etcd`], with the same data.
+    pub(crate) fn start_etcd(&mut self) {
         let [client_url, peer_url] =
             [self.etcd_port, self.peer_port].map(|port| format!("http://127.0.0.1:{port}"));
         self.etcd = Some(Process::start(
@@ -185,6 +186,11 @@ impl ControlPlane {
     /// Ends the API server at once, as a crash would; etcd stays.
     pub(crate) fn kill_apiserver(&mut self) {
         assert!(self.apiserver.take().is_some(), "the API server does not run");
+    }
+
+    /// Ends etcd at once, as a crash would.
+    pub(crate) fn kill_etcd(&mut self) {
+        assert!(self.etcd.take().is_some(), "etcd does not run");
     }
 
     /// Where the API server is, as `address:port`.
