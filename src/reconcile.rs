@@ -343,6 +343,9 @@ impl<K: Kernel> Proxy<K> {
                     self.let_go();
                     self.account.set_elements(elements);
                     self.serve_all(&loaded);
+                    if done.operations > 0 {
+                        self.serving.look_again();
+                    }
                     return Ok(Committed { set_aside, adopted: true, ..done });
                 }
                 Err(CommitError::Apply { source: ApplyError::Refused { refusals }, .. }) => {

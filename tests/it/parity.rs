@@ -127,8 +127,8 @@ fn what_the_fake_kernel_refuses_the_real_one_does() {
     let chain = |name: ChainName| Box::new(ruleset.chains(v4).find(|c| c.name == name).unwrap());
     let dispatch = chain(ChainName::Dispatch);
     let cases = [
-        (element(80, Element::Drop), libc::EBUSY),
-        (element(81, Element::Goto(ChainName::Lb(99))), libc::ENOENT),
+        (element(80, Element::Drop), libc::EEXIST),
+        (element(81, Element::Goto("lb-99".parse().unwrap())), libc::ENOENT),
         (Op::DeleteElement(id(SetName::Services, key(81)), Element::Drop), libc::ENOENT),
         (Op::DeleteChain(v4, "dispatch".into()), libc::EBUSY),
         (Op::DeleteChain(v4, "none".into()), libc::ENOENT),

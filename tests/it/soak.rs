@@ -29,7 +29,7 @@ use crate::namespace::{nft, refused};
 use crate::net::{CLIENT, Daemon, NODE, Net, in_netns, ip, number, patient, wait_until};
 use crate::objects::{CLUSTER, Svc, slice};
 use crate::restart::{Random, arguments};
-use crate::serve::{Outcome, sctp, tcp_at, tcp_here, udp};
+use crate::serve::{Outcome, sctp, tcp_at, tcp_here, udp, udp_on, udp_socket};
 
 const PODS: [&str; 3] = ["a", "b", "remote"];
 const RANGES: &str = "192.0.2.0/24,fd00:192::/64";
@@ -151,8 +151,8 @@ impl Soak<'_> {
                 let killing = began.elapsed() < time.mul_f64(0.4);
                 self.disturb(&mut daemon, random, killing, &mut done);
                 if !killing {
-                    let (memory, files) = size(&daemon);
-                    done.sizes.push((began.elapsed().as_secs_f64() / 60.0, memory, files));
+                    let minutes = began.elapsed().as_secs_f64() / 60.0;
+                    done.sizes.push((minutes, memory(&daemon, "RssAnon:"), files(&daemon)));
                 }
             }
             drop(stop);
@@ -177,7 +177,7 @@ impl Soak<'_> {
             std::thread::sleep(Duration::from_millis(100));
         };
         let seen = self.seen.lock().unwrap();
-        eprintln!("{} s: {}", time.as_secs(), done.report(&seen, equal, size(daemon)));
+        eprintln!("{} s: {}", time.as_secs(), done.report(&seen, equal, memory(daemon, "VmRSS:")));
         assert!(
             seen.failed.is_empty() && seen.misrouted.is_empty(),
             "{:#?} {:#?}",
@@ -204,12 +204,17 @@ impl Soak<'_> {
     }
 }
 
-/// Resident memory in KiB and open files of the program.
-fn size(daemon: &Daemon) -> (u64, u64) {
+/// Memory of the program in KiB: `VmRSS`, or `RssAnon`, which is without the parts of its file that were read
+/// in: those come and go as others need memory.
+fn memory(daemon: &Daemon, which: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    let files = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
-    (line.trim().trim_end_matches(" kB").parse().unwrap(), files as u64)
+    let line = status.lines().find_map(|line| line.strip_prefix(which)).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Its open files.
+fn files(daemon: &Daemon) -> u64 {
+    fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count() as u64
 }
 
 fn soak<'a>(net: &'a Net, api: Option<&'a Api<'a>>, mut arguments: Vec<String>) -> Soak<'a> {
@@ -256,46 +261,76 @@ fn everything_at_once_through_an_api_server_that_is_killed() {
     });
 }
 
+/// A Service with one endpoint, whose tables are gone while something is tried, and then back. Somebody else
+/// needs connection tracking, so that it goes on.
+fn while_there_are_no_tables<T>(meanwhile: impl FnOnce(&Net) -> T, then: impl FnOnce(&Net, T)) {
+    let Some(net) = Net::new() else { return };
+    net.write("cluster.yaml", CLUSTER);
+    let service = Svc {
+        name: "web",
+        cluster_ips: &[ADDRESS],
+        ports: &[("tcp", "TCP", 80, 0), ("udp", "UDP", 80, 0)],
+        spec: &[],
+        balancer_ips: &[],
+    };
+    let ports = [("tcp", "TCP", 8080), ("udp", "UDP", 8080)];
+    net.write("web.yaml", &(service.yaml() + &slice("web", "4", &ports, &["10.244.1.5!"])));
+    let daemon = soak(&net, None, arguments(&net)).spawn();
+    // The flows that there were at the start are looked at.
+    daemon.wait_for("looked for stale UDP flows");
+    daemon.signal(Signal::SIGSTOP);
+    let node = net.name("node");
+    let gone =
+        "table ip other { chain c { type filter hook input priority 0; ct state new accept; }; }
+                delete table ip nftproxy";
+    in_netns(&node, || nft(&["-f", "-"], gone));
+    let found = meanwhile(&net);
+    daemon.signal(Signal::SIGCONT);
+    in_netns(&node, || {
+        let map = "list map ip nftproxy services";
+        wait_until("the tables to be back", || refused(map).is_none());
+    });
+    then(&net, found);
+}
+
+const ADDRESS: &str = "10.96.0.10";
+
 /// What it costs beyond the time until it is put right: connection tracking, if somebody else needs it, too,
 /// remembers connections that were begun meanwhile without a translation, and takes another from the same port
 /// for one of them. Where nobody does, that is so only while the tables are made: the kernel has their hooks
 /// before it has their rules.
 #[test]
 fn a_connection_begun_while_there_were_no_tables_fails_until_it_is_forgotten() {
-    let Some(net) = Net::new() else { return };
-    net.write("cluster.yaml", CLUSTER);
-    let address = ["10.96.0.10"];
-    let service = Svc {
-        name: "web",
-        cluster_ips: &address,
-        ports: &[("tcp", "TCP", 80, 0)],
-        spec: &[],
-        balancer_ips: &[],
-    };
-    let slice = slice("web", "4", &[("tcp", "TCP", 8080)], &["10.244.1.5!"]);
-    net.write("web.yaml", &(service.yaml() + &slice));
-    let daemon = soak(&net, None, arguments(&net)).spawn();
-    daemon.wait_for("synced");
-    let node = net.name("node");
-    let dial = |port| {
+    let dial = |net: &Net, port| {
         let from = SocketAddr::new(ip(CLIENT[0]), port);
-        let to = SocketAddr::new(ip(address[0]), 80);
+        let to = SocketAddr::new(ip(ADDRESS), 80);
         let outcome = in_netns(&net.name("client"), || tcp_at(Some(from), to));
         matches!(outcome, Outcome::Answered { .. })
     };
-    assert!(dial(45000));
-    daemon.signal(Signal::SIGSTOP);
-    let gone =
-        "table ip other { chain c { type filter hook input priority 0; ct state new accept; }; }
-                delete table ip nftproxy";
-    in_netns(&node, || nft(&["-f", "-"], gone));
-    assert!(!dial(45001), "nothing translates");
-    daemon.signal(Signal::SIGCONT);
-    in_netns(&node, || {
-        let map = "list map ip nftproxy services";
-        wait_until("the tables to be back", || refused(map).is_none());
-    });
-    assert_eq!([45000, 45001, 45002].map(dial), [true, false, true]);
-    assert_eq!(forget_begun(&node), 1);
-    assert_eq!([45000, 45001, 45002].map(dial), [true; 3]);
+    while_there_are_no_tables(
+        |net| assert!(!dial(net, 45001), "nothing translates"),
+        |net, ()| {
+            assert_eq!([45000, 45001].map(|port| dial(net, port)), [true, false]);
+            assert_eq!(forget_begun(&net.name("node")), 1);
+            assert_eq!([45000, 45001].map(|port| dial(net, port)), [true; 2]);
+        },
+    );
+}
+
+/// A client that keeps sending from one port would otherwise be sent nowhere for ever.
+#[test]
+fn a_udp_flow_begun_while_there_were_no_tables_is_swept_when_they_are_back() {
+    while_there_are_no_tables(
+        |net| {
+            let to = SocketAddr::new(ip(ADDRESS), 80);
+            let socket = in_netns(&net.name("client"), || udp_socket(to));
+            assert!(!matches!(udp_on(&socket), Outcome::Answered { .. }), "nothing translates");
+            socket
+        },
+        |_, socket| {
+            wait_until("the flow to be translated", || {
+                matches!(udp_on(&socket), Outcome::Answered { .. })
+            });
+        },
+    );
 }

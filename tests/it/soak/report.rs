@@ -39,14 +39,17 @@ pub(super) struct Done {
     pub(super) api_kills: [u32; 2],
     /// The longest time without an API server.
     pub(super) api_away: Duration,
-    /// Minutes, KiB of memory, and open files of the process that was not killed.
+    /// Minutes, KiB of its own memory, and open files of the process that was not killed.
     pub(super) sizes: Vec<(f64, u64, u64)>,
 }
 
 impl Done {
-    pub(super) fn report(&self, seen: &Seen, equal: bool, (resident, open): (u64, u64)) -> String {
+    pub(super) fn report(&self, seen: &Seen, equal: bool, resident: u64) -> String {
         let Self { kills, stops, flushes, additions, longest, squeezes, starved, sizes, .. } = self;
+        // By then what is remembered of the last batches is as much as it will be.
+        let sizes = &sizes[sizes.len() / 2..];
         let (kib, files) = (slope(sizes, |size| size.1), slope(sizes, |size| size.2));
+        let minutes = sizes.last().map_or(0.0, |last| last.0 - sizes[0].0);
         let sum = |of: &BTreeMap<String, u64>| of.values().sum::<u64>().to_string();
         let mut report = format!(
             "{kills} times kill -9, {stops} SIGTERM, {flushes} nft flush ruleset, {additions} foreign \
@@ -70,8 +73,12 @@ impl Done {
             ("begun then and never translated", "", self.begun.to_string()),
             ("table as a fresh one at the end", "true", equal.to_string()),
             ("resident memory", "96 MiB at most", format!("{} MiB", resident >> 10)),
-            ("its slope, KiB a minute", "0", format!("{kib:.0}")),
-            ("open files, and their slope", "0", format!("{open}, {files:.1}")),
+            (
+                "slope of what is its own, KiB a minute",
+                "0",
+                format!("{kib:.0} in {minutes:.1} min"),
+            ),
+            ("slope of open files, a minute", "0", format!("{files:.1}")),
         ] {
             let _ = writeln!(report, "  {what:40} promised {promised:15} seen {found}");
         }
