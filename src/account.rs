@@ -398,6 +398,11 @@ mod tests {
         assert_eq!(counted([Local, Local], &[(1, "rs"), (2, "Lrs")]), (0, 0));
         assert_eq!(counted([Local, Local], &[(1, "rs"), (2, "Lst")]), (0, 0));
         assert_eq!(counted([Local, Local], &[(2, "L")]), (0, 0));
+        // The external policy is nothing to a port that has no frontend outside.
+        let mut service = service([Cluster, Local]);
+        service.ports.iter_mut().for_each(|port| port.node_port = None);
+        let local = local(&service, &[&slice(&[(1, "rs")])], &NodeFacts::default());
+        assert_eq!(local.without_endpoints, [WithoutEndpoints::default(); 2]);
     }
 
     #[test]

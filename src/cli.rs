@@ -193,6 +193,7 @@ fn run(args: &RunArgs) -> Result<ExitCode, CliError> {
         app::prepare(&loaded.config.live)?;
     } else {
         // While there is one thread.
+        host::keep_little_memory();
         app::confine(&loaded.config)?;
         runtime()?.block_on(app::run(args.configuration.flags(), loaded))?;
     }

@@ -18,6 +18,10 @@ use crate::nft::element::Backend;
 /// count for their Service ports.
 pub const MAX_ENDPOINTS: usize = 20_000;
 
+/// How much is remembered of readings that were not complete: each can bring other pairs, and Services
+/// come and go meanwhile. Both families' sets are full with half as many.
+const MAX_REMEMBERED: usize = 1 << 18;
+
 /// A port of a Service, of both families.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Port {
@@ -201,34 +205,50 @@ impl Connections {
         if counters.complete {
             self.former.clear();
             self.forget(&alive, &mut reading);
+        } else {
+            self.limit(MAX_REMEMBERED);
         }
+        let Self { services, told_ports, .. } = self;
+        told_ports.retain(|port| {
+            let stays = served_by(services, port).is_some();
+            if !stays {
+                reading.gone_ports.push(port.clone());
+            }
+            stays
+        });
         reading
     }
 
-    /// Lets go of what is no more.
+    /// Lets go of what has become too much. What is not known is told from the next reading on.
+    fn limit(&mut self, most: usize) {
+        if self.former.len() > most {
+            self.former.clear();
+        }
+        if self.seen.as_ref().is_some_and(|seen| seen.len() > most) {
+            self.seen = None;
+        }
+    }
+
+    /// Lets go of endpoints that are no more.
     fn forget(&mut self, alive: &BTreeSet<Endpoint>, reading: &mut Reading) {
-        let Self { services, told, told_ports, .. } = self;
-        let served = |port: &Port| {
-            let served = services.get(&port.service);
-            served.and_then(|all| all.iter().find(|served| *served.port == *port))
-        };
+        let Self { services, told, .. } = self;
         told.retain(|endpoint| {
             let (port, address) = endpoint;
-            let stays = served(port)
+            let stays = served_by(services, port)
                 .is_some_and(|s| s.endpoints.contains(address) || alive.contains(endpoint));
             if !stays {
                 reading.gone_endpoints.push(endpoint.clone());
             }
             stays
         });
-        told_ports.retain(|port| {
-            let stays = served(port).is_some();
-            if !stays {
-                reading.gone_ports.push(port.clone());
-            }
-            stays
-        });
     }
+}
+
+fn served_by<'a>(
+    services: &'a BTreeMap<NamespacedName, Vec<Served>>,
+    port: &Port,
+) -> Option<&'a Served> {
+    services.get(&port.service)?.iter().find(|served| *served.port == *port)
 }
 
 /// An endpoint as it is written.
@@ -351,6 +371,26 @@ mod tests {
         assert_eq!((reading.ports, reading.foreign), ([(port("new"), 2)].into(), 0));
         assert_eq!(reading.gone_ports, [port("new")]);
         assert_eq!(connections.read(&all(&[(to(1, 5), 7)])).foreign, 1);
+    }
+
+    #[test]
+    fn readings_that_are_never_complete_do_not_pile_up() {
+        let mut connections = Connections::new(Some(&all(&[])));
+        let mut gone = 0;
+        for ip in 1..=200 {
+            connections.serve(&name(&format!("s-{ip}")), service(&format!("s-{ip}"), ip, &[5]));
+            gone += connections.read(&some(&[(to(ip, 5), 3)])).gone_ports.len();
+            connections.serve(&name(&format!("s-{ip}")), Vec::new());
+        }
+        assert_eq!((gone, connections.told_ports.len()), (199, 1), "the last is told of still");
+        assert_eq!(
+            (connections.former.len(), connections.seen.as_ref().unwrap().len()),
+            (400, 200)
+        );
+        connections.limit(200);
+        assert_eq!((connections.former.len(), connections.seen.is_some()), (0, true));
+        connections.limit(199);
+        assert_eq!(connections.seen, None, "told from the next complete reading on");
     }
 
     proptest! {

@@ -61,3 +61,21 @@ pub mod server;
 pub mod status;
 pub mod takeover;
 pub mod watch;
+
+/// What only fuzz targets reach (`tests/fuzz`).
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    /// Reads bytes as every kind of answer of the kernel that is read without libnftnl.
+    pub fn netlink(bytes: &[u8]) {
+        crate::conntrack::fuzz(bytes);
+        for message in crate::nlmsg::messages(bytes) {
+            let _ = (crate::nlmsg::kind(message), crate::nlmsg::flags(message));
+            for (_, value) in crate::nlmsg::attributes(&message[crate::nlmsg::HEADER..]) {
+                let _ = crate::nlmsg::find(value, 1);
+                for family in crate::model::Family::BOTH {
+                    let _ = crate::nft::connection::Connection::from_bytes(family, value);
+                }
+            }
+        }
+    }
+}

@@ -134,6 +134,11 @@ impl<K: Kernel> Proxy<K> {
             // It changed: what the kernel refused may be gone.
             self.quarantine.release(&contributor);
         }
+        // Everything will be read back. Names of Services that come and go need not be kept until then,
+        // which can be long.
+        if self.reads_back() {
+            self.state.settle();
+        }
     }
 
     /// Takes over other settings.
@@ -150,7 +155,12 @@ impl<K: Kernel> Proxy<K> {
     /// Whether something waits to be committed.
     #[must_use]
     pub fn is_stale(&self) -> bool {
-        self.state.is_stale() || self.ledger.is_none() || self.in_doubt
+        self.state.is_stale() || self.reads_back()
+    }
+
+    /// Whether the next commit is one of everything.
+    fn reads_back(&self) -> bool {
+        self.ledger.is_none() || self.in_doubt
     }
 
     /// Whether the tables count connections.
@@ -218,7 +228,7 @@ impl<K: Kernel> Proxy<K> {
     pub fn commit(&mut self) -> Result<Committed, CommitError> {
         // The node's pod ranges may have become known or changed family: rules are others then.
         self.in_doubt |= self.state.options() != self.options;
-        if self.ledger.is_some() && !self.in_doubt {
+        if !self.reads_back() {
             let stale = self.state.stale_contributions();
             let stale = self.accepted(stale);
             let contributors: Vec<_> = stale.iter().map(|(name, _)| name.clone()).collect();
@@ -333,6 +343,9 @@ impl<K: Kernel> Proxy<K> {
                     self.let_go();
                     self.account.set_elements(elements);
                     self.serve_all(&loaded);
+                    if done.operations > 0 {
+                        self.serving.look_again();
+                    }
                     return Ok(Committed { set_aside, adopted: true, ..done });
                 }
                 Err(CommitError::Apply { source: ApplyError::Refused { refusals }, .. }) => {
@@ -402,7 +415,8 @@ impl<K: Kernel> Proxy<K> {
 
     /// All contributions, on an empty ledger. One that is set aside keeps what it has committed.
     fn stage_all(&mut self) -> Staged {
-        let all = self.state.all_contributions();
+        let mut all = self.state.all_contributions();
+        all.extend(self.silent_now());
         let mut all = self.accepted(all);
         if let Some(ledger) = &self.ledger {
             let kept = self.quarantine.iter().filter_map(|contributor| {

@@ -301,6 +301,31 @@ mod tests {
         }
     }
 
+    #[test]
+    fn of_two_mentions_the_one_that_is_better_off_counts() {
+        let cases = [("", "r"), ("s", "r"), ("t", "s t"), ("s t", "r"), ("r", "L r"), ("r t", "r")];
+        for (worse, better) in cases {
+            let [worse, better] = [worse, better].map(|words| endpoint(1, words));
+            let alone = [slice(vec![better.clone()])];
+            let expected = select(&port(), Family::V4, BOTH, alone.iter(), &node());
+            assert!(expected.any, "{better:?}");
+            for pair in [[&worse, &better], [&better, &worse]] {
+                let slices = pair.map(|endpoint| slice(vec![endpoint.clone()]));
+                let found = select(&port(), Family::V4, BOTH, slices.iter(), &node());
+                assert_eq!(found, expected, "{pair:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_endpoint_drained_by_its_weight_is_as_good_as_gone() {
+        let drained = Endpoint { weight: 0, ..endpoint(1, "L r s") };
+        let slices = [slice(vec![drained, endpoint(2, "r s")])];
+        let found = select(&port(), Family::V4, BOTH, slices.iter(), &node());
+        assert_eq!((found.cluster.len(), found.local.len()), (1, 0));
+        assert!(!anybody(&port(), Family::V4, [slice(vec![])].iter()));
+    }
+
     proptest! {
         #[test]
         fn a_usable_endpoint_is_never_overlooked(

@@ -69,13 +69,10 @@ pub async fn serve(
     }
     if let Some(address) = metrics {
         let pages = Arc::new(self::metrics::Pages::new(status.clone(), inside, address));
-        let looking = pages.clone();
         servers.spawn(listener::keep("metrics", address, hard_fail, status.stopping(), pages));
-        servers.spawn(async move {
-            looking.keep_looking().await;
-            std::future::pending().await
-        });
     }
+    // Also if nobody can ask: what commits leave to be counted would pile up.
+    servers.spawn(self::metrics::keep_looking(status.clone()));
     let health_checks = serve_health_checks(status, changes, failures);
     servers.spawn(async move {
         health_checks.await;

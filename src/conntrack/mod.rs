@@ -22,3 +22,9 @@ pub use flows::SweepError;
 pub use serving::{Serving, serving_endpoints, udp_frontends};
 pub use sweep::{Culprit, Endpoints, Filter, Flow, NodePortAddresses, Sweep, Tuple, endpoints};
 pub use sweeper::{Counters, Pass, Sweeper};
+
+/// Reads bytes as answers to a listing.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    message::messages(bytes).for_each(drop);
+}

@@ -141,6 +141,14 @@ impl Serving {
         }
     }
 
+    /// Something was missing in the tables and is there again: what began meanwhile was not translated, at
+    /// whatever frontend.
+    pub fn look_again(&mut self) {
+        for (frontend, (service, by)) in &self.owners {
+            self.changed.served(*frontend, service, by.clone());
+        }
+    }
+
     /// What the [`Sweeper`](super::Sweeper) has to be told for the commits since the last call, if
     /// anything.
     pub fn take(&mut self) -> Option<Sweep> {
@@ -236,6 +244,20 @@ mod tests {
         let reply = Tuple { source: by(&[host])[0], destination: at("10.244.9.9:4000") };
         let original = Tuple { source: reply.destination, destination: at(dialled) };
         sweep.stale(&Flow { protocol: 17, zone: 0, original, reply, id: None }).is_some()
+    }
+
+    #[test]
+    fn what_was_missing_is_looked_at_again_at_every_frontend() {
+        let mut serving = serving();
+        serving.update(&name("dns"), [(frontend(VIP), by(&[1])), (NODE_PORT, by(&[1]))]);
+        serving.take().unwrap();
+        serving.update(&name("dns"), [(frontend(VIP), by(&[1])), (NODE_PORT, by(&[1]))]);
+        assert_eq!(serving.take(), None, "nothing changed");
+        serving.look_again();
+        let sweep = serving.take().unwrap();
+        for dialled in [VIP, "192.0.2.10:30053"] {
+            assert!(sweeps_away(&sweep, dialled, 2) && !sweeps_away(&sweep, dialled, 1));
+        }
     }
 
     #[test]

@@ -142,3 +142,67 @@ pub fn diff(loaded: &Loaded, wanted: Ruleset) -> Transaction {
     transaction.ops.extend(last);
     transaction
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nft::dataplane::Options;
+
+    #[test]
+    fn a_table_that_cannot_be_adopted_is_replaced_and_it_is_said_why() {
+        let ours = LoadedTable { comment: Some(LAYOUT.to_owned()), ..LoadedTable::default() };
+        assert_eq!(foreign(&ours), None);
+        let odd = [("services".to_owned(), SetState::Differs)].into();
+        for (table, why) in [
+            (
+                LoadedTable { comment: None, ..ours.clone() },
+                format!("it does not carry the comment \"{LAYOUT}\""),
+            ),
+            (
+                LoadedTable { comment: Some("mine".to_owned()), ..ours.clone() },
+                format!("it carries the comment \"mine\" instead of \"{LAYOUT}\""),
+            ),
+            (
+                LoadedTable { ownership: Ownership::Never, ..ours.clone() },
+                "everybody may change it".to_owned(),
+            ),
+            (
+                LoadedTable { sets: odd, ..ours.clone() },
+                "its set services is not one that nftproxy makes".to_owned(),
+            ),
+        ] {
+            assert_eq!(foreign(&table).unwrap().to_string(), why);
+            let loaded = Loaded { tables: [(Family::V4, table)].into() };
+            let wanted = Ruleset { options: Options::default(), ..Ruleset::default() };
+            let ops = diff(&loaded, wanted).ops;
+            let first = &ops[..2];
+            assert_eq!(first, [Op::DeleteTable(Family::V4), Op::AddTable(Family::V4)]);
+        }
+    }
+
+    #[test]
+    fn a_chain_with_another_hook_is_made_anew_and_one_with_other_rules_filled_anew() {
+        let wanted = Ruleset { options: Options::default(), ..Ruleset::default() };
+        let names: Vec<_> = wanted.chains(Family::V4).map(|chain| chain.name).collect();
+        let mut states: BTreeMap<_, _> =
+            names.iter().map(|name| (name.to_string(), ChainState::Same)).collect();
+        states.insert(names[0].to_string(), ChainState::BaseDiffers);
+        states.insert(names[1].to_string(), ChainState::RulesDiffer);
+        let sets = SetName::ALL.map(|set| (set.as_str().to_owned(), SetState::Same));
+        let comment = Some(LAYOUT.to_owned());
+        let table =
+            LoadedTable { comment, sets: sets.into(), chains: states, ..LoadedTable::default() };
+        let loaded = Loaded { tables: Family::BOTH.map(|family| (family, table.clone())).into() };
+        let ops = diff(&loaded, wanted).ops;
+        for family in Family::BOTH {
+            let at = |wanted: &Op| ops.iter().position(|op| op == wanted);
+            let deleted = at(&Op::DeleteChain(family, names[0].to_string())).unwrap();
+            let added = |op: &Op| matches!(op, Op::AddChain(f, chain) if *f == family && chain.name == names[0]);
+            let added = ops.iter().position(added).unwrap();
+            assert!(deleted < added, "{ops:#?}");
+            assert!(at(&Op::FlushChain(family, names[1].to_string())).is_some(), "{ops:#?}");
+        }
+        let chains = ops.iter().filter(|op| matches!(op, Op::AddChain(..))).count();
+        assert_eq!(chains, 2, "one of each family: {ops:#?}");
+    }
+}

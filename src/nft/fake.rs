@@ -173,7 +173,7 @@ impl FakeKernel {
                     return Err(libc::ENOENT);
                 }
                 match table.elements.insert(*id, value.clone()) {
-                    Some(old) if old != *value => Err(libc::EBUSY),
+                    Some(old) if old != *value => Err(libc::EEXIST),
                     _ => Ok(()),
                 }
             }

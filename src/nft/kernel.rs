@@ -175,3 +175,30 @@ pub enum LoadError {
         attempts: u32,
     },
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_told_in_one_line() {
+        let refusal = |op, message: Option<&str>| Refusal {
+            op,
+            errno: libc::ENOENT,
+            message: message.map(str::to_owned),
+        };
+        let one = ApplyError::Refused { refusals: vec![refusal(None, None)] };
+        let why = "No such file or directory (os error 2)";
+        assert_eq!(
+            one.to_string(),
+            format!("an operation was refused by the kernel, first: {why}")
+        );
+        let refusals = vec![refusal(Some(3), Some("no set")), refusal(Some(4), None)];
+        let two = ApplyError::Refused { refusals };
+        assert_eq!(
+            two.to_string(),
+            format!("2 operations were refused by the kernel, first: {why}: no set (operation 3)")
+        );
+        assert!(two.is(libc::ENOENT) && !two.is(libc::EBUSY));
+    }
+}

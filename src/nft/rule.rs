@@ -252,3 +252,20 @@ pub enum Hook {
     /// After routing.
     Postrouting,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_is_told_as_it_is_written() {
+        for (text, name) in [
+            ("eth0", InterfaceName::Whole("eth0".into())),
+            ("veth*", InterfaceName::Prefix("veth".into())),
+            ("*", InterfaceName::Prefix("".into())),
+        ] {
+            assert_eq!(InterfaceName::from(text.to_owned()), name);
+            assert_eq!(String::from(name), text);
+        }
+    }
+}

@@ -83,6 +83,15 @@ impl<K: Kernel> Proxy<K> {
         if self.state.service_named(service).is_some() { Standing::Over } else { Standing::Gone }
     }
 
+    /// Services that are gone, but about which something was said: they ask for nothing.
+    pub(super) fn silent_now(&self) -> Vec<(Contributor, Contribution, Vec<Problem>)> {
+        let gone = self.reported.keys().filter(|contributor| match contributor {
+            Contributor::Node => false,
+            Contributor::Service(service) => self.state.service_named(service).is_none(),
+        });
+        gone.map(|contributor| (contributor.clone(), Contribution::default(), Vec::new())).collect()
+    }
+
     /// Reports the problems of contributions that are new, and leaves out those set aside.
     pub(super) fn accepted(
         &mut self,

@@ -24,6 +24,14 @@ const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(10 * 60);
 /// How long it may take to look at the affinity maps.
 const LOOK_FOR: Duration = Duration::from_millis(100);
 
+/// Keeps looking, for as long as nobody scrapes: the kernel's counters of connections age.
+pub(super) async fn keep_looking<T>(status: Arc<Status>) -> T {
+    loop {
+        tokio::time::sleep(LOOK_AT_LEAST_EVERY).await;
+        tokio::task::block_in_place(|| status.look_at_connections());
+    }
+}
+
 pub(super) struct Pages {
     status: Arc<Status>,
     /// None where others than this host could read it.
@@ -37,14 +45,6 @@ impl Pages {
         let inside = address.ip().is_loopback();
         let inside = inside.then(|| (configz, Debug::new(about, inspector)));
         Self { status, inside, looked: Mutex::new(None) }
-    }
-
-    /// Keeps looking, for as long as nobody scrapes: the kernel's counters of connections age.
-    pub(super) async fn keep_looking(&self) {
-        loop {
-            tokio::time::sleep(LOOK_AT_LEAST_EVERY).await;
-            tokio::task::block_in_place(|| self.status.look_at_connections());
-        }
     }
 
     fn metrics(&self) -> String {

@@ -14,7 +14,7 @@ mod outage;
 mod place;
 mod protobuf;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher as _, RandomState};
 use std::ops::RangeInclusive;
 use std::pin::pin;
@@ -138,6 +138,8 @@ struct Watch<K> {
     problems: ProblemLog,
     /// Objects whose problems the owner of a Service was given notice of.
     noticed: BTreeMap<NamespacedName, NamespacedName>,
+    /// Those of them that the present list has not named.
+    unlisted: BTreeSet<NamespacedName>,
     backoff: DefaultBackoff,
     /// Errors since something last worked.
     failures: u32,
@@ -183,6 +185,7 @@ impl<K: Watched> Watch<K> {
             events: events.clone(),
             problems: ProblemLog::default(),
             noticed: BTreeMap::new(),
+            unlisted: BTreeSet::new(),
             backoff: DefaultBackoff::default(),
             failures: 0,
             denials: 0,
@@ -273,6 +276,11 @@ impl<K: Watched> Watch<K> {
                 *phase = Phase::Watching;
                 self.unavailable = false;
                 self.works();
+                // They went while nobody was told.
+                for name in std::mem::take(&mut self.unlisted) {
+                    self.problems.report(&format!("{} {name}", K::KIND), &[]);
+                    self.forget(&name);
+                }
                 self.send(Event::Listed(K::KIND)).await?;
             }
             watcher::Event::Apply(object) => {
@@ -298,6 +306,7 @@ impl<K: Watched> Watch<K> {
     async fn begin_listing(&mut self, phase: &mut Phase) -> Result<(), Closed> {
         if *phase != Phase::Listing {
             *phase = Phase::Listing;
+            self.unlisted = self.noticed.keys().cloned().collect();
             self.send(Event::Listing(K::KIND)).await?;
         }
         Ok(())
@@ -319,6 +328,9 @@ impl<K: Watched> Watch<K> {
     /// Converts an object and passes it on. One that cannot be decoded is left as it is known.
     async fn deliver(&mut self, object: Incoming<K>) -> Result<(), Closed> {
         let name = name_of(K::KIND, object.meta());
+        if let Ok(name) = &name {
+            self.unlisted.remove(name);
+        }
         let key = match &name {
             Ok(name) => format!("{} {name}", K::KIND),
             Err(problem) => problem.object.clone(),

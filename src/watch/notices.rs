@@ -44,6 +44,11 @@ const MAX_NOTE: usize = 1000;
 pub struct Notices(Option<Sender<Notice>>);
 
 impl Notices {
+    #[cfg(test)]
+    pub(super) fn to(sender: Sender<Notice>) -> Self {
+        Self(Some(sender))
+    }
+
     /// Gives one, without waiting.
     pub fn give(&self, notice: Notice) {
         let Some(sender) = &self.0 else { return };

@@ -102,7 +102,8 @@ impl ControlPlane {
         this
     }
 
-    fn start_etcd(&mut self) {
+    /// Starts etcd again after [`Self::kill_etcd`], with the same data.
+    pub(crate) fn start_etcd(&mut self) {
         let [client_url, peer_url] =
             [self.etcd_port, self.peer_port].map(|port| format!("http://127.0.0.1:{port}"));
         self.etcd = Some(Process::start(
@@ -215,6 +216,11 @@ impl ControlPlane {
     #[allow(dead_code, reason = "for the benches")]
     pub(crate) fn apiserver_id(&self) -> u32 {
         self.apiserver.as_ref().expect("it runs").child.id()
+    }
+
+    /// Ends etcd at once, as a crash would.
+    pub(crate) fn kill_etcd(&mut self) {
+        assert!(self.etcd.take().is_some(), "etcd does not run");
     }
 
     /// Where the API server is, as `address:port`.

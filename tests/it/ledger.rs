@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use nftproxy::inspect::Objects as Told;
 use nftproxy::model::{Event, Family, Kind, Protocol, Service};
 use nftproxy::nft::dataplane::Options;
 use nftproxy::nft::element::{Backend, ElementId, Key, Value};
@@ -109,6 +110,29 @@ proptest! {
         proxy.commit().unwrap();
         let left = proxy.kernel_mut().elements().filter(|(id, _)| id.set == SetName::Services);
         prop_assert_eq!(left.count(), 0);
+    }
+
+    /// What commands are told of the running program makes the same tables.
+    #[test]
+    fn what_is_told_to_commands_asks_for_the_same(
+        steps in proptest::collection::vec(any_step(), 1..30),
+    ) {
+        let mut proxy = Proxy::new(state(), FakeKernel::default());
+        all_listed().for_each(|event| proxy.observe(event));
+        for step in steps {
+            match step {
+                Step::Event(event) => proxy.observe(event),
+                Step::Settings(number) => proxy.configure(ALL_SETTINGS[number]()),
+                _ => {}
+            }
+        }
+        let told = Told::of(proxy.state(), "here".into());
+        let told: Told = serde_json::from_str(&serde_json::to_string(&told).unwrap()).unwrap();
+        let mut again = Proxy::new(told.into_state(), FakeKernel::default());
+        let (wanted, again) = (proxy.wanted(), again.wanted());
+        for family in Family::BOTH {
+            prop_assert_eq!(text::table(&wanted, family), text::table(&again, family));
+        }
     }
 
     #[test]

@@ -313,6 +313,11 @@ impl Daemon {
         self.child.id()
     }
 
+    /// Whether it runs no more.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
     /// What it said so far.
     pub(crate) fn log(&self) -> String {
         let mut text = String::new();
@@ -333,9 +338,14 @@ impl Daemon {
 
     /// Sends it a signal that ends it, and waits.
     pub(crate) fn end(&mut self, signal: Signal) {
+        self.signal(signal);
+        drop(self.child.wait());
+    }
+
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(self.child.id().try_into().unwrap());
         let _ = kill(pid, signal);
-        drop(self.child.wait());
     }
 
     /// Ends it at once, wherever it is.

@@ -1,15 +1,18 @@
 //! Text and netlink say the same: one ruleset, loaded as text by nft in one namespace and as a batch
 //! in another, is listed the same by nft.
 
-use nftproxy::model::Event;
+use nftproxy::model::{Event, Family, Protocol};
 use nftproxy::nft::dataplane::Loopback;
 use nftproxy::nft::diff::diff;
+use nftproxy::nft::element::{ElementId, Key, Value as Element};
 use nftproxy::nft::fake::FakeKernel;
-use nftproxy::nft::kernel::{Kernel as _, Loaded};
+use nftproxy::nft::kernel::{Kernel, Loaded};
+use nftproxy::nft::names::{AffinityName, ChainName, SetName};
 use nftproxy::nft::netlink::NetlinkKernel;
 use nftproxy::nft::rule::InterfaceName;
 use nftproxy::nft::ruleset::Ruleset;
 use nftproxy::nft::text;
+use nftproxy::nft::transaction::{Op, Transaction};
 use nftproxy::reconcile::Proxy;
 use nftproxy::settings::{DetectLocal, NodePortAddresses, Settings};
 use nftproxy::state::State;
@@ -82,7 +85,7 @@ fn whatever_the_settings_are() {
 }
 
 fn compare(ruleset: &Ruleset) {
-    let (mut by_text, mut by_netlink) = (Value::Null, Value::Null);
+    let (mut by_text, mut by_netlink, mut by_operations) = (Value::Null, Value::Null, Value::Null);
     in_namespace(|| {
         let transaction = diff(&Loaded::default(), ruleset.clone());
         NetlinkKernel::open().unwrap().apply(&transaction).unwrap();
@@ -96,10 +99,74 @@ fn compare(ruleset: &Ruleset) {
         nft(&["-f", "-"], &text::ruleset(ruleset));
         by_text = listed();
     });
-    if by_text != by_netlink {
-        let lines = |v: &Value| serde_json::to_string_pretty(v).unwrap();
-        panic!("text:\n{}\nnetlink:\n{}", lines(&by_text), lines(&by_netlink));
+    in_namespace(|| {
+        let ops = diff(&Loaded::default(), ruleset.clone()).ops;
+        let lines: Vec<_> = ops.iter().map(text::op).collect();
+        nft(&["-f", "-"], &lines.join("\n"));
+        by_operations = listed();
+    });
+    for (how, by) in [("text", by_text), ("operations", by_operations)] {
+        if by != by_netlink {
+            let lines = |v: &Value| serde_json::to_string_pretty(v).unwrap();
+            panic!("{how}:\n{}\nnetlink:\n{}", lines(&by), lines(&by_netlink));
+        }
     }
+}
+
+/// Property tests believe the fake kernel.
+#[test]
+fn what_the_fake_kernel_refuses_the_real_one_does() {
+    let ruleset = wanted_with(Settings { counters: true, ..settings() }, example());
+    let made = diff(&Loaded::default(), ruleset.clone());
+    let v4 = Family::V4;
+    let id = |set, key| ElementId { family: v4, set, key };
+    let key = |port| Key::Frontend([10, 96, 0, 10].into(), Protocol::Tcp, port);
+    let element = |port, value| Op::AddElement(id(SetName::Services, key(port)), value);
+    let affinity = ruleset.affinities.keys().next().unwrap().clone();
+    let other: AffinityName = "affinity/x/y/tcp/z".parse().unwrap();
+    let chain = |name: ChainName| Box::new(ruleset.chains(v4).find(|c| c.name == name).unwrap());
+    let dispatch = chain(ChainName::Dispatch);
+    let cases = [
+        (element(80, Element::Drop), libc::EEXIST),
+        (element(81, Element::Goto("lb-99".parse().unwrap())), libc::ENOENT),
+        (Op::DeleteElement(id(SetName::Services, key(81)), Element::Drop), libc::ENOENT),
+        (Op::DeleteChain(v4, "dispatch".into()), libc::EBUSY),
+        (Op::DeleteChain(v4, "none".into()), libc::ENOENT),
+        (Op::FlushChain(v4, "none".into()), libc::ENOENT),
+        (Op::DeleteAffinity(affinity.0, affinity.1), libc::EBUSY),
+        (Op::DeleteAffinity(v4, other), libc::ENOENT),
+        (Op::DeleteCounters(v4), libc::EBUSY),
+    ];
+    let refused = |kernel: &mut dyn Kernel, op: &Op| {
+        kernel.apply(&Transaction { ops: vec![op.clone()] }).unwrap_err()
+    };
+    let mut fake = FakeKernel::default();
+    fake.apply(&made).unwrap();
+    in_namespace(|| {
+        let mut real = NetlinkKernel::open().unwrap();
+        real.apply(&made).unwrap();
+        for (op, errno) in &cases {
+            let [fake, real] = [refused(&mut fake, op), refused(&mut real, op)];
+            assert!(fake.is(*errno), "{op:?}: {fake}");
+            assert!(real.is(*errno), "{op:?}: {real}");
+        }
+        let before = fake.dump();
+        let without = [
+            Op::DeleteTable(v4),
+            Op::AddCounters(v4),
+            Op::AddRules(v4, dispatch.clone()),
+            Op::AddSet(v4, SetName::Services),
+        ];
+        let gone = Transaction { ops: vec![Op::DeleteTable(v4)] };
+        assert_eq!(fake.dump(), before, "what is refused changes nothing");
+        for kernel in [&mut fake as &mut dyn Kernel, &mut real] {
+            kernel.apply(&gone).unwrap();
+            for op in &without {
+                let error = refused(kernel, op);
+                assert!(error.is(libc::ENOENT), "{op:?}: {error}");
+            }
+        }
+    });
 }
 
 /// Whether the installed nft can load a protocol in a key of ranges, in whatever table: an old one

@@ -129,9 +129,15 @@ pub(crate) fn tcp_here(to: SocketAddr) -> Outcome {
 
 /// Opens a connection from the namespace this thread is in, and from one of its addresses.
 pub(crate) fn tcp_from(source: Option<IpAddr>, to: SocketAddr) -> Outcome {
+    tcp_at(source.map(|source| SocketAddr::new(source, 0)), to)
+}
+
+/// The same from a port of it.
+pub(crate) fn tcp_at(source: Option<SocketAddr>, to: SocketAddr) -> Outcome {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
     if let Some(source) = source {
-        socket.bind(&SockAddr::from(SocketAddr::new(source, 0))).unwrap();
+        socket.set_reuse_address(true).unwrap();
+        socket.bind(&SockAddr::from(source)).unwrap();
     }
     // Ends with a reset, so that no server is left with a TIME-WAIT. Masquerading picks ports at
     // random: a SYN that meets the TIME-WAIT of another client can be lost without anybody's fault.

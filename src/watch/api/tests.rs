@@ -592,34 +592,30 @@ async fn a_server_that_ends_every_watch_at_once_is_not_asked_in_a_loop() {
     assert_eq!(last.elapsed(), Duration::ZERO);
 }
 
-#[tokio::test]
-async fn a_kubeconfig_that_cannot_be_used_is_named_in_one_line_without_its_secrets() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("kubeconfig");
-    let said = async || {
-        let refused = client(Some(&path), None).await.err().expect("it cannot be used");
-        let text = refused.to_string();
-        assert!(!text.contains('\n') && !text.contains("sesame"), "{text}");
-        text
-    };
-    let name = path.display().to_string();
-    let text = said().await;
-    assert!(text.contains(&name) && text.contains("No such file"), "{text}");
-    let users = "users: [{ name: u, user: { token: sesame } }]\n";
-    std::fs::write(&path, format!("{users}clusters: [\n")).unwrap();
-    let text = said().await;
-    assert!(text.contains(&name) && text.contains("line 2"), "{text}");
-    std::fs::write(&path, format!("{users}current-context: gone\n")).unwrap();
-    let text = said().await;
-    assert!(text.contains(&name) && text.contains("gone"), "{text}");
-}
-
-#[tokio::test]
-async fn a_master_that_is_no_url_is_refused() {
-    for (master, fault) in [("10.0.0.1:6443", "no scheme"), ("https://", ""), ("http://a b", "")] {
-        let refused = client(None, Some(master)).await.err().expect("it is no URL").to_string();
-        assert!(refused.contains(master) && refused.contains(fault), "{refused}");
+#[tokio::test(start_paused = true)]
+async fn who_is_gone_by_a_list_is_nobodys_trouble_any_more() {
+    let (sender, mut given) = mpsc::channel(8);
+    let shared = Arc::new(Shared { notices: Notices::to(sender), ..Shared::default() });
+    let (mut server, _events) = watch::<Service>(&shared);
+    let mut stream = server.asked_for_stream().await.begin();
+    for name in ["a", "b"] {
+        stream.event("ADDED", &nonsense(name, 1));
     }
+    stream.complete(7);
+    for name in ["x/a", "x/b"] {
+        let notice = given.recv().await.unwrap();
+        assert!(matches!(notice.standing, Standing::Is(_)), "{notice:?}");
+        assert_eq!(notice.service.as_str(), name);
+    }
+    stream.event("ERROR", &status(410, "too old"));
+    let mut stream = server.asked_for_stream().await.begin();
+    stream.event("ADDED", &nonsense("b", 1));
+    stream.complete(9);
+    let mut last = Vec::new();
+    while let Ok(Some(notice)) = tokio::time::timeout(Duration::from_secs(1), given.recv()).await {
+        last.push((notice.service.as_str().to_owned(), matches!(notice.standing, Standing::Gone)));
+    }
+    assert_eq!(last, [("x/b".to_owned(), false), ("x/a".to_owned(), true)]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -81,9 +81,18 @@ impl Queue {
                 return;
             }
             if self.subjects.len() >= LIMIT {
-                // What is over may be forgotten. If everything stands, the log has to do.
+                // What is over may be forgotten.
                 self.subjects
                     .retain(|_, subject| subject.due.is_some() || !subject.told.is_empty());
+                // So may what was told longest ago: of some of it, the end may never have come here.
+                let settled = self.subjects.iter().filter(|(_, subject)| subject.due.is_none());
+                let oldest = settled.min_by_key(|(_, subject)| subject.told_at);
+                let oldest = oldest.map(|(key, _)| key.clone());
+                if self.subjects.len() >= LIMIT
+                    && let Some(oldest) = oldest
+                {
+                    self.subjects.remove(&oldest);
+                }
             }
             if self.subjects.len() >= LIMIT {
                 tracing::debug!(service = %key.0, "too much to tell: an Event is left out");
@@ -265,5 +274,19 @@ mod tests {
             queue.add(notice(&format!("s-{i}"), Topic::Refused, "", is("no")), Instant::now());
         }
         assert_eq!(queue.subjects.len(), LIMIT);
+    }
+
+    #[test]
+    fn what_was_told_longest_ago_makes_room_for_what_is_new() {
+        let mut queue = Queue::new(0);
+        let now = Instant::now();
+        for i in 0..LIMIT {
+            queue.add(notice(&format!("s-{i:04}"), Topic::Refused, "", is("no")), now);
+        }
+        assert_eq!(told(&mut queue, now, 3600).len(), LIMIT);
+        queue.add(notice("late", Topic::Refused, "", is("no")), now + Duration::from_secs(3600));
+        assert_eq!(told(&mut queue, now, 3700), [(3600, "x/late: no".into())]);
+        assert_eq!(queue.subjects.len(), LIMIT);
+        assert!(!queue.subjects.keys().any(|(name, _)| name.as_str() == "x/s-0000"));
     }
 }
