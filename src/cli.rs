@@ -7,6 +7,7 @@ mod report;
 
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use tracing::info;
@@ -20,6 +21,7 @@ use crate::commands::top::Top;
 use crate::commands::{self, Answer, CommandError, Output, Verdict};
 use crate::config::{self, ConfigError, Loaded, Log, Remark};
 use crate::host::{self, PrivilegeError};
+use crate::journal::Journal;
 
 /// A Kubernetes service proxy on nftables.
 ///
@@ -76,17 +78,17 @@ pub enum CliError {
 impl Configuration {
     /// Reads the configuration and starts the log it asks for.
     fn load(&self, quiet: bool) -> Result<Loaded, CliError> {
-        let loaded = self.load_silently(quiet)?;
+        let (loaded, _) = self.load_silently(quiet)?;
         loaded.remarks.iter().for_each(Remark::log);
         Ok(loaded)
     }
 
-    /// The same, with the remarks left to say.
-    fn load_silently(&self, quiet: bool) -> Result<Loaded, CliError> {
+    /// The same, with the remarks left to say, and what keeps the last lines of the log.
+    fn load_silently(&self, quiet: bool) -> Result<(Loaded, Arc<Journal>), CliError> {
         match config::load(&self.flags()) {
             Ok(loaded) => {
-                log::start(loaded.config.log, quiet);
-                Ok(loaded)
+                let journal = log::start(loaded.config.log, quiet);
+                Ok((loaded, journal))
             }
             Err(error) => {
                 log::start(Log::default(), quiet);
@@ -120,16 +122,20 @@ impl Cli {
             // A command whose result is on standard output only speaks up if something is wrong.
             Command::Render(args) => {
                 let config = args.configuration.load(true)?.config;
-                let rendered = commands::render::render(config, args.family.map(Into::into))?;
+                let rendered = commands::render::render(
+                    config,
+                    args.family.map(Into::into),
+                    args.output.output,
+                )?;
                 print(&rendered.text)?;
                 match rendered.refused {
                     0 => Ok(ExitCode::SUCCESS),
                     refused => Err(CliError::Refused(refused)),
                 }
             }
-            Command::Diff(configuration) => {
+            Command::Diff(OutputAndConfiguration { output, configuration }) => {
                 let config = configuration.load(true)?.config;
-                told(&runtime()?.block_on(commands::diff::diff(&config))?)
+                told(&runtime()?.block_on(commands::diff::diff(&config, output.output))?)
             }
             Command::Config(OutputAndConfiguration { output, configuration }) => {
                 let loaded = configuration.load(true)?;
@@ -175,7 +181,7 @@ fn described() -> clap::Command {
 }
 
 fn run(args: &RunArgs) -> Result<ExitCode, CliError> {
-    let loaded = args.configuration.load_silently(false)?;
+    let (loaded, journal) = args.configuration.load_silently(false)?;
     if args.write_config_to.is_none() {
         // Without, nothing else is worth a word.
         host::check_privileges()?;
@@ -194,7 +200,7 @@ fn run(args: &RunArgs) -> Result<ExitCode, CliError> {
     } else {
         // While there is one thread.
         app::confine(&loaded.config)?;
-        runtime()?.block_on(app::run(args.configuration.flags(), loaded))?;
+        runtime()?.block_on(app::run(args.configuration.flags(), loaded, journal))?;
     }
     Ok(ExitCode::SUCCESS)
 }

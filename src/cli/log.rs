@@ -1,11 +1,16 @@
-//! The log on standard error: one line an event.
+//! The log on standard error: one line an event. Its last lines are kept, too.
+
+use std::sync::Arc;
+
+use tracing_subscriber::fmt::writer::MakeWriterExt as _;
 
 use crate::config::Log;
+use crate::journal::Journal;
 
 /// Where the client says that it cannot read its file of certificates again.
 const CA_BUNDLE: &str = "kube_client::client::tls=warn";
 
-pub(super) fn start(log: Log, quiet: bool) {
+pub(super) fn start(log: Log, quiet: bool) -> Arc<Journal> {
     use tracing_subscriber::EnvFilter;
     // The client library has an error line for every try; what it means is said once by `watch`.
     let level = match log.verbosity {
@@ -21,10 +26,11 @@ pub(super) fn start(log: Log, quiet: bool) {
         0..=3 => format!("{level},kube_runtime=off,kube_client::client=off,{CA_BUNDLE}"),
         _ => level.to_owned(),
     };
+    let journal = Arc::new(Journal::default());
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(std::io::stderr.and(journal.clone()))
         .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
     if log.json {
@@ -32,4 +38,5 @@ pub(super) fn start(log: Log, quiet: bool) {
     } else {
         subscriber.init();
     }
+    journal
 }

@@ -201,11 +201,20 @@ fn a_token_is_in_no_log_no_metric_and_no_configuration() {
     is_confined(&daemon, NET_ADMIN | NET_BIND_SERVICE);
     let mut told = daemon.log();
     assert!(told.contains("TRACE"), "the log of everything");
-    for (port, path) in [(10249, "/metrics"), (10249, "/configz"), (10256, "/healthz")] {
+    let pages = [
+        (10249, "/metrics"),
+        (10249, "/configz"),
+        // What a support archive has of the log.
+        (10249, "/debug/log"),
+        (10256, "/healthz"),
+    ];
+    for (port, path) in pages {
         wait_until("the port to be open", || {
             get(&net, "node", to("127.0.0.1", port), path).is_some()
         });
-        told += &get(&net, "node", to("127.0.0.1", port), path).unwrap().body;
+        let body = get(&net, "node", to("127.0.0.1", port), path).unwrap().body;
+        assert!(path != "/debug/log" || body.contains("TRACE"), "{body}");
+        told += &body;
     }
     assert!(told.contains("rest_client_requests_total") && told.contains("kubeconfig"));
     let line = told.lines().find(|line| line.contains(TOKEN));

@@ -357,11 +357,12 @@ fn a_bundle_holds_what_is_needed() {
         ("daemon/services.json", "default/dns"),
         ("daemon/status.html", "nftproxy on node-1"),
         ("daemon/metrics.txt", "nftproxy_services 3"),
+        ("daemon/log.txt", " synced services=3 "),
     ] {
         let text = files.get(name).unwrap_or_else(|| panic!("{name} is not in {:?}", files.keys()));
         assert!(text.contains(words), "{words:?} is not in {name}: {text}");
     }
-    assert_eq!(files.len(), 13, "{:?}", files.keys());
+    assert_eq!(files.len(), 14, "{:?}", files.keys());
     // As we write them from the kernel, the tables are as the daemon wants them.
     assert_eq!(files["kernel.nft"].trim(), files["daemon/ruleset.nft"].trim());
     let again = done(on_node(&net, &["bundle", "--output"]).arg(&file));
