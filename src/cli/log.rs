@@ -32,6 +32,8 @@ pub(super) fn start(log: Log, quiet: bool) -> Arc<Journal> {
         .with_env_filter(filter)
         .with_writer(std::io::stderr.and(journal.clone()))
         .with_target(false)
+        // Nobody may read standard error any more, and to say so there would end the program.
+        .log_internal_errors(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
     if log.json {
         subscriber.json().init();

@@ -235,3 +235,19 @@ fn a_token_is_in_no_log_no_metric_and_no_configuration() {
         assert!(said.contains("kubeconfig") && !said.contains(TOKEN), "{said}");
     }
 }
+
+/// A pipe whose reader is gone, a full disk: the log is lost, and nothing else.
+#[test]
+fn a_log_that_cannot_be_written_ends_nothing() {
+    let Some(net) = Net::new() else { return };
+    net.write("cluster.yaml", CLUSTER);
+    let dir = net.manifests().display().to_string();
+    let by = ["sh", "-c", "exec \"$@\" 2>/dev/full", "sh"];
+    let arguments = ["run", "--manifests", &dir, "--hostname-override", "node-1", "-v", "2"];
+    let mut daemon = Daemon::spawn_by(&net.name("node"), &by, &arguments);
+    let log = || get(&net, "node", to("127.0.0.1", 10249), "/debug/log");
+    wait_until("everything to be programmed", || {
+        log().is_some_and(|log| log.body.contains(" synced "))
+    });
+    daemon.end(nix::sys::signal::Signal::SIGTERM);
+}
