@@ -12,6 +12,7 @@ use std::sync::Arc;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use tracing::info;
 
+use self::log::Voice;
 use self::args::{
     CleanupArgs, Command, Configuration, EXAMPLES, ExplainArgs, ListArgs, OutputAndConfiguration,
     RunArgs, TopArgs,
@@ -77,21 +78,21 @@ pub enum CliError {
 
 impl Configuration {
     /// Reads the configuration and starts the log it asks for.
-    fn load(&self, quiet: bool) -> Result<Loaded, CliError> {
-        let (loaded, _) = self.load_silently(quiet)?;
+    fn load(&self, voice: Voice) -> Result<Loaded, CliError> {
+        let (loaded, _) = self.load_silently(voice)?;
         loaded.remarks.iter().for_each(Remark::log);
         Ok(loaded)
     }
 
     /// The same, with the remarks left to say, and what keeps the last lines of the log.
-    fn load_silently(&self, quiet: bool) -> Result<(Loaded, Arc<Journal>), CliError> {
+    fn load_silently(&self, voice: Voice) -> Result<(Loaded, Arc<Journal>), CliError> {
         match config::load(&self.flags()) {
             Ok(loaded) => {
-                let journal = log::start(loaded.config.log, quiet);
+                let journal = log::start(loaded.config.log, voice);
                 Ok((loaded, journal))
             }
             Err(error) => {
-                log::start(Log::default(), quiet);
+                log::start(Log::default(), voice);
                 Err(error.into())
             }
         }
@@ -111,7 +112,7 @@ impl Cli {
         match self.command.unwrap_or(Command::Run(self.run)) {
             Command::Run(args) => run(&args),
             Command::Cleanup(CleanupArgs { kube_proxy, log }) => {
-                log::start(log.into(), false);
+                log::start(log.into(), Voice::Events);
                 if kube_proxy {
                     commands::cleanup::kube_proxy()?;
                 } else {
@@ -121,7 +122,7 @@ impl Cli {
             }
             // A command whose result is on standard output only speaks up if something is wrong.
             Command::Render(args) => {
-                let config = args.configuration.load(true)?.config;
+                let config = args.configuration.load(Voice::Warnings)?.config;
                 let rendered = commands::render::render(
                     config,
                     args.family.map(Into::into),
@@ -134,11 +135,11 @@ impl Cli {
                 }
             }
             Command::Diff(OutputAndConfiguration { output, configuration }) => {
-                let config = configuration.load(true)?.config;
+                let config = configuration.load(Voice::Answer)?.config;
                 told(&runtime()?.block_on(commands::diff::diff(&config, output.output))?)
             }
             Command::Config(OutputAndConfiguration { output, configuration }) => {
-                let loaded = configuration.load(true)?;
+                let loaded = configuration.load(Voice::Answer)?;
                 let format = match output.output {
                     Output::Text => config::Format::Text,
                     Output::Json => config::Format::Json,
@@ -150,7 +151,7 @@ impl Cli {
             Command::List(args) => list(args),
             Command::Top(args) => runtime()?.block_on(top(args)),
             Command::Check(OutputAndConfiguration { output, configuration }) => {
-                let config = configuration.load(true)?.config;
+                let config = configuration.load(Voice::Answer)?.config;
                 let answer = commands::check::check(&config, output.output);
                 told(&runtime()?.block_on(answer)?)
             }
@@ -181,7 +182,7 @@ fn described() -> clap::Command {
 }
 
 fn run(args: &RunArgs) -> Result<ExitCode, CliError> {
-    let (loaded, journal) = args.configuration.load_silently(false)?;
+    let (loaded, journal) = args.configuration.load_silently(Voice::Events)?;
     if args.write_config_to.is_none() {
         // Without, nothing else is worth a word.
         host::check_privileges()?;
@@ -251,14 +252,14 @@ fn man(dir: Option<&std::path::Path>) -> Result<ExitCode, CliError> {
 
 fn list(args: ListArgs) -> Result<ExitCode, CliError> {
     let ListArgs { namespace, service, address, wanted, output, configuration } = args;
-    let config = configuration.load(true)?.config;
+    let config = configuration.load(Voice::Answer)?.config;
     let filter = commands::list::Filter { namespace, service, address, wanted };
     told(&runtime()?.block_on(commands::list::list(&config, &filter, output.output))?)
 }
 
 async fn top(args: TopArgs) -> Result<ExitCode, CliError> {
     let TopArgs { interval, once, output, configuration } = args;
-    let config = configuration.load(true)?.config;
+    let config = configuration.load(Voice::Answer)?.config;
     let live = !once && std::io::stdout().is_terminal();
     let mut top = Top::begin(&config).await?;
     while let Some(under_way) = &mut top {
@@ -287,7 +288,7 @@ async fn top(args: TopArgs) -> Result<ExitCode, CliError> {
 
 fn explain(args: ExplainArgs) -> Result<ExitCode, CliError> {
     let ExplainArgs { target, from, interface, wanted, output, configuration } = args;
-    let config = configuration.load(true)?.config;
+    let config = configuration.load(Voice::Answer)?.config;
     let question = commands::explain::Question { target, from, interface, wanted };
     let answer = commands::explain::explain(&config, &question, output.output);
     told(&runtime()?.block_on(answer)?)

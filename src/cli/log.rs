@@ -10,11 +10,24 @@ use crate::journal::Journal;
 /// Where the client says that it cannot read its file of certificates again.
 const CA_BUNDLE: &str = "kube_client::client::tls=warn";
 
-pub(super) fn start(log: Log, quiet: bool) -> Arc<Journal> {
+/// How much a command says beside its answer, unless more is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Voice {
+    /// Everything that happens.
+    Events,
+    /// What is wrong.
+    Warnings,
+    /// The same, but not what is wrong between objects that are not asked about: the daemon has said
+    /// it, and `check` does.
+    Answer,
+}
+
+pub(super) fn start(log: Log, voice: Voice) -> Arc<Journal> {
     use tracing_subscriber::EnvFilter;
     // The client library has an error line for every try; what it means is said once by `watch`.
     let level = match log.verbosity {
-        0 if quiet => "warn,kube_client=off",
+        0 if voice == Voice::Warnings => "warn,kube_client=off",
+        0 if voice == Voice::Answer => "warn,nftproxy::reconcile=error,kube_client=off",
         0 | 1 => "info,kube_client=off",
         2 | 3 => "info,nftproxy=debug,kube_client=off",
         4 | 5 => "debug",

@@ -118,7 +118,7 @@ impl Node {
         );
         let mut shell = Command::new("ip");
         shell.args(["netns", "exec", &self.net.name("node"), "bash", "-c", command]);
-        shell.current_dir(self.net.dir.path()).env("PATH", path);
+        shell.current_dir(self.net.dir.path()).env("PATH", path).env("REPOSITORY", root());
         shell.env_remove("RUST_LOG").env_remove("COLUMNS").stdin(Stdio::null());
         shell
     }
