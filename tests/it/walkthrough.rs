@@ -37,6 +37,8 @@ fn volatile() -> Vec<(Regex, &'static str)> {
         // Which endpoint gets how many is by chance.
         (r"\b[1-9]\d* connections?\b", "N connections"),
         (r"nftproxy \d+\.\d+\.\d+", "nftproxy VERSION"),
+        (r"\b\d+\.\d connections/s", "R connections/s"),
+        (r"^ +\d+\.\d +\d+ ", " R N "),
         (r" +", " "),
     ];
     pairs.map(|(pattern, word)| (Regex::new(pattern).unwrap(), word)).into()
