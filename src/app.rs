@@ -86,11 +86,7 @@ fn set_oom_score_adj(live: &Live) {
 }
 
 /// Runs until SIGTERM or SIGINT. The tables stay in force afterwards.
-pub async fn run(
-    flags: Flags,
-    loaded: Loaded,
-    journal: Arc<Journal>,
-) -> Result<(), RunError> {
+pub async fn run(flags: Flags, loaded: Loaded, journal: Arc<Journal>) -> Result<(), RunError> {
     host::check_privileges()?;
     let config = loaded.config.clone();
     let (sender, events) = channel(QUEUE);

@@ -12,11 +12,11 @@ use std::sync::Arc;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use tracing::info;
 
-use self::log::Voice;
 use self::args::{
     CleanupArgs, Command, Configuration, EXAMPLES, ExplainArgs, ListArgs, OutputAndConfiguration,
     RunArgs, TopArgs,
 };
+use self::log::Voice;
 use crate::app::{self, RunError};
 use crate::commands::top::Top;
 use crate::commands::{self, Answer, CommandError, Output, Verdict};

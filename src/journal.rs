@@ -81,7 +81,7 @@ mod tests {
         assert_eq!(journal.text(), "");
         writeln!(&journal, "\x1b[32m INFO\x1b[0m first").unwrap();
         assert_eq!(journal.text(), " INFO first\n");
-        (&journal).write_all(&[b'x'; 3 * LINE]).unwrap();
+        (&journal).write_all(&vec![b'x'; 3 * LINE]).unwrap();
         assert_eq!(journal.text().len(), " INFO first\n".len() + LINE + 1);
         for number in 0..100_000 {
             (&journal).write_all(format!("line {number}\n").as_bytes()).unwrap();

@@ -97,7 +97,7 @@ impl<'a> Top<'a> {
             return Ok(None);
         }
         let (names, node, unnamed) = match gather(config).await {
-            Ok(Gathered { state, .. }) => (names(&state), state.node_facts().name.to_string(), None),
+            Ok(Gathered { state, .. }) => (names(&state), state.node_facts().name.clone(), None),
             Err(error) if is_given(&config.source) => return Err(error.into()),
             Err(error) => {
                 (Connections::default(), config.node_name.clone(), Some(error.to_string()))

@@ -161,7 +161,9 @@ fn element(id: &Key, value: &Value) -> Json {
         Value::None => return key(id),
         Value::Goto(chain) => json!({"goto": {"target": chain.to_string()}}),
         Value::Drop => json!({"drop": null}),
-        Value::Backend(backend) => concat([backend.address.to_string().into(), backend.port.into()]),
+        Value::Backend(backend) => {
+            concat([backend.address.to_string().into(), backend.port.into()])
+        }
     };
     json!([key(id), value])
 }
@@ -178,7 +180,10 @@ fn rule(rule: &Rule, chain: &str, family: Family) -> Json {
 }
 
 fn compare(op: &str, left: Json, right: impl Into<Json>) -> Json {
-    json!({"match": {"op": op, "left": left, "right": right.into()}})
+    let parts = [("op", op.into()), ("left", left), ("right", right.into())];
+    let parts: serde_json::Map<_, _> =
+        parts.into_iter().map(|(key, part)| (key.to_owned(), part)).collect();
+    json!({ "match": parts })
 }
 
 fn payload(protocol: &str, field: &str) -> Json {
@@ -195,9 +200,8 @@ fn statement(statement: &Statement, family: Family) -> Json {
         several => concat(several.iter().map(|&one| selector(one, family))),
     };
     let address = |field| payload(&family.to_string(), field);
-    let is_local = |field: &str| {
-        compare("==", json!({"fib": {"result": "type", "flags": [field]}}), "local")
-    };
+    let is_local =
+        |field: &str| compare("==", json!({"fib": {"result": "type", "flags": [field]}}), "local");
     let set = |set: &SetName| format!("@{set}");
     let affinity = |name: &AffinityName| format!("@{name}");
     let mark = |sign: &str, bits: &u32| {
@@ -266,8 +270,7 @@ fn loopback(family: Family) -> Json {
 }
 
 fn selector(selector: Selector, family: Family) -> Json {
-    let of_connection =
-        |key: &str, direction: &str| json!({"ct": {"key": key, "dir": direction}});
+    let of_connection = |key: &str, direction: &str| json!({"ct": {"key": key, "dir": direction}});
     let address = |field: &str| format!("{family} {field}");
     match selector {
         Selector::Saddr => payload(&family.to_string(), "saddr"),
@@ -279,9 +282,8 @@ fn selector(selector: Selector, family: Family) -> Json {
         Selector::ReplySaddr => of_connection(&address("saddr"), "reply"),
         Selector::ReplySport => of_connection("proto-src", "reply"),
         Selector::Slot { source, modulus, offset } => {
-            let number = |mode: &str| {
-                json!({"numgen": {"mode": mode, "mod": modulus, "offset": offset}})
-            };
+            let number =
+                |mode: &str| json!({"numgen": {"mode": mode, "mod": modulus, "offset": offset}});
             match source {
                 SlotSource::Random => number("random"),
                 SlotSource::Increment => number("inc"),

@@ -55,8 +55,11 @@ fn code(text: &str) -> String {
 pub(crate) fn pages() -> Vec<PathBuf> {
     let listed = fs::read_dir(root().join("deploy/docs")).unwrap();
     let docs = listed.map(|entry| entry.unwrap().path());
-    let mut pages: Vec<_> = docs.filter(|path| path.extension().is_some_and(|e| e == "md")).collect();
-    pages.extend(["README.md", "deploy/README.md", "deploy/monitoring/runbook.md"].map(|p| root().join(p)));
+    let mut pages: Vec<_> =
+        docs.filter(|path| path.extension().is_some_and(|e| e == "md")).collect();
+    pages.extend(
+        ["README.md", "deploy/README.md", "deploy/monitoring/runbook.md"].map(|p| root().join(p)),
+    );
     pages.sort();
     pages
 }
@@ -105,7 +108,8 @@ fn kind(ty: Type) -> String {
         Type::Duration => "duration".into(),
         Type::Text => "text".into(),
         Type::OneOf(words) => {
-            let words: Vec<_> = words.iter().filter(|word| !word.is_empty()).map(|w| code(w)).collect();
+            let words: Vec<_> =
+                words.iter().filter(|word| !word.is_empty()).map(|w| code(w)).collect();
             words.join(", ")
         }
         Type::List => "list".into(),
@@ -116,7 +120,8 @@ fn kind(ty: Type) -> String {
 
 #[test]
 fn the_reference_of_settings_is_made_from_the_settings() {
-    let flag = |field: &Field| field.flag.map(|flag| code(&format!("--{flag}"))).unwrap_or_default();
+    let flag =
+        |field: &Field| field.flag.map(|flag| code(&format!("--{flag}"))).unwrap_or_default();
     let (mut with, mut without, mut own) = (String::new(), String::new(), String::new());
     for field in FIELDS {
         let Field { path, ty, default, help, .. } = field;
@@ -139,7 +144,9 @@ fn the_reference_of_settings_is_made_from_the_settings() {
     }
     let mut lone = String::new();
     for flag in LONE_FLAGS {
-        let what = flag.without_effect.map_or(flag.help.to_owned(), |why| format!("without effect: {why}"));
+        let what = flag
+            .without_effect
+            .map_or(flag.help.to_owned(), |why| format!("without effect: {why}"));
         lone += &format!("| `--{}` | {} |\n", flag.flag, cell(&what));
     }
     let head = "| field | flag | takes | default | a change takes effect | |\n| --- | --- | --- | --- | --- | --- |\n";
@@ -211,7 +218,8 @@ fn every_link_leads_somewhere() {
                 continue;
             }
             let (file, fragment) = link.split_once('#').unwrap_or((link, ""));
-            let target = if file.is_empty() { page.clone() } else { page.parent().unwrap().join(file) };
+            let target =
+                if file.is_empty() { page.clone() } else { page.parent().unwrap().join(file) };
             assert!(target.exists(), "{}: {link} leads nowhere", page.display());
             links += 1;
             if fragment.is_empty() {
@@ -219,7 +227,8 @@ fn every_link_leads_somewhere() {
             }
             let there = fs::read_to_string(&target).unwrap();
             let mut headings = there.lines().filter(|line| line.starts_with('#'));
-            let found = headings.any(|line| anchor(line.trim_start_matches('#').trim()) == fragment);
+            let found =
+                headings.any(|line| anchor(line.trim_start_matches('#').trim()) == fragment);
             assert!(found, "{}: {link}: no such heading", page.display());
         }
     }
@@ -264,7 +273,8 @@ fn the_rules_that_are_explained_are_the_rules() {
         .output()
         .unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
-    let blocks: Vec<_> = page.split("```nft\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    let blocks: Vec<_> =
+        page.split("```nft\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
     assert!(blocks.len() > 5, "{}", blocks.len());
     for block in blocks {
         is_in_order(block, &text).unwrap_or_else(|error| panic!("{error}, in\n{block}"));

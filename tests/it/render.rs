@@ -165,7 +165,8 @@ fn the_json_is_what_nft_prints_of_the_same_tables() {
                     let (ours, theirs) = (comparable(&ours), comparable(&theirs));
                     for (ours, mut theirs) in ours.iter().zip(theirs.clone()) {
                         // A statement that this nft has no JSON for, it prints as text.
-                        let unknown = theirs.get_mut("rule").and_then(|rule| rule["expr"].as_array_mut());
+                        let unknown =
+                            theirs.get_mut("rule").and_then(|rule| rule["expr"].as_array_mut());
                         for (number, statement) in unknown.into_iter().flatten().enumerate() {
                             if statement.is_string() {
                                 *statement = ours["rule"]["expr"][number].clone();

@@ -73,7 +73,8 @@ impl Sameness {
             } else if is_first {
                 rest.starts_with(&part).then_some(0)
             } else {
-                (0..=rest.len().saturating_sub(part.len())).find(|&at| rest[at..].starts_with(&part))
+                (0..=rest.len().saturating_sub(part.len()))
+                    .find(|&at| rest[at..].starts_with(&part))
             };
             let Some(at) = found else { return false };
             rest = &rest[at + part.len()..];
@@ -165,7 +166,8 @@ fn held(text: &str, node: &mut Node, sameness: &Sameness) -> (String, Vec<String
         if line.starts_with("```") {
             is_session = line == "```console";
         }
-        let Some(mut command) = line.strip_prefix("$ ").filter(|_| is_session).map(str::to_owned) else {
+        let Some(mut command) = line.strip_prefix("$ ").filter(|_| is_session).map(str::to_owned)
+        else {
             continue;
         };
         // As a shell reads it.

@@ -70,7 +70,8 @@ fn explain(net: &Net, case: &Case, family: usize) -> Value {
     let mut query = form_urlencoded::Serializer::new(String::new());
     query.append_pair("target", &format!("{to}/{protocol}"));
     if case.from != "node" {
-        let interface = if case.from == "client" { "eth0".into() } else { format!("pod-{}", case.from) };
+        let interface =
+            if case.from == "client" { "eth0".into() } else { format!("pod-{}", case.from) };
         query.append_pair("from", &asking::own(case.from, to).to_string());
         query.append_pair("interface", &interface);
     }
@@ -110,7 +111,8 @@ fn every_case_of_the_table_is_explained_as_it_is() {
             .filter(|(_, case)| case.setting == setting && case.protocol != Protocol::Echo)
             .flat_map(|(number, case)| case.families.iter().map(move |f| (number, case, *f)))
             .collect();
-        wrong.extend(open.iter().filter_map(|(number, case, f)| objection(&net, *number, case, *f)));
+        wrong
+            .extend(open.iter().filter_map(|(number, case, f)| objection(&net, *number, case, *f)));
         asked += open.len();
     }
     wrong.sort();
