@@ -16,6 +16,7 @@ use crate::config::{self, Config, Flags, Live, Loaded, Source};
 use crate::conntrack::Sweeper;
 use crate::host::{self, ConfineError, PrivilegeError};
 use crate::inspect::Inspector;
+use crate::journal::Journal;
 use crate::metrics::RestClient;
 use crate::model::{Event, Family, Notice, Standing, Topic};
 use crate::nft::netlink::{FEATURES, NetlinkKernel, OpenError};
@@ -97,7 +98,7 @@ fn set_oom_score_adj(live: &Live) {
 }
 
 /// Runs until SIGTERM or SIGINT. The tables stay in force afterwards.
-pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
+pub async fn run(flags: Flags, loaded: Loaded, journal: Arc<Journal>) -> Result<(), RunError> {
     host::check_privileges()?;
     let config = loaded.config.clone();
     let (sender, events) = channel(QUEUE);
@@ -142,7 +143,7 @@ pub async fn run(flags: Flags, loaded: Loaded) -> Result<(), RunError> {
     info!(node = config.node_name, source = %config.source, "starting");
     follow_host(sender.downgrade())?;
     let mut servers =
-        pin!(serve(&loaded, status.clone(), inspector, health_checks, notices.clone()));
+        pin!(serve(&loaded, status.clone(), (inspector, journal), health_checks, notices.clone()));
     follow_config(flags, loaded, live_sender)?;
     tokio::select! {
         signal = stopped() => info!(signal = signal?, "stopping; the tables stay in force"),
@@ -180,7 +181,7 @@ fn prepare_host(live: &Live) -> Result<(), String> {
 fn serve(
     loaded: &Loaded,
     status: Arc<Status>,
-    inspector: Inspector,
+    (inspector, journal): (Inspector, Arc<Journal>),
     health_checks: UnboundedReceiver<HealthCheckChange>,
     notices: Notices,
 ) -> impl Future<Output = BindError> + use<> {
@@ -199,6 +200,7 @@ fn serve(
             settings: config::given(loaded),
         },
         inspector,
+        journal,
     };
     server::serve(listen, status, inside, health_checks, move |failure| {
         let ListenFailure { service, address, reason } = failure;

@@ -7,6 +7,7 @@ mod report;
 
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use tracing::info;
@@ -15,11 +16,13 @@ use self::args::{
     CleanupArgs, Command, Configuration, EXAMPLES, ExplainArgs, ListArgs, OutputAndConfiguration,
     RunArgs, TopArgs,
 };
+use self::log::Voice;
 use crate::app::{self, RunError};
 use crate::commands::top::Top;
 use crate::commands::{self, Answer, CommandError, Output, Verdict};
 use crate::config::{self, ConfigError, Loaded, Log, Remark};
 use crate::host::{self, PrivilegeError};
+use crate::journal::Journal;
 
 /// A Kubernetes service proxy on nftables.
 ///
@@ -75,21 +78,21 @@ pub enum CliError {
 
 impl Configuration {
     /// Reads the configuration and starts the log it asks for.
-    fn load(&self, quiet: bool) -> Result<Loaded, CliError> {
-        let loaded = self.load_silently(quiet)?;
+    fn load(&self, voice: Voice) -> Result<Loaded, CliError> {
+        let (loaded, _) = self.load_silently(voice)?;
         loaded.remarks.iter().for_each(Remark::log);
         Ok(loaded)
     }
 
-    /// The same, with the remarks left to say.
-    fn load_silently(&self, quiet: bool) -> Result<Loaded, CliError> {
+    /// The same, with the remarks left to say, and what keeps the last lines of the log.
+    fn load_silently(&self, voice: Voice) -> Result<(Loaded, Arc<Journal>), CliError> {
         match config::load(&self.flags()) {
             Ok(loaded) => {
-                log::start(loaded.config.log, quiet);
-                Ok(loaded)
+                let journal = log::start(loaded.config.log, voice);
+                Ok((loaded, journal))
             }
             Err(error) => {
-                log::start(Log::default(), quiet);
+                log::start(Log::default(), voice);
                 Err(error.into())
             }
         }
@@ -109,7 +112,7 @@ impl Cli {
         match self.command.unwrap_or(Command::Run(self.run)) {
             Command::Run(args) => run(&args),
             Command::Cleanup(CleanupArgs { kube_proxy, log }) => {
-                log::start(log.into(), false);
+                log::start(log.into(), Voice::Events);
                 if kube_proxy {
                     commands::cleanup::kube_proxy()?;
                 } else {
@@ -119,20 +122,24 @@ impl Cli {
             }
             // A command whose result is on standard output only speaks up if something is wrong.
             Command::Render(args) => {
-                let config = args.configuration.load(true)?.config;
-                let rendered = commands::render::render(config, args.family.map(Into::into))?;
+                let config = args.configuration.load(Voice::Warnings)?.config;
+                let rendered = commands::render::render(
+                    config,
+                    args.family.map(Into::into),
+                    args.output.output,
+                )?;
                 print(&rendered.text)?;
                 match rendered.refused {
                     0 => Ok(ExitCode::SUCCESS),
                     refused => Err(CliError::Refused(refused)),
                 }
             }
-            Command::Diff(configuration) => {
-                let config = configuration.load(true)?.config;
-                told(&runtime()?.block_on(commands::diff::diff(&config))?)
+            Command::Diff(OutputAndConfiguration { output, configuration }) => {
+                let config = configuration.load(Voice::Answer)?.config;
+                told(&runtime()?.block_on(commands::diff::diff(&config, output.output))?)
             }
             Command::Config(OutputAndConfiguration { output, configuration }) => {
-                let loaded = configuration.load(true)?;
+                let loaded = configuration.load(Voice::Answer)?;
                 let format = match output.output {
                     Output::Text => config::Format::Text,
                     Output::Json => config::Format::Json,
@@ -144,7 +151,7 @@ impl Cli {
             Command::List(args) => list(args),
             Command::Top(args) => runtime()?.block_on(top(args)),
             Command::Check(OutputAndConfiguration { output, configuration }) => {
-                let config = configuration.load(true)?.config;
+                let config = configuration.load(Voice::Answer)?.config;
                 let answer = commands::check::check(&config, output.output);
                 told(&runtime()?.block_on(answer)?)
             }
@@ -175,7 +182,7 @@ fn described() -> clap::Command {
 }
 
 fn run(args: &RunArgs) -> Result<ExitCode, CliError> {
-    let loaded = args.configuration.load_silently(false)?;
+    let (loaded, journal) = args.configuration.load_silently(Voice::Events)?;
     if args.write_config_to.is_none() {
         // Without, nothing else is worth a word.
         host::check_privileges()?;
@@ -195,7 +202,7 @@ fn run(args: &RunArgs) -> Result<ExitCode, CliError> {
         // While there is one thread.
         host::keep_little_memory();
         app::confine(&loaded.config)?;
-        runtime()?.block_on(app::run(args.configuration.flags(), loaded))?;
+        runtime()?.block_on(app::run(args.configuration.flags(), loaded, journal))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -246,14 +253,14 @@ fn man(dir: Option<&std::path::Path>) -> Result<ExitCode, CliError> {
 
 fn list(args: ListArgs) -> Result<ExitCode, CliError> {
     let ListArgs { namespace, service, address, wanted, output, configuration } = args;
-    let config = configuration.load(true)?.config;
+    let config = configuration.load(Voice::Answer)?.config;
     let filter = commands::list::Filter { namespace, service, address, wanted };
     told(&runtime()?.block_on(commands::list::list(&config, &filter, output.output))?)
 }
 
 async fn top(args: TopArgs) -> Result<ExitCode, CliError> {
     let TopArgs { interval, once, output, configuration } = args;
-    let config = configuration.load(true)?.config;
+    let config = configuration.load(Voice::Answer)?.config;
     let live = !once && std::io::stdout().is_terminal();
     let mut top = Top::begin(&config).await?;
     while let Some(under_way) = &mut top {
@@ -282,7 +289,7 @@ async fn top(args: TopArgs) -> Result<ExitCode, CliError> {
 
 fn explain(args: ExplainArgs) -> Result<ExitCode, CliError> {
     let ExplainArgs { target, from, interface, wanted, output, configuration } = args;
-    let config = configuration.load(true)?.config;
+    let config = configuration.load(Voice::Answer)?.config;
     let question = commands::explain::Question { target, from, interface, wanted };
     let answer = commands::explain::explain(&config, &question, output.output);
     told(&runtime()?.block_on(answer)?)

@@ -18,8 +18,8 @@
 //! Beside that way, `conntrack` removes UDP flows that a commit left without their endpoint, and
 //! `takeover` what kube-proxy left on the node. `account` keeps what health checks and metrics tell of
 //! the last commit: `status` hands it on to `server`, which answers by the rules of `health`. What an
-//! operator asks of the running program goes by `recent` (the last batches) and `inspect` (a copy of
-//! the state), and is put into words by `commands`.
+//! operator asks of the running program goes by `recent` (the last batches), `journal` (the last lines of
+//! the log) and `inspect` (a copy of the state), and is put into words by `commands`.
 //!
 //! Read the modules in that order. Rings, checked by `tests/it/tidy.rs`: `model` knows nothing but
 //! plain values; everything from `state` to `nft::transaction` is pure (no I/O, clock, randomness or
@@ -52,6 +52,7 @@ pub mod config;
 pub mod drift;
 pub mod host;
 pub mod inspect;
+pub mod journal;
 pub mod metrics;
 pub mod program;
 pub mod quarantine;

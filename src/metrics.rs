@@ -11,7 +11,10 @@ mod kubeproxy;
 mod own;
 mod process;
 
+use std::cell::RefCell;
+
 use prometheus::core::Collector;
+use prometheus::proto::MetricType;
 use prometheus::{Encoder as _, HistogramOpts, HistogramVec, Registry, TextEncoder};
 
 pub use connections::Connections;
@@ -37,23 +40,51 @@ pub struct Metrics {
     pub connections: Connections,
     /// Our own otherwise.
     pub own: Own,
+    described: Vec<Description>,
+}
+
+/// What there is to know of a metric before it has a value.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Description {
+    /// Its name.
+    pub name: String,
+    /// `counter`, `gauge` or `histogram`.
+    pub kind: &'static str,
+    /// Names of its labels.
+    pub labels: Vec<String>,
+    /// Its help text.
+    pub help: String,
+}
+
+/// Where metrics are registered, and noted down.
+#[derive(Default)]
+struct Register {
+    registry: Registry,
+    described: RefCell<Vec<Description>>,
 }
 
 impl Default for Metrics {
     fn default() -> Self {
-        let registry = Registry::new();
+        let register = Register::default();
         Self {
-            process: process::Process::new(&registry),
-            kube_proxy: KubeProxy::new(&registry),
-            rest_client: RestClient::new(&registry),
-            connections: Connections::new(&registry),
-            own: Own::new(&registry),
-            registry,
+            process: process::Process::new(&register),
+            kube_proxy: KubeProxy::new(&register),
+            rest_client: RestClient::new(&register),
+            connections: Connections::new(&register),
+            own: Own::new(&register),
+            registry: register.registry,
+            described: register.described.into_inner(),
         }
     }
 }
 
 impl Metrics {
+    /// Every metric there is, those without a value as well, in the order of the program.
+    #[must_use]
+    pub fn described(&self) -> &[Description] {
+        &self.described
+    }
+
     /// The text of all metrics, as they are now.
     #[must_use]
     pub fn text(&self) -> String {
@@ -70,11 +101,25 @@ impl Metrics {
 /// Adds a metric to the registry. Names and labels are constants, so that a failure is a mistake in
 /// this program, which the first test finds.
 fn registered<C: Collector + Clone + 'static>(
-    registry: &Registry,
+    register: &Register,
     metric: prometheus::Result<C>,
 ) -> C {
     let metric = metric.expect("names and labels are well-formed");
-    registry.register(Box::new(metric.clone())).expect("no two metrics have one name");
+    // A family says its type even while it has no children.
+    let families = metric.collect();
+    let described = metric.desc().into_iter().zip(&families).map(|(desc, family)| Description {
+        name: desc.fq_name.clone(),
+        kind: match family.get_field_type() {
+            MetricType::COUNTER => "counter",
+            MetricType::GAUGE => "gauge",
+            MetricType::HISTOGRAM => "histogram",
+            other => unreachable!("no metric is {other:?}"),
+        },
+        labels: desc.variable_labels.clone(),
+        help: desc.help.clone(),
+    });
+    register.described.borrow_mut().extend(described);
+    register.registry.register(Box::new(metric.clone())).expect("no two metrics have one name");
     metric
 }
 
@@ -106,13 +151,13 @@ impl<T> ByFamily<T> {
 }
 
 fn histograms(
-    registry: &Registry,
+    register: &Register,
     name: &str,
     help: &str,
     buckets: &[f64],
 ) -> ByFamily<prometheus::Histogram> {
     let made = HistogramVec::new(histogram(name, help, buckets), &["ip_family"]);
-    let made = registered(registry, made);
+    let made = registered(register, made);
     ByFamily::new(|family| made.with_label_values(&[family]))
 }
 

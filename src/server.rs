@@ -23,6 +23,7 @@ pub use health_check::{ListenFailure, serve as serve_health_checks};
 pub use listener::BindError;
 
 use crate::inspect::Inspector;
+use crate::journal::Journal;
 use crate::status::{HealthCheckChange, Status};
 
 /// Where to listen.
@@ -45,6 +46,8 @@ pub struct Inside {
     pub about: About,
     /// Looks into the program.
     pub inspector: Inspector,
+    /// The last lines of the log.
+    pub journal: Arc<Journal>,
 }
 
 /// Serves until it is aborted; returns only if a port cannot be bound and that is a reason to end.

@@ -87,6 +87,12 @@ impl State {
         self.settings.detect_local == DetectLocal::NodeCidr && self.node.pod_cidrs.is_empty()
     }
 
+    /// Whether there is a Node object. Without it, the facts of the host count.
+    #[must_use]
+    pub fn has_node(&self) -> bool {
+        self.seen
+    }
+
     /// Whether every kind was listed once: before that, programming would look like deletions.
     #[must_use]
     pub fn is_complete(&self) -> bool {

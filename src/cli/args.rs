@@ -41,10 +41,11 @@ Exit codes:
 pub(super) enum Command {
     /// Watch and program, until SIGTERM. The tables stay in force afterwards.
     Run(RunArgs),
-    /// Print the tables that manifests ask for, as nft text. Needs no root and no kernel.
+    /// Print the tables that manifests ask for, as nft text, or as `nft -j list` prints them. Needs no
+    /// root and no kernel.
     Render(RenderArgs),
     /// Show what running would change in the kernel, and for which object. Changes nothing.
-    Diff(Configuration),
+    Diff(OutputAndConfiguration),
     /// Print the effective configuration: every setting, its value, and who said so.
     Config(OutputAndConfiguration),
     /// Remove the tables `ip nftproxy` and `ip6 nftproxy`. Services stop working on this node, unless
@@ -69,7 +70,7 @@ pub(super) enum Command {
     #[command(visible_alias = "watch")]
     Events(EventsArgs),
     /// Write an archive for whoever is to help: version, configuration, findings of `check`, Services,
-    /// both tables, last batches, metrics, sysctls. No credentials are in it.
+    /// both tables, last batches, last lines of the log, metrics, sysctls. No credentials are in it.
     Bundle(BundleArgs),
     /// Print the completion script for a shell: `nftproxy completions bash >
     /// /etc/bash_completion.d/nftproxy`.
@@ -235,6 +236,8 @@ pub(super) struct RenderArgs {
     /// Print one family only.
     #[arg(long, value_enum)]
     pub(super) family: Option<FamilyArg>,
+    #[command(flatten)]
+    pub(super) output: OutputArgs,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

@@ -1,15 +1,33 @@
-//! The log on standard error: one line an event.
+//! The log on standard error: one line an event. Its last lines are kept, too.
+
+use std::sync::Arc;
+
+use tracing_subscriber::fmt::writer::MakeWriterExt as _;
 
 use crate::config::Log;
+use crate::journal::Journal;
 
 /// Where the client says that it cannot read its file of certificates again.
 const CA_BUNDLE: &str = "kube_client::client::tls=warn";
 
-pub(super) fn start(log: Log, quiet: bool) {
+/// How much a command says beside its answer, unless more is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Voice {
+    /// Everything that happens.
+    Events,
+    /// What is wrong.
+    Warnings,
+    /// The same, but not what is wrong between objects that are not asked about: the daemon has said
+    /// it, and `check` does.
+    Answer,
+}
+
+pub(super) fn start(log: Log, voice: Voice) -> Arc<Journal> {
     use tracing_subscriber::EnvFilter;
     // The client library has an error line for every try; what it means is said once by `watch`.
     let level = match log.verbosity {
-        0 if quiet => "warn,kube_client=off",
+        0 if voice == Voice::Warnings => "warn,kube_client=off",
+        0 if voice == Voice::Answer => "warn,nftproxy::reconcile=error,kube_client=off",
         0 | 1 => "info,kube_client=off",
         2 | 3 => "info,nftproxy=debug,kube_client=off",
         4 | 5 => "debug",
@@ -21,15 +39,19 @@ pub(super) fn start(log: Log, quiet: bool) {
         0..=3 => format!("{level},kube_runtime=off,kube_client::client=off,{CA_BUNDLE}"),
         _ => level.to_owned(),
     };
+    let journal = Arc::new(Journal::default());
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(std::io::stderr.and(journal.clone()))
         .with_target(false)
+        // Nobody may read standard error any more, and to say so there would end the program.
+        .log_internal_errors(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
     if log.json {
         subscriber.json().init();
     } else {
         subscriber.init();
     }
+    journal
 }

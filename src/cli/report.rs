@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::args::{BundleArgs, EventsArgs};
+use super::log::Voice;
 use super::{CliError, runtime};
 use crate::commands::CommandError;
 use crate::commands::bundle::{self, Bundle};
@@ -16,7 +17,7 @@ use crate::commands::events::{self, Question};
 
 pub(super) fn events(args: EventsArgs) -> Result<ExitCode, CliError> {
     let EventsArgs { last, no_follow, output, configuration } = args;
-    let config = configuration.load(true)?.config;
+    let config = configuration.load(Voice::Answer)?.config;
     let question = Question { last, follow: !no_follow, output: output.output };
     let told = events::events(&config, question, |text| {
         let mut out = anstream::stdout().lock();
@@ -33,7 +34,7 @@ pub(super) fn events(args: EventsArgs) -> Result<ExitCode, CliError> {
 
 pub(super) fn bundle(args: BundleArgs) -> Result<ExitCode, CliError> {
     let BundleArgs { output, configuration } = args;
-    let loaded = configuration.load(true)?;
+    let loaded = configuration.load(Voice::Answer)?;
     let mut stderr = std::io::stderr();
     let watched = stderr.is_terminal();
     let made = bundle::bundle(&loaded, |part| {

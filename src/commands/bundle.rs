@@ -75,7 +75,7 @@ pub async fn bundle(loaded: &Loaded, mut say: impl FnMut(&str)) -> Result<Bundle
         check(config, Output::Text),
         list(config, &filter, Output::Text),
         list(config, &filter, Output::Json),
-        diff(config),
+        diff(config, Output::Text),
     );
     parts.add("check.txt", findings.map(in_full));
     parts.add("list.txt", listed.map(in_full));
@@ -90,6 +90,7 @@ pub async fn bundle(loaded: &Loaded, mut say: impl FnMut(&str)) -> Result<Bundle
         ("daemon/services.json", "/debug/services"),
         ("daemon/status.html", "/"),
         ("daemon/metrics.txt", "/metrics"),
+        ("daemon/log.txt", "/debug/log"),
     ];
     match Daemon::of(config) {
         Ok(daemon) => {

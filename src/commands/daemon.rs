@@ -31,7 +31,7 @@ pub enum DaemonError {
     #[error("nftproxy answers commands on the loopback only, and metricsBindAddress is {0}")]
     Elsewhere(String),
     /// Nobody is there.
-    #[error("no nftproxy answers on {0}: {1}")]
+    #[error("no nftproxy answers on {0} (metricsBindAddress): {1}; does it run on this node?")]
     Silent(SocketAddr, String),
     /// It says no.
     #[error("nftproxy on {0} says: {1}")]

@@ -24,7 +24,7 @@ pub enum GatherError {
     #[error(transparent)]
     Source(#[from] RunError),
     /// Nobody said where they are from, and neither is there.
-    #[error("{daemon}; and {source}")]
+    #[error("{daemon} And {source}")]
     Nowhere {
         /// Why not from the daemon.
         daemon: DaemonError,

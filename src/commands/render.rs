@@ -1,11 +1,11 @@
-//! `nftproxy render`: the tables that manifests ask for, as nft text.
+//! `nftproxy render`: the tables that manifests ask for, as nft text or in its JSON.
 
-use super::CommandError;
+use super::{CommandError, Output};
 use crate::config::{Config, Source};
 use crate::host;
 use crate::model::Family;
 use crate::nft::fake::FakeKernel;
-use crate::nft::text;
+use crate::nft::{json, text};
 use crate::reconcile::Proxy;
 use crate::state::State;
 use crate::watch;
@@ -21,7 +21,11 @@ pub struct Rendered {
 }
 
 /// Renders one family, or both. Needs no kernel.
-pub fn render(config: Config, family: Option<Family>) -> Result<Rendered, CommandError> {
+pub fn render(
+    config: Config,
+    family: Option<Family>,
+    output: Output,
+) -> Result<Rendered, CommandError> {
     let Source::Manifests(dir) = config.source else { return Err(CommandError::NoManifests) };
     let state = State::new(config.live.settings, host::node_facts(&config.node_name));
     let mut proxy = Proxy::new(state, FakeKernel::default());
@@ -32,9 +36,10 @@ pub fn render(config: Config, family: Option<Family>) -> Result<Rendered, Comman
         proxy.observe(event);
     }
     let ruleset = proxy.wanted();
-    let text = match family {
-        None => text::ruleset(&ruleset),
-        Some(family) => text::table(&ruleset, family),
+    let families = family.as_ref().map_or(&Family::BOTH[..], std::slice::from_ref);
+    let text = match output {
+        Output::Text => text::tables(&ruleset, families),
+        Output::Json => json::ruleset(&ruleset, families).to_string() + "\n",
     };
     Ok(Rendered { text, refused: manifests.refused() })
 }

@@ -38,6 +38,38 @@ pub(super) fn cut(text: &str, width: usize) -> String {
     kept + "…"
 }
 
+/// Text without its middle, if it is longer than a width: names often differ only in their ends.
+fn cut_inside(text: &str, width: usize) -> String {
+    let count = text.chars().count();
+    if count <= width {
+        return text.to_owned();
+    }
+    let tail = width.saturating_sub(1) / 2;
+    let head = width.saturating_sub(1) - tail;
+    let inside = head..count - tail;
+    let mut out = String::new();
+    for (place, c) in text.chars().enumerate() {
+        if place == inside.start {
+            out.push('…');
+        }
+        if !inside.contains(&place) {
+            out.push(c);
+        }
+    }
+    out
+}
+
+/// `namespace/name` and what follows in a width: the namespace gives way first, then the name.
+pub(super) fn cut_service(service: &str, rest: &str, width: usize) -> String {
+    const LEAST: usize = 12;
+    let (namespace, name) = service.split_once('/').unwrap_or(("", service));
+    let room = width.saturating_sub(rest.chars().count() + 1);
+    let for_namespace = room.saturating_sub(name.chars().count()).max(LEAST);
+    let namespace = cut_inside(namespace, for_namespace);
+    let name = cut_inside(name, room.saturating_sub(namespace.chars().count()).max(LEAST));
+    cut(&format!("{namespace}/{name}{rest}"), width)
+}
+
 /// `label` in a column of its own, and text beside it.
 pub(super) fn labelled(label: &str, text: &str, column: usize) -> String {
     let wrapped = wrap(text, column);

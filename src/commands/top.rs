@@ -13,8 +13,8 @@ use tokio::time::Instant;
 
 use super::CommandError;
 use super::connections::{Reader, names};
-use super::objects::{gather, is_given};
-use super::text::{Paint, count, cut};
+use super::objects::{Gathered, gather, is_given};
+use super::text::{Paint, count, cut, cut_service};
 use crate::config::Config;
 use crate::connections::{Connections, address_of};
 use crate::nft::connection::Connection;
@@ -25,6 +25,12 @@ pub const OFF: &str = "connections are not counted here: run nftproxy with --cou
 
 /// Objects are not read again sooner than this.
 const NAMES_EVERY: Duration = Duration::from_secs(10);
+
+/// What the columns of numbers take of a line.
+const NUMBERS: usize = 23;
+
+/// How many endpoints of a Service port are shown, where not everything fits.
+const ENDPOINTS: usize = 3;
 
 /// What happened between two readings.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -75,6 +81,7 @@ pub struct EndpointRate {
 pub struct Top<'a> {
     config: &'a Config,
     reader: Reader,
+    node: String,
     names: Connections,
     named_at: Instant,
     unnamed: Option<String>,
@@ -89,14 +96,16 @@ impl<'a> Top<'a> {
         if !reader.read()?.is_on() {
             return Ok(None);
         }
-        let (names, unnamed) = match gather(config).await {
-            Ok(gathered) => (names(&gathered.state), None),
+        let (names, node, unnamed) = match gather(config).await {
+            Ok(Gathered { state, .. }) => (names(&state), state.node_facts().name.clone(), None),
             Err(error) if is_given(&config.source) => return Err(error.into()),
-            Err(error) => (Connections::default(), Some(error.to_string())),
+            Err(error) => {
+                (Connections::default(), config.node_name.clone(), Some(error.to_string()))
+            }
         };
         let (named_at, read_at) = (Instant::now(), Instant::now());
         let before = reader.read()?.connections.into_iter().collect();
-        Ok(Some(Self { config, reader, names, named_at, unnamed, before, read_at }))
+        Ok(Some(Self { config, reader, node, names, named_at, unnamed, before, read_at }))
     }
 
     /// Takes another reading. None if connections are no longer counted.
@@ -117,7 +126,7 @@ impl<'a> Top<'a> {
         }
         let elapsed = now - self.read_at;
         let board = Board {
-            node: self.config.node_name.clone(),
+            node: self.node.clone(),
             unnamed: self.unnamed.clone(),
             ..board(&self.before, &after, &self.names, elapsed)
         };
@@ -228,17 +237,29 @@ impl Board {
         let row = |rate: f64, total: u64, name: &str| {
             cut(&format!("{rate:>9.1}  {total:>10}  {name}"), width)
         };
+        // If not everything fits, a Service with many endpoints does not hide the others.
+        let all = lines.len() + self.services.len() + endpoints;
+        let shown = if all > height { ENDPOINTS } else { usize::MAX };
         for port in &self.services {
+            let room = width.saturating_sub(NUMBERS);
             let name = match &port.service {
-                Some(service) if port.port.is_empty() => format!("{service} {}", port.protocol),
-                Some(service) => format!("{service}:{} {}", port.port, port.protocol),
+                Some(service) if port.port.is_empty() => {
+                    cut_service(service, &format!(" {}", port.protocol), room)
+                }
+                Some(service) => {
+                    cut_service(service, &format!(":{} {}", port.port, port.protocol), room)
+                }
                 None => format!("{} {}, of no known Service", port.port, port.protocol),
             };
             lines.push(row(port.connections_per_second, port.connections, &name));
-            lines.extend(port.endpoints.iter().map(|endpoint| {
+            lines.extend(port.endpoints.iter().take(shown).map(|endpoint| {
                 let name = format!("  -> {}", endpoint.endpoint);
                 row(endpoint.connections_per_second, endpoint.connections, &name)
             }));
+            if port.endpoints.len() > shown {
+                let more = port.endpoints.len() - shown;
+                lines.push(cut(&format!("{:NUMBERS$}  and {more} more", ""), width));
+            }
         }
         if lines.len() > height {
             let left_out = lines.len() - height.saturating_sub(1);
@@ -297,6 +318,13 @@ mod tests {
     }
 
     #[test]
+    fn a_long_name_is_cut_where_it_tells_least() {
+        let text = example(&format!("{}-z", "long".repeat(30))).text(80, 24);
+        let name = "  default/longlonglonglonglong…glonglonglonglong-z:http tcp";
+        assert!(text.contains(name), "{text}");
+    }
+
+    #[test]
     fn a_board_fits_its_terminal() {
         let board = example(&"long".repeat(30));
         for (width, height) in [(80, 24), (200, 24), (20, 3), (1, 1)] {
@@ -306,5 +334,16 @@ mod tests {
             assert!(plain.lines().count() <= height, "{text}");
         }
         assert!(board.text(80, 4).ends_with("  and 4 more lines\n"), "{}", board.text(80, 4));
+        let endpoint = |n: u8| EndpointRate {
+            endpoint: format!("10.244.1.{n}:8080"),
+            connections_per_second: 1.0,
+            connections: 1,
+        };
+        let mut board = board;
+        board.services[0].endpoints = (0..30).map(endpoint).collect();
+        let text = board.text(80, 24);
+        let more = text.lines().find(|line| line.ends_with("  and 27 more")).unwrap();
+        assert_eq!(more.find("and"), Some(NUMBERS + 2));
+        assert!(text.contains("10.96.0.2:80"), "the next one is seen: {text}");
     }
 }

@@ -4,9 +4,9 @@
 //! endpoint has one from its first connection until it is gone, ports and endpoints without
 //! connections have none.
 
-use prometheus::{GaugeVec, IntCounterVec, IntGaugeVec, Opts, Registry};
+use prometheus::{GaugeVec, IntCounterVec, IntGaugeVec, Opts};
 
-use super::registered;
+use super::{Register, registered};
 use crate::connections::{Port, Reading};
 use crate::health::ip_family;
 use crate::model::Family;
@@ -26,12 +26,12 @@ pub struct Connections {
 }
 
 impl Connections {
-    pub(super) fn new(registry: &Registry) -> Self {
+    pub(super) fn new(register: &Register) -> Self {
         let counter = |name: &str, help: &str, labels: &[&str]| {
-            registered(registry, IntCounterVec::new(Opts::new(name, help), labels))
+            registered(register, IntCounterVec::new(Opts::new(name, help), labels))
         };
         let gauge = |name: &str, help: &str, labels: &[&str]| {
-            registered(registry, IntGaugeVec::new(Opts::new(name, help), labels))
+            registered(register, IntGaugeVec::new(Opts::new(name, help), labels))
         };
         let of_port = ["namespace", "service", "port", "protocol"];
         let of_endpoint = ["namespace", "service", "port", "protocol", "endpoint"];
@@ -67,7 +67,7 @@ impl Connections {
                 &["ip_family"],
             ),
             full: registered(
-                registry,
+                register,
                 GaugeVec::new(
                     Opts::new(
                         "nftproxy_connection_counters_full_ratio",

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
-    Opts, Registry,
+    Opts,
 };
 
-use super::{ByFamily, histogram, histograms, registered};
+use super::{ByFamily, Register, histogram, histograms, registered};
 
 /// `kubeproxy_…`
 #[derive(Debug)]
@@ -67,25 +67,25 @@ fn network_programming_buckets() -> Vec<f64> {
 }
 
 impl KubeProxy {
-    pub(super) fn new(registry: &Registry) -> Self {
-        let sync = |name: &str, help: &str| histograms(registry, name, help, &exponential());
+    pub(super) fn new(register: &Register) -> Self {
+        let sync = |name: &str, help: &str| histograms(register, name, help, &exponential());
         let counters = |name: &str, help: &str| {
             let made = IntCounterVec::new(Opts::new(name, help), &["ip_family"]);
-            let made = registered(registry, made);
+            let made = registered(register, made);
             ByFamily::new(|family| made.with_label_values(&[family]))
         };
-        let counter = |name: &str, help: &str| registered(registry, IntCounter::new(name, help));
-        let gauge = |name: &str, help: &str| registered(registry, IntGauge::new(name, help));
+        let counter = |name: &str, help: &str| registered(register, IntCounter::new(name, help));
+        let gauge = |name: &str, help: &str| registered(register, IntGauge::new(name, help));
         let gauges = |name: &str, help: &str| {
-            let made = registered(registry, GaugeVec::new(Opts::new(name, help), &["ip_family"]));
+            let made = registered(register, GaugeVec::new(Opts::new(name, help), &["ip_family"]));
             ByFamily::new(|family| made.with_label_values(&[family]))
         };
         let codes = |name: &str, help: &str| {
-            let made = registered(registry, IntCounterVec::new(Opts::new(name, help), &["code"]));
+            let made = registered(register, IntCounterVec::new(Opts::new(name, help), &["code"]));
             ["200", "503"].map(|code| made.with_label_values(&[code]))
         };
         let no_local = registered(
-            registry,
+            register,
             IntGaugeVec::new(
                 Opts::new(
                     "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
@@ -118,7 +118,7 @@ impl KubeProxy {
                 "[ALPHA] The last time a sync of proxy rules was queued",
             ),
             network_programming: histograms(
-                registry,
+                register,
                 "kubeproxy_network_programming_duration_seconds",
                 "[ALPHA] In Cluster Network Programming Latency in seconds",
                 &network_programming_buckets(),
@@ -177,11 +177,11 @@ pub struct RestClient {
 }
 
 impl RestClient {
-    pub(super) fn new(registry: &Registry) -> Self {
+    pub(super) fn new(register: &Register) -> Self {
         let buckets = [0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0];
         Self {
             requests: registered(
-                registry,
+                register,
                 IntCounterVec::new(
                     Opts::new(
                         "rest_client_requests_total",
@@ -192,7 +192,7 @@ impl RestClient {
                 ),
             ),
             durations: registered(
-                registry,
+                register,
                 HistogramVec::new(
                     histogram(
                         "rest_client_request_duration_seconds",

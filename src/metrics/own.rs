@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 
 use prometheus::{
-    Gauge, GaugeVec, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    Gauge, GaugeVec, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
 };
 
-use super::{ByFamily, histogram, registered};
+use super::{ByFamily, Register, histogram, registered};
 use crate::model::Family;
 use crate::nft::names::SetName;
 
@@ -71,14 +71,14 @@ fn quadrupling(start: f64, count: usize) -> Vec<f64> {
     prometheus::exponential_buckets(start, 4.0, count).expect("start and factor are positive")
 }
 
-fn affinity(registry: &Registry) -> ByFamily<Affinity> {
+fn affinity(register: &Register) -> ByFamily<Affinity> {
     let by_family = |name: &str, help: &str| {
-        registered(registry, IntGaugeVec::new(Opts::new(name, help), &["ip_family"]))
+        registered(register, IntGaugeVec::new(Opts::new(name, help), &["ip_family"]))
     };
     let maps = by_family("nftproxy_affinity_maps", "Maps of clients that keep their endpoint.");
     let clients = by_family("nftproxy_affinity_entries", "Clients that keep their endpoint.");
     let fullest = registered(
-        registry,
+        register,
         GaugeVec::new(
             Opts::new(
                 "nftproxy_affinity_fullest_ratio",
@@ -95,14 +95,14 @@ fn affinity(registry: &Registry) -> ByFamily<Affinity> {
 }
 
 impl Own {
-    pub(super) fn new(registry: &Registry) -> Self {
-        let counter = |name: &str, help: &str| registered(registry, IntCounter::new(name, help));
-        let gauge = |name: &str, help: &str| registered(registry, IntGauge::new(name, help));
+    pub(super) fn new(register: &Register) -> Self {
+        let counter = |name: &str, help: &str| registered(register, IntCounter::new(name, help));
+        let gauge = |name: &str, help: &str| registered(register, IntGauge::new(name, help));
         let histogram = |name: &str, help: &str, buckets: Vec<f64>| {
-            registered(registry, Histogram::with_opts(histogram(name, help, &buckets)))
+            registered(register, Histogram::with_opts(histogram(name, help, &buckets)))
         };
         let commits = registered(
-            registry,
+            register,
             IntCounterVec::new(
                 Opts::new("nftproxy_commits_total", "Batches that the kernel took, by what for."),
                 &["kind"],
@@ -110,7 +110,7 @@ impl Own {
         );
         let commits = |kind: &str| commits.with_label_values(&[kind]);
         let elements = registered(
-            registry,
+            register,
             IntGaugeVec::new(
                 Opts::new("nftproxy_elements", "Elements of each set and map, as committed."),
                 &["ip_family", "object"],
@@ -122,7 +122,7 @@ impl Own {
         };
         let both = |set| [(0, set), (1, set)];
         let build = registered(
-            registry,
+            register,
             GaugeVec::new(
                 Opts::new("nftproxy_build_info", "1, with the version as a label."),
                 &["version"],
@@ -186,7 +186,7 @@ impl Own {
                 "nftproxy_health_check_listen_failures_total",
                 "Attempts to open a health-check node port that failed.",
             ),
-            affinity: affinity(registry),
+            affinity: affinity(register),
             elements: SetName::ALL.into_iter().flat_map(both).map(element).collect(),
         }
     }

@@ -3,9 +3,9 @@
 
 use std::fs;
 
-use prometheus::{Counter, Gauge, Registry};
+use prometheus::{Counter, Gauge};
 
-use super::registered;
+use super::{Register, registered};
 
 /// Ticks of a second in `/proc`, the same on every Linux.
 const TICKS: f64 = 100.0;
@@ -24,11 +24,11 @@ pub(super) struct Process {
 }
 
 impl Process {
-    pub(super) fn new(registry: &Registry) -> Self {
-        let gauge = |name: &str, help: &str| registered(registry, Gauge::new(name, help));
+    pub(super) fn new(register: &Register) -> Self {
+        let gauge = |name: &str, help: &str| registered(register, Gauge::new(name, help));
         Self {
             cpu: registered(
-                registry,
+                register,
                 Counter::new(
                     "process_cpu_seconds_total",
                     "Total user and system CPU time spent in seconds.",
@@ -126,8 +126,7 @@ mod tests {
 
     #[test]
     fn this_process_can_be_read() {
-        let registry = Registry::new();
-        let process = Process::new(&registry);
+        let process = Process::new(&Register::default());
         process.read();
         for gauge in [&process.open_files, &process.max_files, &process.resident, &process.started]
         {

@@ -401,7 +401,7 @@ impl fmt::Display for Key {
 }
 
 /// The prefix that is just this range, if there is one.
-fn prefix(first: IpAddr, last: IpAddr) -> Option<IpNet> {
+pub(super) fn prefix(first: IpAddr, last: IpAddr) -> Option<IpNet> {
     let mut subnets = match (first, last) {
         (IpAddr::V4(first), IpAddr::V4(last)) => IpSubnets::from(Ipv4Subnets::new(first, last, 0)),
         (IpAddr::V6(first), IpAddr::V6(last)) => IpSubnets::from(Ipv6Subnets::new(first, last, 0)),

@@ -1,7 +1,8 @@
 //! nftables in the project's own words: typed names, elements, rules and transactions.
 //!
 //! Every rule and element exists once, as a value of these types. [`text`] writes it the way `nft`
-//! reads it, [`netlink`] the way the kernel does; the parity test holds the two together.
+//! reads it, [`json`] the way it prints for programs, [`netlink`] the way the kernel does; the parity
+//! tests hold them together.
 
 pub mod connection;
 pub mod dataplane;
@@ -10,6 +11,7 @@ pub mod element;
 pub mod fake;
 pub mod interpret;
 pub mod jhash;
+pub mod json;
 pub mod kernel;
 pub mod names;
 pub mod netlink;

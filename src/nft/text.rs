@@ -83,7 +83,13 @@ pub fn table(ruleset: &Ruleset, family: Family) -> String {
 /// Both tables as nft text.
 #[must_use]
 pub fn ruleset(ruleset: &Ruleset) -> String {
-    Family::BOTH.into_iter().map(|family| table(ruleset, family)).collect::<Vec<_>>().join("\n")
+    tables(ruleset, &Family::BOTH)
+}
+
+/// The tables of these families as nft text.
+#[must_use]
+pub fn tables(ruleset: &Ruleset, families: &[Family]) -> String {
+    families.iter().map(|&family| table(ruleset, family)).collect::<Vec<_>>().join("\n")
 }
 
 fn affinity_definition(family: Family) -> String {
@@ -119,7 +125,7 @@ fn definition(set: SetName, family: Family) -> String {
     }
 }
 
-fn type_name(field: KeyField, family: Family) -> &'static str {
+pub(super) fn type_name(field: KeyField, family: Family) -> &'static str {
     match (field, family) {
         (KeyField::Address, Family::V4) => "ipv4_addr",
         (KeyField::Address, Family::V6) => "ipv6_addr",

@@ -182,6 +182,14 @@ impl Clock {
                          ClusterIP is not masqueraded"
                     );
                 }
+                if !self.synced && !proxy.state().has_node() {
+                    let node = &proxy.state().node_facts().name;
+                    info!(
+                        %node,
+                        "there is no Node object of this name: its addresses are the host's, and it is in \
+                         no zone; --hostname-override gives another name"
+                    );
+                }
                 let before = processor_time();
                 let outcome = proxy.commit();
                 self.debt.owe(processor_time().saturating_sub(before), Instant::now());

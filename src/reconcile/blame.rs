@@ -101,7 +101,9 @@ impl<K: Kernel> Proxy<K> {
         for (contributor, contribution, problems) in contributions {
             let known = self.reported.remove(&contributor).unwrap_or_default();
             for problem in problems.iter().filter(|problem| !known.contains(problem)) {
-                warn!(object = problem.object, field = problem.field, "{}", problem.message);
+                // A conflict is about no field.
+                let field = Some(&*problem.field).filter(|field| !field.is_empty());
+                warn!(object = problem.object, field, "{}", problem.message);
             }
             if let Contributor::Service(service) = &contributor
                 && problems != known

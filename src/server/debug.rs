@@ -9,6 +9,7 @@ mod page;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::Method;
@@ -19,8 +20,9 @@ use super::Reply;
 use crate::commands::explain::{self, Question};
 use crate::commands::list::{self, Filter};
 use crate::inspect::{Inspector, Objects, Snapshot};
+use crate::journal::Journal;
 use crate::model::Family;
-use crate::nft::text;
+use crate::nft::{json, text};
 use crate::status::Status;
 
 /// How long `/debug/recent` waits for news, at most.
@@ -44,6 +46,7 @@ pub struct About {
 pub(super) struct Debug {
     about: About,
     inspector: Inspector,
+    journal: Arc<Journal>,
     waiting: Semaphore,
 }
 
@@ -54,8 +57,8 @@ type Query = BTreeMap<String, String>;
 type Answer = Box<dyn FnOnce(Snapshot) -> Reply + Send>;
 
 impl Debug {
-    pub(super) fn new(about: About, inspector: Inspector) -> Self {
-        Self { about, inspector, waiting: Semaphore::new(WAITING) }
+    pub(super) fn new(about: About, inspector: Inspector, journal: Arc<Journal>) -> Self {
+        Self { about, inspector, journal, waiting: Semaphore::new(WAITING) }
     }
 
     /// The answer, if the path is one of these.
@@ -72,8 +75,10 @@ impl Debug {
         }
         let query = request.uri.query().unwrap_or("").as_bytes();
         let query: Query = form_urlencoded::parse(query).into_owned().collect();
-        if path == "/debug/recent" {
-            return Some(self.recent(status, &query).await);
+        match path {
+            "/debug/recent" => return Some(self.recent(status, &query).await),
+            "/debug/log" => return Some(Reply::text(self.journal.text())),
+            _ => {}
         }
         let answer = match self.answer(path, &query, status) {
             Ok(answer) => answer?,
@@ -113,7 +118,7 @@ impl Debug {
                 };
                 Box::new(move |snapshot| {
                     let kernel = kernel_words(&snapshot);
-                    json(&list::of_daemon(&snapshot.state, &filter, source, kernel))
+                    as_json(&list::of_daemon(&snapshot.state, &filter, source, kernel))
                 })
             }
             "/debug/ruleset" => {
@@ -123,17 +128,24 @@ impl Debug {
                     Some("ip6") => Some(Family::V6),
                     Some(other) => return Err(format!("family={other}: expected ip or ip6")),
                 };
+                let in_json = match query.get("output").map(String::as_str) {
+                    None | Some("text") => false,
+                    Some("json") => true,
+                    Some(other) => return Err(format!("output={other}: expected text or json")),
+                };
                 Box::new(move |mut snapshot| {
                     let wanted = snapshot.wanted();
-                    Reply::text(match family {
-                        None => text::ruleset(&wanted),
-                        Some(family) => text::table(&wanted, family),
-                    })
+                    let families = family.as_ref().map_or(&Family::BOTH[..], std::slice::from_ref);
+                    if in_json {
+                        as_json(&json::ruleset(&wanted, families))
+                    } else {
+                        Reply::text(text::tables(&wanted, families))
+                    }
                 })
             }
             "/debug/explain" => explanation(query)?,
             "/debug/objects" => {
-                Box::new(move |snapshot| json(&Objects::of(&snapshot.state, source)))
+                Box::new(move |snapshot| as_json(&Objects::of(&snapshot.state, source)))
             }
             _ => return Ok(None),
         }))
@@ -155,7 +167,7 @@ impl Debug {
             // Without news in time, there are none.
             let _ = tokio::time::timeout(wait, news).await;
         }
-        json(&status.recent.after(after))
+        as_json(&status.recent.after(after))
     }
 }
 
@@ -175,7 +187,7 @@ fn explanation(query: &Query) -> Result<Answer, String> {
         let wanted = snapshot.wanted();
         let origin = format!("what nftproxy on {} wants", snapshot.state.node_facts().name);
         let explanation = explain::of_daemon(snapshot.state, wanted, origin, &question);
-        if in_text { Reply::text(explain::in_text(&explanation)) } else { json(&explanation) }
+        if in_text { Reply::text(explain::in_text(&explanation)) } else { as_json(&explanation) }
     }))
 }
 
@@ -211,7 +223,7 @@ fn refused(code: u16, words: &str) -> Reply {
     Reply::new(code, "text/plain; charset=utf-8", format!("{words}\n"))
 }
 
-fn json(value: &impl serde::Serialize) -> Reply {
+fn as_json(value: &impl serde::Serialize) -> Reply {
     let text = serde_json::to_string(value).expect("plain values are JSON");
     let mut reply = Reply::new(200, "application/json", text + "\n");
     reply.headers.push(("cache-control", "no-store".into()));

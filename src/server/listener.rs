@@ -103,7 +103,17 @@ pub(super) async fn keep(
             Err(source) if hard_fail => return BindError { what, address, source },
             Err(error) => {
                 if said.replace(error.kind()) != Some(error.kind()) {
-                    warn!(%address, %error, retry_in = ?RETRY, "cannot serve {what}");
+                    let hint = match error.kind() {
+                        io::ErrorKind::AddrInUse => {
+                            format!(
+                                ": does kube-proxy, or another nftproxy, run here? `ss -lntp 'sport = :{}'` \
+                                 names the process",
+                                address.port()
+                            )
+                        }
+                        _ => String::new(),
+                    };
+                    warn!(%address, %error, retry_in = ?RETRY, "cannot serve {what}{hint}");
                 }
                 tokio::time::sleep(RETRY).await;
             }

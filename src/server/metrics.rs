@@ -41,9 +41,9 @@ pub(super) struct Pages {
 
 impl Pages {
     pub(super) fn new(status: Arc<Status>, inside: Inside, address: SocketAddr) -> Self {
-        let Inside { configz, about, inspector } = inside;
+        let Inside { configz, about, inspector, journal } = inside;
         let inside = address.ip().is_loopback();
-        let inside = inside.then(|| (configz, Debug::new(about, inspector)));
+        let inside = inside.then(|| (configz, Debug::new(about, inspector, journal)));
         Self { status, inside, looked: Mutex::new(None) }
     }
 

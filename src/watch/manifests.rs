@@ -147,6 +147,12 @@ impl Manifests {
             ignored = self.files.values().map(|file| file.ignored).sum::<usize>(),
             "read the manifests"
         );
+        if self.files.is_empty() {
+            tracing::warn!(
+                path = %self.path.display(),
+                "there is no file *.yaml, *.yml or *.json: no Service is served"
+            );
+        }
         Ok((events, changes.problems))
     }
 

@@ -378,7 +378,9 @@ fn the_help_teaches() {
         let own = nftproxy(&[command, "--help"]);
         assert_eq!((own.code, own.err.as_str()), (0, ""));
         // Every option says what it is for.
-        let options = own.out.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
+        let lines = own.out.lines().map(str::trim_start);
+        // Not the values that one can have.
+        let options = lines.filter(|line| line.starts_with('-') && !line.starts_with("- "));
         for option in options.map(|line| line.trim_start_matches("-v, ")) {
             let said = option.split_once("  ").map(|(_, said)| said.trim());
             let below = own.out.split_once(option).unwrap().1.lines().nth(1);

@@ -280,11 +280,20 @@ fn a_token_is_in_no_log_no_metric_and_no_configuration() {
     is_confined(&daemon, NET_ADMIN | NET_BIND_SERVICE);
     let mut told = daemon.log();
     assert!(told.contains("TRACE"), "the log of everything");
-    for (port, path) in [(10249, "/metrics"), (10249, "/configz"), (10256, "/healthz")] {
+    let pages = [
+        (10249, "/metrics"),
+        (10249, "/configz"),
+        // What a support archive has of the log.
+        (10249, "/debug/log"),
+        (10256, "/healthz"),
+    ];
+    for (port, path) in pages {
         wait_until("the port to be open", || {
             get(&net, "node", to("127.0.0.1", port), path).is_some()
         });
-        told += &get(&net, "node", to("127.0.0.1", port), path).unwrap().body;
+        let body = get(&net, "node", to("127.0.0.1", port), path).unwrap().body;
+        assert!(path != "/debug/log" || body.contains("TRACE"), "{body}");
+        told += &body;
     }
     assert!(told.contains("rest_client_requests_total") && told.contains("kubeconfig"));
     let line = told.lines().find(|line| line.contains(TOKEN));
@@ -304,4 +313,20 @@ fn a_token_is_in_no_log_no_metric_and_no_configuration() {
         assert_eq!(output.status.code(), Some(2), "{said}");
         assert!(said.contains("kubeconfig") && !said.contains(TOKEN), "{said}");
     }
+}
+
+/// A pipe whose reader is gone, a full disk: the log is lost, and nothing else.
+#[test]
+fn a_log_that_cannot_be_written_ends_nothing() {
+    let Some(net) = Net::new() else { return };
+    net.write("cluster.yaml", CLUSTER);
+    let dir = net.manifests().display().to_string();
+    let by = ["sh", "-c", "exec \"$@\" 2>/dev/full", "sh"];
+    let arguments = ["run", "--manifests", &dir, "--hostname-override", "node-1", "-v", "2"];
+    let mut daemon = Daemon::spawn_by(&net.name("node"), &by, &arguments);
+    let log = || get(&net, "node", to("127.0.0.1", 10249), "/debug/log");
+    wait_until("everything to be programmed", || {
+        log().is_some_and(|log| log.body.contains(" synced "))
+    });
+    daemon.end(nix::sys::signal::Signal::SIGTERM);
 }

@@ -75,6 +75,8 @@ fn pages_say_what_commands_say_of_the_same_objects() {
         let rendered = beside(&net, &["render", "--family", family]).out;
         assert_eq!(page(&net, &format!("/debug/ruleset?family={family}")).body, rendered);
     }
+    let rendered = json(beside(&net, &["render", "-o", "json", "--family", "ip"]));
+    assert_eq!(value(&net, "/debug/ruleset?output=json&family=ip"), rendered);
     for (target, from) in [
         ("10.96.0.10:80", "10.244.1.5"),
         ("192.0.2.10:30080", "198.51.100.1"),
@@ -101,7 +103,8 @@ fn pages_are_for_this_host_and_change_nothing() {
     let Some(net) = Net::new() else { return };
     net.write("all.yaml", CLUSTER);
     let daemon = run(&net, &["--cluster-cidr", CIDRS]);
-    let paths = ["/", "/debug/services", "/debug/ruleset", "/debug/recent", "/debug/objects"];
+    let paths =
+        ["/", "/debug/services", "/debug/ruleset", "/debug/recent", "/debug/log", "/debug/objects"];
     let sent = |head: &str| {
         let text = format!("{head}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
         request(&net, "node", inside(), &text).unwrap().code
@@ -124,6 +127,7 @@ fn pages_are_for_this_host_and_change_nothing() {
         "/debug/explain?target=x",
         "/debug/explain?target=10.96.0.10:80&from=fd00::1",
         "/debug/ruleset?family=ipx",
+        "/debug/ruleset?output=yaml",
         "/debug/services?address=x",
         "/debug/recent?after=x",
     ];
@@ -357,11 +361,12 @@ fn a_bundle_holds_what_is_needed() {
         ("daemon/services.json", "default/dns"),
         ("daemon/status.html", "nftproxy on node-1"),
         ("daemon/metrics.txt", "nftproxy_services 3"),
+        ("daemon/log.txt", " synced services=3 "),
     ] {
         let text = files.get(name).unwrap_or_else(|| panic!("{name} is not in {:?}", files.keys()));
         assert!(text.contains(words), "{words:?} is not in {name}: {text}");
     }
-    assert_eq!(files.len(), 13, "{:?}", files.keys());
+    assert_eq!(files.len(), 14, "{:?}", files.keys());
     // As we write them from the kernel, the tables are as the daemon wants them.
     assert_eq!(files["kernel.nft"].trim(), files["daemon/ruleset.nft"].trim());
     let again = done(on_node(&net, &["bundle", "--output"]).arg(&file));

@@ -127,7 +127,7 @@ fn questions_that_make_no_sense_are_answered_with_what_would() {
     let mixed = over("cluster-ip", &["explain", "10.96.0.10:80", "--from", "fd00::1"]);
     mixed.failed_saying(&["fd00::1 cannot dial 10.96.0.10"]);
     let nothing = nftproxy_without(&["net_admin"], &["explain", "10.96.0.10:80"]);
-    nothing.failed_saying(&["CAP_NET_ADMIN", "no kubeconfig"]);
+    nothing.failed_saying(&["CAP_NET_ADMIN", "give --kubeconfig FILE"]);
     let nowhere = nftproxy(&["list", "--manifests", "/does/not/exist"]);
     nowhere.failed_saying(&["/does/not/exist"]);
 }

@@ -11,7 +11,7 @@ use nftproxy::nft::dataplane::Loopback;
 use nftproxy::nft::fake::FakeKernel;
 use nftproxy::nft::rule::InterfaceName;
 use nftproxy::nft::ruleset::Ruleset;
-use nftproxy::nft::text;
+use nftproxy::nft::{json, text};
 use nftproxy::reconcile::Proxy;
 use nftproxy::settings::{DetectLocal, NodePortAddresses, Settings};
 use nftproxy::state::State;
@@ -111,4 +111,72 @@ fn node_ports_and_pods_are_told_as_the_configuration_says() {
         manifests,
         Settings { detect_local: prefix, ..settings() },
     );
+}
+
+/// What differs between versions of nft, or is the kernel's: handles, what printed it, and `dynamic`,
+/// which old ones do not print; comments of tables, which new ones print.
+fn comparable(json: &serde_json::Value) -> Vec<serde_json::Value> {
+    let all = json["nftables"].as_array().unwrap().iter();
+    let mut all: Vec<_> = all.filter(|object| object.get("metainfo").is_none()).cloned().collect();
+    for object in &mut all {
+        let (kind, inner) = object.as_object_mut().unwrap().iter_mut().next().unwrap();
+        let inner = inner.as_object_mut().unwrap();
+        inner.remove("handle");
+        if kind == "table" {
+            inner.remove("comment");
+        }
+        if let Some(flags) = inner.get_mut("flags") {
+            flags.as_array_mut().unwrap().retain(|flag| flag != "dynamic");
+        }
+        if let Some(elements) = inner.get_mut("elem") {
+            // In whatever order the kernel keeps them.
+            elements.as_array_mut().unwrap().sort_by_key(ToString::to_string);
+        }
+    }
+    // Rules of a chain are in order; the rest need not be.
+    all.sort_by_key(|object| {
+        let of = |key: &str| object["rule"].get(key).map(ToString::to_string);
+        if object.get("rule").is_some() { of("chain").unwrap() } else { object.to_string() }
+    });
+    all
+}
+
+/// nft lists what it loaded as we write it.
+#[test]
+fn the_json_is_what_nft_prints_of_the_same_tables() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let by_interface = Settings {
+        detect_local: DetectLocal::Interface(InterfaceName::Prefix("veth".into())),
+        loopback: Loopback::NodePorts,
+        counters: true,
+        ..settings()
+    };
+    for entry in fs::read_dir(fixtures).unwrap() {
+        let manifests = fs::read_to_string(entry.unwrap().path()).unwrap();
+        for settings in [settings(), by_interface.clone()] {
+            let (ruleset, _) = wanted(&manifests, settings);
+            for &family in families(&manifests) {
+                let text = text::table(&ruleset, family);
+                let ours = json::ruleset(&ruleset, &[family]);
+                in_namespace(|| {
+                    nft(&["-f", "-"], &text);
+                    let theirs = nft(&["-j", "list", "ruleset"], "");
+                    let theirs: serde_json::Value = serde_json::from_str(&theirs).unwrap();
+                    let (ours, theirs) = (comparable(&ours), comparable(&theirs));
+                    for (ours, mut theirs) in ours.iter().zip(theirs.clone()) {
+                        // A statement that this nft has no JSON for, it prints as text.
+                        let unknown =
+                            theirs.get_mut("rule").and_then(|rule| rule["expr"].as_array_mut());
+                        for (number, statement) in unknown.into_iter().flatten().enumerate() {
+                            if statement.is_string() {
+                                *statement = ours["rule"]["expr"][number].clone();
+                            }
+                        }
+                        assert_eq!(*ours, theirs);
+                    }
+                    assert_eq!(ours.len(), theirs.len());
+                });
+            }
+        }
+    }
 }

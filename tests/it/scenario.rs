@@ -6,6 +6,7 @@
 
 mod asking;
 mod changes;
+mod explaining;
 mod proxies;
 mod report;
 mod services;

@@ -33,7 +33,10 @@ const RENEW_EVERY: Duration = Duration::from_secs(5);
 #[derive(Debug, Error)]
 pub enum ClientError {
     /// Neither a kubeconfig nor a master was given, and this is no pod with a service account.
-    #[error("cannot use the pod's service account (no kubeconfig and no master given): {0}")]
+    #[error(
+        "no API server is given, and this is no pod with a service account ({0}): give --kubeconfig FILE, \
+         --master URL, or --manifests PATH"
+    )]
     InCluster(#[source] InClusterError),
     /// The kubeconfig could not be read.
     #[error("cannot read the kubeconfig {}: {}", path.display(), reason(source))]

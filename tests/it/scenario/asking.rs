@@ -45,7 +45,7 @@ impl Target {
 }
 
 /// The address that a namespace has by itself when it dials this.
-fn own(from: &str, to: SocketAddr) -> IpAddr {
+pub(super) fn own(from: &str, to: SocketAddr) -> IpAddr {
     let family = usize::from(to.is_ipv6());
     ip(match from {
         "a" => POD_A,
