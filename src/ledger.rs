@@ -184,7 +184,7 @@ impl Ledger {
     pub fn collect(&self) -> Staged {
         let collected = self.idle_chains.iter().cloned().collect();
         let new_chains = self.missing_chains.iter().cloned().collect();
-        let mut staged = Staged { collected, new_chains, ..Staged::default() };
+        let mut staged = Staged { new_chains, collected, ..Staged::default() };
         for key in &self.open_affinities {
             match self.affinities.get(key) {
                 Some(map) if map.backends.is_some() => {

@@ -152,7 +152,9 @@ fn measure(size: Size) {
             for (what, event) in size.service_changes(index) {
                 note(what, timed(&mut proxy, event));
                 if proxy.has_idle() {
-                    let collected = took(|| drop(proxy.collect_idle().expect("a collection")));
+                    let collected = took(|| {
+                        proxy.collect_idle().expect("a collection");
+                    });
                     note("what it left behind collected", collected);
                 }
             }
@@ -229,9 +231,9 @@ fn timed<K: Kernel>(proxy: &mut Proxy<K>, event: Event) -> Took {
 }
 
 fn took(what: impl FnOnce()) -> Took {
-    let (began, ran) = (Instant::now(), ran());
+    let (began, before) = (Instant::now(), ran());
     what();
-    Took { time: began.elapsed(), ran: self::ran() - ran }
+    Took { time: began.elapsed(), ran: ran().saturating_sub(before) }
 }
 
 /// For how long this thread has run.
