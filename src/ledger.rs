@@ -10,6 +10,11 @@
 //! chain together with the element that went to it. Affinity maps, which such chains look into, stay
 //! with them.
 //!
+//! Beside the chain for so many endpoints stands a spare one for one endpoint more. When a rule that looks
+//! into a map is the first of its chain to do so, the kernel walks all elements of the map
+//! (`nf_tables_bind_set`; measured: 0.4 µs each, 0.17 s for 430,000), which no update is to wait for. In a
+//! table that is made anew, the maps are empty yet; later, spare chains come when chains are collected.
+//!
 //! [shared]: crate::nft::names::SetName::is_shared
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,10 +33,12 @@ pub struct Ledger {
     contributions: BTreeMap<Contributor, Contribution>,
     /// How many contributors claim an element of a shared set.
     shared: BTreeMap<ElementId, u32>,
-    /// How many contributors claim a shared chain; 0 until it is collected.
+    /// How many contributors claim a shared chain; 0 while it is spare, or until it is collected.
     chains: BTreeMap<(Family, ChainName), u32>,
-    /// Those with 0.
+    /// Those with 0 that are not spare.
     idle_chains: BTreeSet<(Family, ChainName)>,
+    /// Spare ones that are not there yet.
+    missing_chains: BTreeSet<(Family, ChainName)>,
     /// The affinity maps that exist.
     affinities: BTreeMap<AffinityKey, AffinityMap>,
     /// Those that nobody claims, or that are not settled.
@@ -127,7 +134,10 @@ impl Ledger {
         shared.sort_unstable();
         let claims = shared.chunk_by(|a, b| a == b).map(|claims| (claims[0], count(claims.len())));
         staged.shared = claims.collect();
-        staged.new_chains = staged.chains.keys().cloned().collect();
+        let spare =
+            staged.chains.keys().filter_map(|(family, name)| Some((*family, name.for_one_more()?)));
+        let chains: BTreeSet<_> = staged.chains.keys().cloned().chain(spare).collect();
+        staged.new_chains = chains.into_iter().collect();
         staged.contributions = contributions;
         staged
     }
@@ -169,11 +179,12 @@ impl Ledger {
         }
     }
 
-    /// The removal of shared chains and affinity maps that nobody claims.
+    /// The removal of shared chains and affinity maps that nobody claims; and spare chains that are missing.
     #[must_use]
     pub fn collect(&self) -> Staged {
         let collected = self.idle_chains.iter().cloned().collect();
-        let mut staged = Staged { collected, ..Staged::default() };
+        let new_chains = self.missing_chains.iter().cloned().collect();
+        let mut staged = Staged { new_chains, collected, ..Staged::default() };
         for key in &self.open_affinities {
             match self.affinities.get(key) {
                 Some(map) if map.backends.is_some() => {
@@ -190,7 +201,9 @@ impl Ledger {
     /// Whether there is something to [`collect`](Self::collect).
     #[must_use]
     pub fn has_idle(&self) -> bool {
-        !self.idle_chains.is_empty() || !self.open_affinities.is_empty()
+        !self.idle_chains.is_empty()
+            || !self.missing_chains.is_empty()
+            || !self.open_affinities.is_empty()
     }
 
     /// Moves on to what the kernel has accepted.
@@ -202,19 +215,7 @@ impl Ledger {
             self.move_shared(staged.shared);
         }
 
-        for (chain, delta) in staged.chains {
-            let count = self.chains.entry(chain.clone()).or_default();
-            *count = moved(*count, delta);
-            if *count == 0 {
-                self.idle_chains.insert(chain);
-            } else {
-                self.idle_chains.remove(&chain);
-            }
-        }
-        for chain in staged.collected {
-            self.idle_chains.remove(&chain);
-            self.chains.remove(&chain);
-        }
+        self.move_chains(staged.chains, staged.new_chains, staged.collected);
         for (key, map) in staged.affinities {
             if map.backends.is_none() || map.unsettled {
                 self.open_affinities.insert(key.clone());
@@ -239,6 +240,43 @@ impl Ledger {
             } else {
                 self.contributions.insert(contributor, contribution);
             }
+        }
+    }
+
+    fn move_chains(
+        &mut self,
+        claims: BTreeMap<(Family, ChainName), i64>,
+        new: Vec<(Family, ChainName)>,
+        collected: Vec<(Family, ChainName)>,
+    ) {
+        for (chain, delta) in &claims {
+            let count = self.chains.entry(chain.clone()).or_default();
+            *count = moved(*count, *delta);
+        }
+        for chain in &new {
+            self.chains.entry(chain.clone()).or_default();
+        }
+        for chain in &collected {
+            self.chains.remove(chain);
+        }
+        for chain in claims.into_keys().chain(new).chain(collected) {
+            let spare = chain.1.for_one_more().map(|name| (chain.0, name));
+            spare.into_iter().chain([chain]).for_each(|chain| self.sort_chain(chain));
+        }
+    }
+
+    /// Takes note of whether a chain is idle, or a spare one that is missing.
+    fn sort_chain(&mut self, chain: (Family, ChainName)) {
+        let smaller = chain.1.for_one_less().map(|name| (chain.0, name));
+        let is_spare =
+            smaller.is_some_and(|smaller| self.chains.get(&smaller).is_some_and(|n| *n > 0));
+        let found = self.chains.get(&chain);
+        self.idle_chains.remove(&chain);
+        self.missing_chains.remove(&chain);
+        match (found, is_spare) {
+            (None, true) => drop(self.missing_chains.insert(chain)),
+            (Some(0), false) => drop(self.idle_chains.insert(chain)),
+            _ => {}
         }
     }
 

@@ -88,6 +88,8 @@ mod tests {
     use std::collections::BTreeMap;
     use std::net::Ipv4Addr;
 
+    use proptest::prelude::*;
+
     use super::*;
 
     fn backends(hosts: impl IntoIterator<Item = u8>) -> Vec<Backend> {
@@ -115,15 +117,40 @@ mod tests {
         assert!(table(&[]).is_empty());
     }
 
-    #[test]
-    fn one_backend_less_moves_few_others() {
-        let before = table(&backends(0..8));
-        for gone in 0..8 {
-            let after = table(&backends((0..8).filter(|host| *host != gone)));
-            let lost = backends([gone])[0];
-            let moved = before.iter().zip(&after).filter(|(b, a)| **b != lost && b != a).count();
-            // The paper's figure 12 shows a few per cent.
-            assert!(moved < before.len() / 10, "{moved} of {} slots moved", before.len());
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Backends with weights, and one of them that leaves.
+        #[test]
+        fn one_backend_less_moves_its_own_clients_and_few_others(
+            weights in proptest::collection::btree_map(any::<u8>(), 0..4_usize, 2..40),
+            which in any::<proptest::sample::Index>(),
+        ) {
+            let listed = |without: Option<u8>| -> Vec<Backend> {
+                let there = weights.iter().filter(|(host, _)| Some(**host) != without);
+                backends(there.flat_map(|(host, weight)| std::iter::repeat_n(*host, *weight)))
+            };
+            let all = listed(None);
+            let before = table(&all);
+            // As its weight says, to a slot for each time it is listed. 0 has none.
+            let shares = shares(&before);
+            for (host, weight) in &weights {
+                let share = shares.get(&backends([*host])[0]).copied().unwrap_or_default();
+                let least = before.len().checked_div(all.len()).unwrap_or_default() * weight;
+                prop_assert!((least..=least + weight).contains(&share), "{share} of {weights:?}");
+            }
+            let gone = *weights.keys().nth(which.index(weights.len())).unwrap();
+            let after = table(&listed(Some(gone)));
+            // Of the largest size nobody is kept, if all go; and another size is dealt out anew.
+            prop_assume!(after.len() == before.len());
+            let own = backends([gone])[0];
+            let moved = before.iter().zip(&after).filter(|(b, a)| **b != own && b != a).count();
+            // The paper's figure 12 shows a few per cent; more, the more of the table it had.
+            let most = before.len() / 10;
+            prop_assert!(moved <= most, "{moved} of {} moved: {weights:?} without {gone}", before.len());
+            if weights[&gone] == 0 {
+                prop_assert_eq!(moved, 0);
+            }
         }
     }
 

@@ -184,18 +184,19 @@ impl Building<'_> {
         if lists.cluster.as_slice().is_empty() && lists.local.as_slice().is_empty() {
             return None;
         }
-        let sorted = |slots: &[&Slots]| {
+        let sorted = |slots: &[&Slots]| -> Box<[Backend]> {
             let mut backends: Vec<_> = slots.iter().flat_map(|s| s.as_slice()).copied().collect();
             backends.sort_unstable();
             backends.dedup();
             backends.into()
         };
+        let backends = sorted(&[&lists.cluster, &lists.local]);
         let mut add = |list, backends| {
             let name = AffinityName { port: port.clone(), list };
             self.affinities.push(Affinity { family, name, backends });
         };
         if uses.cluster {
-            add(List::Cluster, sorted(&[&lists.cluster, &lists.local]));
+            add(List::Cluster, backends.clone());
         }
         if uses.local {
             add(List::Local, sorted(&[&lists.local]));
@@ -205,7 +206,7 @@ impl Building<'_> {
             (false, true) => Memory::Local,
             _ => Memory::Cluster,
         };
-        Some(Sticky { port, memory, timeout })
+        Some(Sticky { port, memory, timeout, backends })
     }
 }
 
@@ -214,6 +215,8 @@ struct Sticky {
     port: PortName,
     memory: Memory,
     timeout: u32,
+    /// Whose clients they are; each once.
+    backends: Box<[Backend]>,
 }
 
 /// What all frontends of a port have in common.
@@ -387,7 +390,7 @@ impl<'a, 'b> Objects<'a, 'b> {
 
     /// Says where the clients of the frontend are remembered.
     fn remember(&mut self) {
-        let Some(Sticky { port, memory, timeout }) = &self.serving.sticky else { return };
+        let Some(Sticky { port, memory, timeout, backends }) = &self.serving.sticky else { return };
         let chain = ChainName::of_port(port, PortChain::Record(*memory, *timeout));
         let (key, protocol) = match self.frontend {
             Frontend::Address(address, protocol, port) => {
@@ -395,7 +398,14 @@ impl<'a, 'b> Objects<'a, 'b> {
                 self.building.add(self.family, SetName::AffinityIps, key, Value::None);
                 (Key::AddressPort(address, port), protocol)
             }
-            Frontend::NodePort(_, protocol, port) => (Key::Port(port), protocol),
+            Frontend::NodePort(_, protocol, port) => {
+                for backend in backends {
+                    let key = Key::NodePortBackend(protocol, port, *backend);
+                    let set = SetName::AffinityNodeportBackends;
+                    self.building.add(self.family, set, key, Value::None);
+                }
+                (Key::Port(port), protocol)
+            }
         };
         let set = SetName::affinity_record(self.entry, protocol);
         self.building.chains.push((self.family, chain.clone()));

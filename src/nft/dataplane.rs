@@ -440,14 +440,27 @@ fn record(port: &PortName, memory: Memory, timeout: u32) -> Vec<Rule> {
 
 /// By the frontend that was dialled, which translation has left in the connection's original
 /// direction only.
+///
+/// That a node port was dialled is not to be seen there: the address can be another Service's, with a
+/// port of the same number. But such a connection went to an endpoint of the other Service, so that one
+/// counts for a node port only if it went to an endpoint of that. (Whether a map has a key, here `services`, can be
+/// asked of new kernels only.) The reply direction has the endpoint, too; `th dport` behind a protocol
+/// is listed by nft 1.0.6 as what it does not read.
 fn affinity_record(entry: Entry) -> [Rule; 3] {
+    use Selector::{L4Proto, OriginalDaddr, OriginalDport, ReplySaddr, ReplySport};
     [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(|protocol| {
         let map = SetName::affinity_record(entry, protocol);
-        let key = match entry {
-            Entry::Address => vec![Selector::OriginalDaddr, Selector::OriginalDport],
-            Entry::NodePort => vec![Selector::OriginalDport],
-        };
-        Rule::new([Statement::L4Proto(protocol), Statement::Vmap(key, map)])
+        let is = Statement::L4Proto(protocol);
+        match entry {
+            Entry::Address => {
+                Rule::new([is, Statement::Vmap(vec![OriginalDaddr, OriginalDport], map)])
+            }
+            Entry::NodePort => {
+                let own = vec![L4Proto, OriginalDport, ReplySaddr, ReplySport];
+                let own = Statement::In(own, SetName::AffinityNodeportBackends);
+                Rule::new([is, own, Statement::Vmap(vec![OriginalDport], map)])
+            }
+        }
     })
 }
 

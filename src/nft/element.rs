@@ -44,6 +44,8 @@ pub enum Key {
     AddressPort(IpAddr, u16),
     /// `dport`, likewise.
     Port(u16),
+    /// `l4proto . dport . backend`
+    NodePortBackend(Protocol, u16, Backend),
     /// `first-last`, both included.
     Range(IpAddr, IpAddr),
 }
@@ -207,6 +209,9 @@ impl Key {
                 bytes.address(a).protocol(proto).port(port).address(net.network())
             }
             Self::AddressPort(a, port) => bytes.address(a).port(port),
+            Self::NodePortBackend(proto, port, backend) => {
+                bytes.protocol(proto).port(port).address(backend.address).port(backend.port)
+            }
             Self::Port(port) => {
                 let mut bytes = bytes.port(port);
                 bytes.len = PORT_LEN;
@@ -277,6 +282,11 @@ impl Key {
             }
             [KeyField::Address, KeyField::Port] => {
                 Self::AddressPort(reader.address(family)?, reader.port()?)
+            }
+            [KeyField::Protocol, KeyField::Port, KeyField::Address, KeyField::Port] => {
+                let (protocol, port) = (reader.protocol()?, reader.port()?);
+                let backend = Backend { address: reader.address(family)?, port: reader.port()? };
+                Self::NodePortBackend(protocol, port, backend)
             }
             [KeyField::Port] => {
                 return bytes.try_into().ok().map(|port| Self::Port(u16::from_be_bytes(port)));
@@ -389,6 +399,9 @@ impl fmt::Display for Key {
             }
             Self::AddressPort(a, port) => write!(f, "{a} . {port}"),
             Self::Port(port) => write!(f, "{port}"),
+            Self::NodePortBackend(proto, port, backend) => {
+                write!(f, "{proto} . {port} . {backend}")
+            }
             Self::Address(a) => write!(f, "{a}"),
             Self::Pair(a, b) => write!(f, "{a} . {b}"),
             Self::Range(first, last) => match prefix(*first, *last) {
@@ -493,6 +506,10 @@ mod tests {
                             Key::Slot(ip(a), proto, port, slot)
                         }
                         [KeyField::Protocol, KeyField::Port] => Key::NodePort(proto, port),
+                        [KeyField::Protocol, .., KeyField::Address, KeyField::Port] => {
+                            let backend = Backend { address: ip(a), port: slot };
+                            Key::NodePortBackend(proto, port, backend)
+                        }
                         [KeyField::Protocol, ..] => Key::NodePortSlot(proto, port, slot),
                         [KeyField::Address] => Key::Address(ip(a)),
                         _ => Key::Pair(ip(a), ip(b)),

@@ -441,6 +441,9 @@ impl Interpreter<'_> {
             [Address(a)] => Key::Address(a),
             [Address(a), Address(b)] => Key::Pair(a, b),
             [Address(a), Port(port)] => Key::AddressPort(a, port),
+            [Proto(protocol), Port(port), Address(address), Port(number)] => {
+                Key::NodePortBackend(protocol, port, Backend { address, port: number })
+            }
             [Port(port)] => Key::Port(port),
             _ => return None,
         };

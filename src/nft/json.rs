@@ -145,6 +145,12 @@ fn key(key: &Key) -> Json {
         Key::NodePortSlot(protocol, port, slot) => {
             concat([protocol.to_string().into(), (*port).into(), (*slot).into()])
         }
+        Key::NodePortBackend(protocol, port, backend) => concat([
+            protocol.to_string().into(),
+            (*port).into(),
+            address(&backend.address),
+            backend.port.into(),
+        ]),
         Key::Address(a) => address(a),
         Key::Pair(a, b) => concat([address(a), address(b)]),
         Key::AddressPort(a, port) => concat([address(a), (*port).into()]),

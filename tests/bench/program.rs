@@ -132,22 +132,31 @@ fn measure(size: Size) {
     let (resident, peak) = (memory("VmRSS:"), memory("VmHWM:"));
 
     let (mut more_allocations, mut swap_allocations) = (0, 0);
-    let mut by_kind = BTreeMap::<_, Vec<Duration>>::new();
+    let mut by_kind = BTreeMap::<_, Vec<Took>>::new();
     for (index, [more, less, swap]) in changes(size) {
         let before = ALLOCATIONS.load(Ordering::Relaxed);
         let more = timed(&mut proxy, Event::EndpointSlice(more));
-        run.more.push(more);
+        run.more.push(more.time);
         more_allocations = more_allocations.max(ALLOCATIONS.load(Ordering::Relaxed) - before);
         let less = timed(&mut proxy, Event::EndpointSlice(less));
         let before = ALLOCATIONS.load(Ordering::Relaxed);
         let swap = timed(&mut proxy, Event::EndpointSlice(swap));
-        run.swapped.push(swap);
+        run.swapped.push(swap.time);
         swap_allocations = swap_allocations.max(ALLOCATIONS.load(Ordering::Relaxed) - before);
         if size.mixed {
-            by_kind.entry((size.kind(index), "endpoints")).or_default().extend([more, less, swap]);
-            if let Some(service) = size.another_range(index) {
-                let took = timed(&mut proxy, Event::Service(service));
-                by_kind.entry((size.kind(index), "a range")).or_default().push(took);
+            let mut note =
+                |what, took| by_kind.entry((size.kind(index), what)).or_default().push(took);
+            for took in [more, less, swap] {
+                note("an endpoint more, less, another", took);
+            }
+            for (what, event) in size.service_changes(index) {
+                note(what, timed(&mut proxy, event));
+                if proxy.has_idle() {
+                    let collected = took(|| {
+                        proxy.collect_idle().expect("a collection");
+                    });
+                    note("what it left behind collected", collected);
+                }
             }
         }
     }
@@ -177,11 +186,15 @@ fn measure(size: Size) {
     );
     for ((kind, what), mut times) in by_kind {
         times.sort();
+        let most = times.last().expect("there is one");
+        let runs = times.iter().map(|took| took.ran).max().expect("there is one");
         println!(
-            "{:>10} | {kind}, another of its {what}: p50 {} ms, at most {} ms of {}",
+            "{:>10} | {kind}, {what}: p50 {}, at most {} ms, of which it ran {}; it never ran for more than {} ms; of {}",
             "",
-            millis(times[times.len() / 2]),
-            millis(*times.last().expect("there is one")),
+            millis(times[times.len() / 2].time),
+            millis(most.time),
+            millis(most.ran),
+            millis(runs),
             times.len(),
         );
     }
@@ -199,14 +212,38 @@ fn changes(size: Size) -> impl Iterator<Item = (usize, [EndpointSlice; 3])> {
     })
 }
 
+/// What an update took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Took {
+    time: Duration,
+    /// Of which this thread ran, in the program or in the kernel. Where the two differ, it waited, or others
+    /// had the processor.
+    ran: Duration,
+}
+
 /// From the event to the end of the commit.
-fn timed<K: Kernel>(proxy: &mut Proxy<K>, event: Event) -> Duration {
-    let began = Instant::now();
-    proxy.observe(event);
-    let done = proxy.commit().expect("a small commit");
-    let took = began.elapsed();
-    assert!(done.operations > 0 && !done.adopted, "a change must be a change");
-    took
+fn timed<K: Kernel>(proxy: &mut Proxy<K>, event: Event) -> Took {
+    took(|| {
+        proxy.observe(event);
+        let done = proxy.commit().expect("a small commit");
+        assert!(done.operations > 0 && !done.adopted, "a change must be a change");
+    })
+}
+
+fn took(what: impl FnOnce()) -> Took {
+    let (began, before) = (Instant::now(), ran());
+    what();
+    Took { time: began.elapsed(), ran: ran().saturating_sub(before) }
+}
+
+/// For how long this thread has run.
+fn ran() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: it writes the one structure that it is given.
+    let done = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    assert_eq!(done, 0, "every thread has a clock");
+    let nanoseconds = time.tv_sec * 1_000_000_000 + time.tv_nsec;
+    Duration::from_nanos(u64::try_from(nanoseconds).expect("a time since the start"))
 }
 
 /// Takes every transaction and keeps its bytes. New chains go ahead of the change that needs them, so

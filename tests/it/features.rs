@@ -192,30 +192,63 @@ fn affinity_under_local_policies_and_for_endpoints_on_the_node_itself() {
     assert_eq!(only(who(&net, "client", &frontends(0)[..1])), "host");
 }
 
+/// An address of the node, an external or a load balancer's one, has a port of a Service of the number that
+/// is another one's node port. With and without affinity of the first, whose endpoint is none of the other's.
 #[test]
 fn a_client_of_an_address_is_not_taken_for_one_of_a_node_port_of_the_same_number() {
     let Some(net) = Net::new() else { return };
     let sticky = "sessionAffinity: ClientIP";
-    let external = format!("externalIPs: [{:?}]", NODE[0]);
-    let service = |name, vip, spec: &[&str], port, node_port| {
+    let external = format!("externalIPs: [{:?}, {:?}]", NODE[0], NODE[1]);
+    let service = |name, last, spec: &[&str], balancer_ips: &[&str], port, node_port| {
+        let vips = [format!("10.96.0.{last}"), format!("fd00:10:96::{last}")];
+        let vips = [&*vips[0], &*vips[1]];
         let ports = [("http", "TCP", port, node_port)];
-        Svc { name, cluster_ips: &[vip], ports: &ports, spec, balancer_ips: &[] }.yaml()
+        Svc { name, cluster_ips: &vips, ports: &ports, spec, balancer_ips }.yaml()
     };
-    for (address, spec) in [("10.96.0.21", &[][..]), (NODE[0], &[external.as_str(), sticky])] {
+    let vips = ["10.96.0.21", "fd00:10:96::21"];
+    let balancers = ["203.0.113.7", "fd00:203::7"];
+    let second = [NODE_SECOND, GATEWAY[1]];
+    let all = "nodePortAddresses: [\"0.0.0.0/0\", \"::/0\"]\n";
+    let both = format!(
+        "nodePortAddresses: [\"192.0.2.8/29\", \"{}/128\", \"{}/128\"]\n",
+        NODE[1], second[1]
+    );
+    let cases: [(_, &[&str], &[&str]); 5] = [
+        (vips, &[], &[]),
+        (NODE, &[&external], &[]),
+        (NODE, &[&external, sticky], &[]),
+        (balancers, &[], &balancers),
+        (balancers, &[sticky], &balancers),
+    ];
+    for (config, (addresses, spec, balancer_ips)) in
+        [all, &both].into_iter().flat_map(|config| cases.map(|case| (config, case)))
+    {
         let objects = [
             CLUSTER.to_owned(),
-            service("by-address", "10.96.0.21", spec, 30081, 0),
+            service("by-address", 21, spec, balancer_ips, 30081, 0),
             slice("by-address", "4", &HTTP, &["10.244.1.5!"]),
-            service("by-node-port", "10.96.0.22", &[sticky], 80, 30081),
+            slice("by-address", "6", &HTTP, &["fd00:10:244:1::5!"]),
+            service("by-node-port", 22, &[sticky], &[], 80, 30081),
             slice("by-node-port", "4", &HTTP, &["10.244.1.6!"]),
+            slice("by-node-port", "6", &HTTP, &["fd00:10:244:1::6!"]),
         ];
         net.write("web.yaml", &objects.concat());
-        let daemon = configured(&net, "nodePortAddresses: [0.0.0.0/0]\n");
-        assert_eq!(by(one(&net, "client", to(address, 30081))), "a");
-        assert_eq!(by(one(&net, "client", to(NODE_SECOND, 30081))), "b");
+        let daemon = configured(&net, config);
+        for family in [0, 1] {
+            let what = format!("{} {spec:?} {config}", addresses[family]);
+            assert_eq!(by(one(&net, "client", to(addresses[family], 30081))), "a", "{what}");
+            let node_port = to(second[family], 30081);
+            assert_eq!(by(one(&net, "client", node_port)), "b", "{what}");
+            // Those of the node port are remembered.
+            let map = "affinity/default/by-node-port/tcp/http";
+            assert!(list(&net, family, map).contains(CLIENT[family]), "{what}");
+            assert_eq!(by(one(&net, "client", node_port)), "b", "{what}");
+        }
         daemon.terminate();
         // With whom it remembers.
-        in_netns(&net.name("node"), || nft(&["delete", "table", "ip", "nftproxy"], ""));
+        for table in ["ip", "ip6"] {
+            in_netns(&net.name("node"), || nft(&["delete", "table", table, "nftproxy"], ""));
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use nftproxy::model::{
     Protocol, Scheduler, Service, ServiceCidr, ServicePort, SessionAffinity, SlicePort,
     TrafficPolicy,
 };
-use nftproxy::nft::dataplane::Options;
+use nftproxy::nft::dataplane::{Loopback, Options};
 use nftproxy::nft::element::Key;
 use nftproxy::nft::fake::FakeKernel;
 
@@ -164,13 +164,20 @@ fn any_slice() -> impl Strategy<Value = EndpointSlice> {
 }
 
 /// Settings that a changed configuration can bring.
-pub(crate) const ALL_SETTINGS: [fn() -> Settings; 4] = [
+pub(crate) const ALL_SETTINGS: [fn() -> Settings; 5] = [
     settings,
     || Settings { masquerade_all: true, masquerade_mark: 2, ..settings() },
     || Settings { detect_local: DetectLocal::NodeCidr, ..settings() },
     || Settings {
         detect_local: DetectLocal::Interface(InterfaceName::Prefix("veth".into())),
         node_port_addresses: NodePortAddresses::Ranges(vec!["10.0.0.0/8".parse().unwrap()]),
+        ..settings()
+    },
+    || Settings {
+        detect_local: DetectLocal::Interface(InterfaceName::Whole("cbr0".into())),
+        node_port_addresses: NodePortAddresses::Ranges(vec!["0.0.0.0/0".parse().unwrap()]),
+        counters: true,
+        loopback: Loopback::NodePorts,
         ..settings()
     },
 ];

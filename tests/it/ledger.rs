@@ -223,6 +223,61 @@ fn an_endpoint_more_is_two_elements_and_its_replacement_one() {
     assert_eq!(ops(&mut proxy, &["10.0.0.3", "10.0.0.4"]), 0);
 }
 
+/// However many there are: of one Service, or of others.
+#[test]
+fn a_source_range_more_is_one_element() {
+    let with = |name: &str, last: u8, ranges: std::ops::Range<u16>| {
+        let addresses = [format!("10.96.1.{last}"), format!("203.0.113.{last}")];
+        let ports = [port("", Protocol::Tcp, 80, 0)];
+        let range = |n: u16| format!("172.16.{}.{}/28", n >> 4, (n & 15) << 4).parse().unwrap();
+        Event::Service(Service {
+            source_ranges: ranges.map(range).collect(),
+            ..service(name, &addresses.each_ref().map(String::as_str), &ports)
+        })
+    };
+    let endpoint = |name: &str| {
+        Event::EndpointSlice(slice(name, "4", &[("", Protocol::Tcp, 8080)], &["10.0.0.1"]))
+    };
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    // Every second one, as neighbours would become one range.
+    let apart = |ranges: Event| match ranges {
+        Event::Service(mut service) => {
+            service.source_ranges = service.source_ranges.into_iter().step_by(2).collect();
+            Event::Service(service)
+        }
+        event => event,
+    };
+    proxy.observe(apart(with("many", 1, 0..2_000)));
+    proxy.observe(endpoint("many"));
+    for last in 10..210 {
+        let name = format!("some-{last}");
+        proxy.observe(apart(with(&name, last, 0..40)));
+        proxy.observe(endpoint(&name));
+    }
+    all_listed().for_each(|event| proxy.observe(event));
+    committed(&mut proxy);
+    let ranges = |proxy: &mut Proxy<FakeKernel>| {
+        proxy.kernel_mut().elements().filter(|(id, _)| id.set == SetName::SourceRanges).count()
+    };
+    assert_eq!(ranges(&mut proxy), 1_000 + 200 * 20);
+    let mut ops = |event: Event| {
+        proxy.observe(event);
+        proxy.commit().unwrap().operations
+    };
+    assert_eq!(ops(apart(with("many", 1, 0..2_002))), 1);
+    assert_eq!(ops(apart(with("some-10", 10, 0..42))), 1);
+    assert_eq!(ops(apart(with("some-10", 10, 2..42))), 1);
+    // One that closes a gap becomes one with its neighbour.
+    let Event::Service(mut closed) = apart(with("some-11", 11, 0..40)) else { unreachable!() };
+    closed.source_ranges.push("172.16.0.16/28".parse().unwrap());
+    assert_eq!(ops(Event::Service(closed)), 2);
+    // One Service more: its ClusterIP and two verdicts, where it goes on behind its ranges, two endpoints.
+    ops(endpoint("new"));
+    let new = ops(apart(with("new", 250, 0..40)));
+    assert_eq!(new, 26);
+    assert_eq!(ops(Event::Gone(Kind::Service, name("new"))), new);
+}
+
 #[test]
 fn the_older_service_keeps_a_contested_frontend_and_the_next_takes_over() {
     let claim = |name: &str, cluster_ip: &str, created: i64| {
@@ -342,20 +397,34 @@ fn a_chain_is_there_before_anything_leads_to_it() {
     all_listed().for_each(|event| proxy.observe(event));
     web(&["10.0.0.1"]).into_iter().for_each(|event| proxy.observe(event));
     committed(&mut proxy);
+    // That for one endpoint more is there already, as it takes the kernel long where maps are large.
     let before = proxy.kernel_mut().applied.len();
     web(&["10.0.0.1", "10.0.0.2"]).into_iter().for_each(|event| proxy.observe(event));
     committed(&mut proxy);
+    let chains = |op: &Op| matches!(op, Op::AddChain(..) | Op::AddRules(..));
+    let [only] = &proxy.kernel_mut().applied[before..] else { panic!("one batch") };
+    assert!(!only.ops.iter().any(chains), "{only:?}");
+    // So is the next one, once there is time. What is not needed any more goes.
+    proxy.collect_idle().unwrap();
+    let spare = |proxy: &mut Proxy<FakeKernel>| -> Vec<String> {
+        let dump = proxy.kernel_mut().dump();
+        let lines = dump.lines().filter(|line| line.contains(" chain ") && line.contains(" lb-"));
+        lines.map(|line| line.split(" lb-").nth(1).unwrap()[..1].to_owned()).collect()
+    };
+    assert_eq!(spare(&mut proxy), ["2", "3"]);
+    let before = proxy.kernel_mut().applied.len();
+    let four = ["10.0.0.1", "10.0.0.2", "10.0.0.5", "10.0.0.6"];
+    web(&four).into_iter().for_each(|event| proxy.observe(event));
+    committed(&mut proxy);
     // A packet on its way sees new elements, but of a chain made with them only the empty beginning.
     let applied = &proxy.kernel_mut().applied[before..];
-    let chains = |op: &Op| matches!(op, Op::AddChain(..) | Op::AddRules(..));
     let [first, then] = applied else { panic!("{applied:?}") };
     assert!(first.ops.iter().all(chains), "{first:?}");
     assert!(!then.ops.iter().any(chains), "{then:?}");
     // The next Service of that size finds it.
     let other = service("other", &["10.96.0.11"], &[port("", Protocol::Tcp, 80, 0)]);
     proxy.observe(Event::Service(other));
-    let endpoints = ["10.0.0.3", "10.0.0.4"];
-    let slice = slice("other", "4", &[("", Protocol::Tcp, 80)], &endpoints);
+    let slice = slice("other", "4", &[("", Protocol::Tcp, 80)], &four);
     proxy.observe(Event::EndpointSlice(slice));
     committed(&mut proxy);
     assert_eq!(proxy.kernel_mut().applied.len(), before + 3);

@@ -38,6 +38,7 @@ mod hostile;
 mod http;
 mod inside;
 mod ledger;
+mod live;
 mod metrics;
 mod model;
 mod monitoring;

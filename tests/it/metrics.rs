@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::control_plane::User;
 use crate::e2e::with_cluster;
 use crate::http::get;
-use crate::net::{NODE, Net, wait_until};
+use crate::namespace::nft;
+use crate::net::{NODE, Net, in_netns, wait_until};
 use crate::objects::{CLUSTER, Svc, slice};
 use crate::packets::{CIDRS, HTTP, one, run, to};
 use crate::serve::Outcome;
@@ -364,6 +365,16 @@ fn affinity_maps_are_counted() {
     wait_until("both clients to be counted", || seen("entries", "IPv4") == 2.0);
     assert!((seen("fullest_ratio", "IPv4") - 2.0 / 65535.0).abs() < 1e-9);
     assert_eq!(seen("entries", "IPv6"), 0.0);
+    // A full one is seen; that it lets new clients through is tested in `features`.
+    let clients: Vec<_> = (2..65_535_u32)
+        .map(|n| format!("{} : 10.244.1.5 . 8080", std::net::Ipv4Addr::from(n + 0x0b00_0000)))
+        .collect();
+    let map = "add element ip nftproxy affinity/default/web/tcp/http";
+    in_netns(&net.name("node"), || {
+        nft(&["-f", "-"], &format!("{map} {{ {} }}", clients.join(",\n")))
+    });
+    wait_until("the full map to be seen", || seen("fullest_ratio", "IPv4") >= 1.0);
+    assert_eq!(seen("entries", "IPv4"), 65_535.0);
 }
 
 #[test]

@@ -3,11 +3,13 @@
 //! A snapshot is nft text, so that a change of behaviour is a diff that a reviewer can read; and nft
 //! itself checks every one of them.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use nftproxy::model::{Family, NodeFacts};
 use nftproxy::nft::dataplane::Loopback;
+use nftproxy::nft::element::{ElementId, Key, Value};
 use nftproxy::nft::fake::FakeKernel;
 use nftproxy::nft::rule::InterfaceName;
 use nftproxy::nft::ruleset::Ruleset;
@@ -52,13 +54,54 @@ fn families(manifests: &str) -> &'static [Family] {
     }
 }
 
+/// More slots than a reader takes in: of a Maglev table.
+const MANY: usize = 1_000;
+/// So many of them are shown.
+const SHOWN: u16 = 16;
+
+/// Leaves out most slots of such tables, and says whose they are.
+fn shorten(ruleset: &mut Ruleset) -> String {
+    let mut tables: BTreeMap<String, BTreeMap<String, usize>> = BTreeMap::new();
+    let frontend = |id: &ElementId| match id.key {
+        Key::Slot(address, protocol, port, slot) => {
+            Some((format!("{} {{ {address} . {protocol} . {port} . … }}", id.set), slot))
+        }
+        Key::NodePortSlot(protocol, port, slot) => {
+            Some((format!("{} {{ {protocol} . {port} . … }}", id.set), slot))
+        }
+        _ => None,
+    };
+    for (id, value) in &ruleset.elements {
+        if let Some((frontend, _)) = frontend(id) {
+            *tables.entry(frontend).or_default().entry(value.to_string()).or_default() += 1;
+        }
+    }
+    tables.retain(|_, shares| shares.values().sum::<usize>() >= MANY);
+    let elements = std::mem::take(&mut ruleset.elements).into_iter();
+    let is_shown = |(id, _): &(ElementId, Value)| {
+        frontend(id).is_none_or(|(frontend, slot)| slot < SHOWN || !tables.contains_key(&frontend))
+    };
+    ruleset.elements = elements.filter(is_shown).collect();
+    let mut text = String::new();
+    for (frontend, shares) in tables {
+        let slots: usize = shares.values().sum();
+        text += &format!("# {frontend}: {slots} slots, the first {SHOWN} are below\n");
+        for (backend, share) in shares {
+            text += &format!("#     {backend}: {share}\n");
+        }
+    }
+    text
+}
+
 fn check(name: &str, manifests: &str, settings: Settings) {
-    let (ruleset, problems) = wanted(manifests, settings);
+    let (mut ruleset, problems) = wanted(manifests, settings);
+    let tables = shorten(&mut ruleset);
     let about = manifests.lines().next().unwrap();
     let mut text = format!("{about}\n");
     for problem in problems {
         text.push_str(&format!("# reported: {problem}\n"));
     }
+    text.push_str(&tables);
     for &family in families(manifests) {
         text.push_str(&text::table(&ruleset, family));
         text.push('\n');

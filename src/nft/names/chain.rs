@@ -250,6 +250,27 @@ impl ChainName {
             _ => None,
         }
     }
+
+    /// The shared chain that Services with one backend more than this one's need, if there is one.
+    #[must_use]
+    pub fn for_one_more(&self) -> Option<Self> {
+        self.for_another(|n| n.checked_add(1))
+    }
+
+    /// The same for one backend less.
+    #[must_use]
+    pub fn for_one_less(&self) -> Option<Self> {
+        self.for_another(|n| n.checked_sub(1).filter(|n| *n > 0))
+    }
+
+    fn for_another(&self, n: impl Fn(u16) -> Option<u16>) -> Option<Self> {
+        match self {
+            Self::Select(selection @ Selection { pick: Pick::Random, .. }) => {
+                Some(Self::Select(Selection { n: n(selection.n)?, ..*selection }))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// As the beginning of a chain's name.

@@ -58,6 +58,8 @@ pub enum SetName {
     AffinityRecordNodeportUdp,
     /// The same for SCTP.
     AffinityRecordNodeportSctp,
+    /// Node port of Services with affinity and one of its backends: whose clients are remembered.
+    AffinityNodeportBackends,
 }
 
 /// A field of an element's key.
@@ -86,7 +88,7 @@ pub enum DataType {
 
 impl SetName {
     /// All of them, in the order of the table's text.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::Services,
         Self::ServicesCluster,
         Self::ServicesLocal,
@@ -111,6 +113,7 @@ impl SetName {
         Self::AffinityRecordNodeportTcp,
         Self::AffinityRecordNodeportUdp,
         Self::AffinityRecordNodeportSctp,
+        Self::AffinityNodeportBackends,
     ];
 
     /// The map that says where the clients of a frontend are remembered. nft reads no protocol in a
@@ -155,6 +158,7 @@ impl SetName {
             Self::AffinityRecordNodeportTcp => "affinity-record-nodeport-tcp",
             Self::AffinityRecordNodeportUdp => "affinity-record-nodeport-udp",
             Self::AffinityRecordNodeportSctp => "affinity-record-nodeport-sctp",
+            Self::AffinityNodeportBackends => "affinity-nodeport-backends",
         }
     }
 
@@ -187,6 +191,7 @@ impl SetName {
             Self::AffinityRecordNodeportTcp
             | Self::AffinityRecordNodeportUdp
             | Self::AffinityRecordNodeportSctp => &[Port],
+            Self::AffinityNodeportBackends => &[Protocol, Port, Address, Port],
         }
     }
 
@@ -216,6 +221,7 @@ impl SetName {
             | Self::ServiceCidrs
             | Self::LocalPods
             | Self::AffinityIps
+            | Self::AffinityNodeportBackends
             | Self::Hairpin => DataType::None,
         }
     }

@@ -2,11 +2,12 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU16;
+use std::ops::Range;
 
 use ipnet::{IpNet, Ipv4Net};
 use nftproxy::model::{
-    Endpoint, EndpointSlice, Family, NamespacedName, Protocol, Scheduler, Service, ServicePort,
-    SessionAffinity, SlicePort, TrafficPolicy,
+    Endpoint, EndpointSlice, Event, Family, Kind, NamespacedName, Protocol, Scheduler, Service,
+    ServicePort, SessionAffinity, SlicePort, TrafficPolicy,
 };
 
 /// Ranges of one load balancer in ten, and of a single one.
@@ -88,16 +89,29 @@ impl Size {
             } else {
                 SessionAffinity::None
             },
-            source_ranges: ranges(kind, index, 0),
+            source_ranges: ranges(kind).map(|n| range(index, n)).collect(),
             scheduler: if kind == "Maglev" { Scheduler::Maglev } else { Scheduler::Random },
             health_check_node_port: None,
         }
     }
 
-    /// The Service with another source range in the place of one; None if it has none.
-    pub(crate) fn another_range(self, index: usize) -> Option<Service> {
-        let source_ranges = ranges(self.kind(index), index, 1);
-        (!source_ranges.is_empty()).then(|| Service { source_ranges, ..self.service(index) })
+    /// What else happens to a Service: of its source ranges there is one more, then another in the place of one;
+    /// then it goes, and comes again.
+    pub(crate) fn service_changes(self, index: usize) -> Vec<(&'static str, Event)> {
+        let kind = self.kind(index);
+        let count = ranges(kind).len();
+        let with = |ranges: Range<usize>| {
+            let source_ranges = ranges.map(|n| range(index, n)).collect();
+            Event::Service(Service { source_ranges, ..self.service(index) })
+        };
+        let mut changes = Vec::new();
+        if count > 0 {
+            changes.push(("a range more", with(0..count + 1)));
+            changes.push(("another range", with(1..count + 1)));
+        }
+        changes.push(("the Service gone", Event::Gone(Kind::Service, name(index))));
+        changes.push(("the Service there", with(0..count)));
+        changes
     }
 
     /// The slice of a Service with endpoints `first .. first + count`.
@@ -145,19 +159,20 @@ fn only<T>(is: bool, value: T) -> Vec<T> {
     is.then_some(value).into_iter().collect()
 }
 
-/// Networks of 16 addresses, `first` of them left out at the beginning.
-fn ranges(kind: &str, index: usize, first: usize) -> Vec<IpNet> {
-    let count = match kind {
+/// The numbers of its source ranges.
+fn ranges(kind: &str) -> Range<usize> {
+    0..match kind {
         "1,000 source ranges" => MANY_RANGES,
         kind if kind.contains("ranges") => SOME_RANGES,
         _ => 0,
-    };
+    }
+}
+
+/// A network of 16 addresses, with as many between it and the next, as neighbours would become one.
+fn range(index: usize, n: usize) -> IpNet {
     let base = Ipv4Addr::new(11, 0, 0, 0);
-    let network = |n: usize| {
-        let address = Ipv4Addr::from(u32::from(base) + bits((index * SOME_RANGES + n) * 16));
-        IpNet::V4(Ipv4Net::new(address, 28).expect("a prefix"))
-    };
-    (first..first + count).map(network).collect()
+    let address = Ipv4Addr::from(u32::from(base) + bits((index * SOME_RANGES + n) * 32));
+    IpNet::V4(Ipv4Net::new(address, 28).expect("a prefix"))
 }
 
 fn address(first: Ipv4Addr, index: usize) -> IpAddr {
