@@ -29,15 +29,15 @@ fn volatile() -> Vec<(Regex, &'static str)> {
         (r"\d{8}T\d{6}Z", "TIME"),
         (r"\b\d\d:\d\d:\d\d(\.\d+)?\b", "TIME"),
         (r"\b\d+(\.\d+)?(ns|µs|ms|s)\b", "SPAN"),
-        (r"\b\d+\.\d+ (ms|s)\b", "SPAN"),
+        (r"\b\d+(\.\d+)? (ms|s)\b", "SPAN"),
         (r"process \d+", "process N"),
         (r"\(\d+ bytes\)", "(N bytes)"),
         (r"Linux \d+\.\S+", "Linux VERSION"),
         (r"\d+ of at most \d+ connections", "N of at most N connections"),
+        (r"\b\d+\.\d connections/s", "R connections/s"),
         // Which endpoint gets how many is by chance.
         (r"\b[1-9]\d* connections?\b", "N connections"),
         (r"nftproxy \d+\.\d+\.\d+", "nftproxy VERSION"),
-        (r"\b\d+\.\d connections/s", "R connections/s"),
         (r"^ +\d+\.\d +\d+ ", " R N "),
         (r" +", " "),
     ];
