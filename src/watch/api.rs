@@ -55,9 +55,8 @@ pub const KINDS: usize = 4;
 
 /// For how many seconds a watch is asked for; how many of these is left to chance, so that nodes that began
 /// together do not ask together for ever. A stream that has not ended five seconds later leads nowhere,
-/// however open its connection is: nothing else tells it from one of a kind that does not change. Shorter is
-/// sooner noticed, and costs the server a request on an open connection each time.
-pub const RENEWAL: RangeInclusive<u32> = 120..=180;
+/// however open its connection is: by HTTP/1 nothing else tells it from one of a kind that does not change.
+pub const RENEWAL: RangeInclusive<u32> = 240..=300;
 
 /// How long a kind that the server does not know is left alone.
 const LONG_PAUSE: Duration = Duration::from_secs(300);

@@ -1,6 +1,7 @@
 //! Somebody else's hand in the tables, while the daemon runs: seen at once, put right, and named.
 
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use crate::namespace::{has_owned_tables, lacks, nft};
 use crate::net::{Daemon, GATEWAY, Net, in_netns, wait_until};
@@ -46,9 +47,11 @@ fn what_others_change_is_put_right_and_said() {
     ];
     for (number, damage) in damages.into_iter().enumerate() {
         foreign(&net, damage);
-        wait_until(damage, || {
-            let said = daemon.log().matches("somebody else changed our tables").count();
-            said > number && listed(&net) == before
+        let began = Instant::now();
+        wait_until(damage, || listed(&net) == before);
+        eprintln!("{damage}: put right {:?} later at most", began.elapsed());
+        wait_until("it to be said", || {
+            daemon.log().matches("somebody else changed our tables").count() > number
         });
         for (family, vip) in ["10.96.0.10", "fd00:10:96::10"].into_iter().enumerate() {
             assert_eq!(one(&net, "client", to(vip, 80)), answered("a", 8080, GATEWAY[family]));
@@ -61,7 +64,7 @@ fn what_others_change_is_put_right_and_said() {
     foreign(&net, "add table ip theirs; add chain ip theirs c");
     net.write("other.yaml", &slice("web", "5", &HTTP, &["10.244.1.6!"]));
     wait_until("another endpoint", || listed(&net).contains("10.244.1.6"));
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    std::thread::sleep(Duration::from_millis(300));
     assert_eq!(daemon.log().matches("our tables").count(), said, "{}", daemon.log());
 }
 

@@ -8,12 +8,19 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use hyper_rustls::{FixedServerNameResolver, HttpsConnectorBuilder};
+use hyper_timeout::TimeoutConnector;
+use hyper_util::client::legacy;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use kube::client::ConfigExt as _;
 use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::runtime::utils::Backoff as _;
 use kube::runtime::watcher::DefaultBackoff;
 use kube::{Client, Config};
 use thiserror::Error;
 use tokio::time::{Instant, timeout};
+use tower::{BoxError, ServiceBuilder};
 
 use super::outage::{Report, locked};
 use super::place::{Place, is_watch};
@@ -28,6 +35,10 @@ const SHORT: Duration = Duration::from_secs(1);
 const ANSWERS_WITHIN: Duration = Duration::from_secs(75);
 /// Credentials that are not believed are read again no more often than this.
 const RENEW_EVERY: Duration = Duration::from_secs(5);
+
+/// How often a connection in use is asked for a sign of life, and how long that is waited for: a watch may
+/// have nothing to say for long, and balancers cut what is silent for 20 s.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
 
 /// Why there is no client for the API server.
 #[derive(Debug, Error)]
@@ -149,8 +160,43 @@ impl Renewable {
 }
 
 fn client_for(config: Config) -> Result<Client, ClientError> {
-    let client = Client::try_from(config).map_err(|error| ClientError::Build(Box::new(error)))?;
+    let client = match &config.proxy_url {
+        None => direct(&config),
+        // It knows what it is built with.
+        Some(_) => Client::try_from(config),
+    };
+    let client = client.map_err(|error| ClientError::Build(Box::new(error)))?;
     Ok(in_protobuf(client))
+}
+
+/// As `kube` makes a client, but of a connection that is asked for a sign of life, for which it takes HTTP/2.
+fn direct(config: &Config) -> kube::Result<Client> {
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    let mut tls = HttpsConnectorBuilder::new()
+        .with_tls_config(config.rustls_client_config()?)
+        .https_or_http();
+    if let Some(name) = config.tls_server_name.clone() {
+        let name = name.try_into().map_err(|error| kube::Error::Service(Box::new(error)))?;
+        tls = tls.with_server_name_resolver(FixedServerNameResolver::new(name));
+    }
+    let mut connector = TimeoutConnector::new(tls.enable_all_versions().wrap_connector(tcp));
+    connector.set_connect_timeout(config.connect_timeout);
+    connector.set_read_timeout(config.read_timeout);
+    connector.set_write_timeout(config.write_timeout);
+    connector.set_reset_reader_on_write(config.reset_reader_on_write);
+    let http = legacy::Client::builder(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .http2_keep_alive_interval(SIGN_OF_LIFE)
+        .http2_keep_alive_timeout(SIGN_OF_LIFE)
+        .build(connector);
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        .map_err(BoxError::from)
+        .service(http);
+    Ok(Client::new(service, config.default_namespace.clone()))
 }
 
 async fn config(kubeconfig: Option<&Path>, master: Option<&str>) -> Result<Config, ClientError> {
@@ -174,10 +220,10 @@ async fn config(kubeconfig: Option<&Path>, master: Option<&str>) -> Result<Confi
     };
     config.connect_timeout = Some(Duration::from_secs(10));
     config.write_timeout = Some(Duration::from_secs(30));
-    // For lists. A server may have nothing to say in a watch of a kind that does not change, not even a
-    // bookmark before its database tells it of progress, which may be every ten minutes: the time that a
-    // watch is asked for is shorter than this.
-    config.read_timeout = Some(Duration::from_secs(240));
+    // For lists where there is no sign of life, by HTTP/1. A server may have nothing to say in a watch of a
+    // kind that does not change, not even a bookmark before its database tells it of progress, which may be
+    // every ten minutes: the time that a watch is asked for is shorter than this.
+    config.read_timeout = Some(Duration::from_secs(360));
     config.reset_reader_on_write = true;
     // The client's own retries go on for minutes without a word; the watch loop has its own.
     config.default_retry = false;

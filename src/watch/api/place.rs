@@ -18,7 +18,8 @@
 //! So the watch is begun one event earlier than needed. A server that then repeats the event that was last
 //! seen, with its version and the identity of its object, has everything up to there in common with us, and
 //! tells whatever comes behind it. One that does not, that is silent, or that no longer remembers so much,
-//! is asked for everything, and so is one of a kind of which nothing happened since its list.
+//! is asked for everything, and so is one of a kind of which nothing happened since its list. (Balancers cut
+//! what is silent, which would cost such a kind a list each time: therefore signs of life, in `connect`.)
 //!
 //! It cannot be seen through a proxy that speaks HTTP itself, and keeps our connection while the server
 //! behind it is exchanged. That one tells by 502, 503 or 504 that nobody was there.
@@ -144,7 +145,7 @@ impl Place {
         let rest = repeated.and_then(|(first, rest)| {
             (Seen::from_line(&first) == *locked(&self.seen)).then_some(rest)
         });
-        let Some(rest) = rest else {
+        let Some(mut rest) = rest else {
             tracing::info!(
                 %kind,
                 "the API server does not repeat what was heard last, as one that was restored from a \
@@ -153,8 +154,10 @@ impl Place {
             return Ok(gone());
         };
         *locked(&self.line) = Line::of(&answer);
+        // In the place of the event, which has been told: the watch is there now, and no further.
+        rest.splice(0..0, bookmark(version));
         Ok(answer.map(|body| {
-            let rest = stream::iter([Ok(Frame::data(rest))]).chain(BodyStream::new(body));
+            let rest = stream::iter([Ok(Frame::data(rest.into()))]).chain(BodyStream::new(body));
             StreamBody::new(rest).boxed_unsync()
         }))
     }
@@ -186,16 +189,23 @@ fn beginning_at(uri: &Uri, version: u64) -> Uri {
 }
 
 /// The first line of a body, and what came of the next. None if it ends before.
-async fn first_line(body: &mut Body) -> Option<(Bytes, Bytes)> {
+async fn first_line(body: &mut Body) -> Option<(Vec<u8>, Vec<u8>)> {
     let mut bytes = Vec::new();
     loop {
         let searched = bytes.len();
         bytes.extend(body.frame().await?.ok()?.into_data().unwrap_or_default());
         if let Some(end) = bytes[searched..].iter().position(|byte| *byte == b'\n') {
             let rest = bytes.split_off(searched + end + 1);
-            return Some((bytes.into(), rest.into()));
+            return Some((bytes, rest));
         }
     }
+}
+
+/// What a server says of how far it has come.
+fn bookmark(version: u64) -> Vec<u8> {
+    let metadata = json!({ "resourceVersion": version.to_string() });
+    let object = json!({ "kind": "", "apiVersion": "", "metadata": metadata });
+    format!("{}\n", json!({ "type": "BOOKMARK", "object": object })).into_bytes()
 }
 
 /// What a server says that no longer knows a place.

@@ -431,11 +431,33 @@ async fn an_outage_is_one_line_and_so_is_its_end_though_no_event_comes() {
     stream.complete(5);
     slice_stream.complete(5);
     bench.saw(&["listing Service", "listed Service"]).await;
-    bench.server.is_left_alone(Duration::from_secs(120)).await;
+    bench.server.is_left_alone(Duration::from_secs(200)).await;
     assert_eq!(bench.log.count("answers again"), 1, "{}", bench.log.text());
     assert_eq!(bench.log.text().lines().count(), 2, "{}", bench.log.text());
     bench.saw_nothing();
     drop((stream, slice_stream));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_hour_without_a_server_changes_nothing() {
+    let mut bench = Bench::start::<Service>();
+    let mut stream = bench.server.asked_for_stream().await.begin();
+    stream.event("ADDED", &service("a", 6));
+    stream.complete(7);
+    bench.saw(&["listing Service", "x/a", "listed Service"]).await;
+    let began = Instant::now();
+    stream.break_off();
+    while began.elapsed() < Duration::from_secs(3600) {
+        bench.server.asked().await.reset();
+        bench.saw_nothing();
+    }
+    assert_eq!(bench.log.text().lines().count(), 1, "{}", bench.log.text());
+    let asked = bench.server.asked_for_stream().await;
+    let mut stream = asked.begin();
+    stream.event("ADDED", &service("a", 6));
+    stream.complete(9000);
+    bench.saw(&["listing Service", "x/a", "listed Service"]).await;
+    assert_eq!(bench.log.count("answers again"), 1, "{}", bench.log.text());
 }
 
 /// A Service with an identity.
@@ -451,11 +473,12 @@ async fn broken_off(what: &str) -> Bench {
     let mut stream = bench.server.asked_for_stream().await.begin();
     stream.complete(7);
     stream.event(what, &known("a", 8));
+    stream.bookmark(11);
     let seen = if what == "DELETED" { "gone x/a" } else { "x/a" };
     bench.saw(&["listing Service", "listed Service", seen]).await;
     stream.break_off();
     // What the answer says is not looked at: it comes on another connection.
-    drop(bench.server.asked_for_changes(8).await.begin());
+    drop(bench.server.asked_for_changes(11).await.begin());
     bench
 }
 
@@ -465,9 +488,11 @@ async fn a_watch_goes_on_without_a_word_on_another_connection_if_what_was_seen_l
         let mut bench = broken_off(what).await;
         let mut stream = bench.server.asked_for_changes(7).await.begin();
         stream.event(what, &known("a", 8));
+        // On that connection it goes on where that is, whatever was heard elsewhere.
+        drop(stream);
+        let mut stream = bench.server.asked_for_changes(8).await.begin();
         stream.event("ADDED", &known("b", 9));
         bench.saw(&["x/b"]).await;
-        // On that connection it goes on where it is.
         drop(stream);
         let mut stream = bench.server.asked_for_changes(9).await.begin();
         stream.event("ADDED", &known("c", 10));

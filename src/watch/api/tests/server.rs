@@ -168,6 +168,12 @@ impl Stream {
         self.event("BOOKMARK", &json!({ "kind": "X", "apiVersion": "v1", "metadata": metadata }));
     }
 
+    /// Says how far the server has come.
+    pub(super) fn bookmark(&mut self, version: u32) {
+        let metadata = json!({ "resourceVersion": version.to_string() });
+        self.event("BOOKMARK", &json!({ "kind": "X", "apiVersion": "v1", "metadata": metadata }));
+    }
+
     /// Breaks off, as a connection does.
     pub(super) fn break_off(self) {
         self.1.is_lost();
