@@ -215,7 +215,8 @@ fn what_hits_everybody_leaves_nobody_out() {
         }
         // New chains, to which nothing leads, are all that may be there of it.
         let now = proxy.kernel_mut().kernel.dump();
-        assert!(now.lines().all(|line| before.contains(line) || line.contains(" chain lb-")));
+        let is_chain = |line: &str| line.contains(" chain ") && line.contains("lb-");
+        assert!(now.lines().all(|line| before.contains(line) || is_chain(line)));
         trouble.set(false);
         proxy.commit().unwrap();
         assert!(is_programmed(&mut proxy));
