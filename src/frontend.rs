@@ -241,3 +241,35 @@ impl Frontends {
         successor
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    const FRONTEND: Frontend =
+        Frontend::Address(IpAddr::V4(Ipv4Addr::new(10, 96, 0, 1)), Protocol::Tcp, 80);
+
+    fn service(name: &str, created: i64) -> Service {
+        let port =
+            ServicePort { name: "".into(), protocol: Protocol::Tcp, port: 80, node_port: None };
+        let name = NamespacedName::new("default", name);
+        Service { created, ..Service::new(name, vec![[10, 96, 0, 1].into()], vec![port]) }
+    }
+
+    #[test]
+    fn who_stepped_back_learns_that_the_one_in_its_place_is_gone() {
+        let [old, young] = [service("old", 1), service("young", 2)];
+        let mut frontends = Frontends::default();
+        frontends.update(None, Some(&old));
+        frontends.update(None, Some(&young));
+        assert_eq!(frontends.owner(FRONTEND), Some(&old.name));
+        frontends.set_idle(FRONTEND, &old.name, true);
+        assert_eq!(frontends.owner(FRONTEND), Some(&young.name));
+        assert!(frontends.update(Some(&young), None).contains(&old.name));
+        assert_eq!(frontends.owner(FRONTEND), Some(&old.name));
+        // Alone, nobody has to step back.
+        assert!(frontends.contested(&old).is_empty() && frontends.idle.is_empty());
+    }
+}

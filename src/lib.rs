@@ -66,7 +66,7 @@ pub mod watch;
 /// What only fuzz targets reach (`tests/fuzz`).
 #[cfg(fuzzing)]
 pub mod fuzzing {
-    /// Reads bytes as every kind of answer of the kernel that is read without a library.
+    /// Reads bytes as every kind of answer of the kernel that is read by code of our own.
     pub fn netlink(bytes: &[u8]) {
         crate::conntrack::fuzz(bytes);
         for message in crate::nlmsg::messages(bytes) {

@@ -155,6 +155,14 @@ mod tests {
         assert_eq!(slots.0, [one, two, three]);
     }
 
+    #[test]
+    fn what_is_beyond_the_slots_of_a_list_is_not_adopted() {
+        let [one, two] = backends(&[1, 2])[..] else { unreachable!() };
+        let last = u16::try_from(MAX_BACKENDS).unwrap();
+        assert_eq!(Slots::adopted([(0, one), (last, two)]).0, [one]);
+        assert_eq!(Slots::adopted([(last - 1, two)]).0.len(), MAX_BACKENDS);
+    }
+
     proptest! {
         #[test]
         fn holds_just_what_is_wanted_and_moves_little(

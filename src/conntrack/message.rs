@@ -61,7 +61,9 @@ pub(super) enum Message {
 pub(super) fn messages(datagram: &[u8]) -> impl Iterator<Item = (Message, bool)> {
     nlmsg::messages(datagram).map(|message| {
         let body = &message[HEADER..];
-        let errno = || number(body, 0).map_or(libc::EBADMSG, |raw| -i32::from_ne_bytes(raw));
+        let errno = || {
+            number(body, 0).map_or(libc::EBADMSG, |raw| i32::from_ne_bytes(raw).saturating_neg())
+        };
         let content = match nlmsg::kind(message) {
             NEW => flow(body).map_or(Message::Other, Message::Flow),
             // Old kernels end with an empty message.
@@ -376,5 +378,16 @@ mod tests {
         let six = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0x53);
         let six = Filter { family: Family::V6, address: Some(six.into()), port: Some(53) };
         assert!(!list(1, &six, true).windows(2).any(|bytes| bytes == [0xfd, 0]));
+    }
+
+    /// Found by tests/fuzz.
+    #[test]
+    fn an_error_number_without_a_positive_one_is_read() {
+        let mut datagram = vec![0; 20];
+        datagram[0] = 20;
+        datagram[4..6].copy_from_slice(&DONE.to_ne_bytes());
+        datagram[16..].copy_from_slice(&i32::MIN.to_ne_bytes());
+        let read: Vec<_> = messages(&datagram).collect();
+        assert_eq!(read, [(Message::Done(i32::MAX), false)]);
     }
 }

@@ -155,12 +155,6 @@ fn key(key: &Key) -> Json {
         Key::Pair(a, b) => concat([address(a), address(b)]),
         Key::AddressPort(a, port) => concat([address(a), (*port).into()]),
         Key::Port(port) => (*port).into(),
-        Key::NodePortBackend(protocol, port, backend) => concat([
-            protocol.to_string().into(),
-            (*port).into(),
-            address(&backend.address),
-            backend.port.into(),
-        ]),
         Key::Range(first, last) => match super::element::prefix(*first, *last) {
             Some(net) => prefix(net),
             None => json!({"range": [address(first), address(last)]}),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use nftproxy::inspect::Objects as Told;
-use nftproxy::model::{Event, Family, Kind, Protocol, Service};
+use nftproxy::model::{Event, Family, Kind, Protocol, Scheduler, Service};
 use nftproxy::nft::dataplane::Options;
 use nftproxy::nft::element::{Backend, ElementId, Key, Value};
 use nftproxy::nft::fake::{Failure, FakeKernel};
@@ -516,4 +516,24 @@ fn what_the_kernel_holds_against_what_was_read_is_no_fault_of_an_object() {
     assert!(restarted.plan().unwrap().is_empty());
     let elements = |kernel: &FakeKernel| kernel.elements().count();
     assert_eq!(elements(&restarted.kernel_mut().0), elements(&kernel));
+}
+
+#[test]
+fn a_maglev_service_has_the_whole_table_and_each_endpoint_its_share() {
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    let [Event::Service(web), endpoints] = web(&["10.0.0.1", "10.0.0.2", "10.0.0.3"]) else {
+        unreachable!()
+    };
+    let web = Event::Service(Service { scheduler: Scheduler::Maglev, ..web });
+    [web, endpoints].into_iter().chain(all_listed()).for_each(|event| proxy.observe(event));
+    committed(&mut proxy);
+    let mut shares = BTreeMap::new();
+    for (id, value) in proxy.kernel_mut().elements() {
+        if let (Key::Slot(..), Value::Backend(backend)) = (id.key, value) {
+            *shares.entry(*backend).or_insert(0) += 1;
+        }
+    }
+    assert_eq!(shares.len(), 3);
+    assert_eq!(shares.values().sum::<i32>(), 2039);
+    assert!(shares.values().all(|share| (679..=680).contains(share)), "{shares:?}");
 }

@@ -318,6 +318,17 @@ impl Daemon {
         self.child.try_wait().unwrap().is_some()
     }
 
+    /// What its threads wait for in the kernel, as far as that is told.
+    fn whereabouts(&self) -> String {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten();
+        let of = |path: std::path::PathBuf| {
+            let told = |file| fs::read_to_string(path.join(file)).unwrap_or_default();
+            let [name, call, stack] = ["comm", "syscall", "stack"].map(told);
+            format!("{}: system call {}\n{stack}", name.trim(), call.trim())
+        };
+        threads.flatten().map(|thread| of(thread.path())).collect::<Vec<_>>().join("\n")
+    }
+
     /// What it said so far.
     pub(crate) fn log(&self) -> String {
         let mut text = String::new();
@@ -362,6 +373,9 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         if let Ok(None) = self.child.try_wait() {
+            if std::thread::panicking() {
+                eprintln!("where nftproxy is:\n{}", self.whereabouts());
+            }
             self.end(Signal::SIGKILL);
         }
         if std::thread::panicking() {

@@ -282,6 +282,7 @@ impl Clock {
 
     /// What starts a program with this clock.
     pub(super) fn starting(&self) -> Vec<String> {
+        forget_the_dead();
         [
             "env".to_owned(),
             format!("LD_PRELOAD={}", self.library.display()),
@@ -291,5 +292,25 @@ impl Clock {
             "NO_FAKE_STAT=1".to_owned(),
         ]
         .into()
+    }
+}
+
+impl Drop for Clock {
+    fn drop(&mut self) {
+        forget_the_dead();
+    }
+}
+
+/// The library's semaphores outlive a process that is killed, and a later one of the same number would wait for
+/// what the first one held.
+fn forget_the_dead() {
+    for file in fs::read_dir("/dev/shm").into_iter().flatten().flatten() {
+        let name = file.file_name();
+        let pid = name.to_str().and_then(|name| {
+            name.strip_prefix("faketime_shm_").or(name.strip_prefix("sem.faketime_sem_"))
+        });
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            drop(fs::remove_file(file.path()));
+        }
     }
 }

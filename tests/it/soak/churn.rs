@@ -166,7 +166,7 @@ impl Soak<'_> {
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let mut extra = false;
-        let mut there = [false; BESIDE as usize];
+        let mut there = vec![false; usize::try_from(BESIDE).unwrap()];
         while !self.is_over() {
             let n = random.below(10);
             if n == 0 {
