@@ -230,8 +230,9 @@ impl<K: Kernel> Proxy<K> {
         self.in_doubt |= self.state.options() != self.options;
         if !self.reads_back() {
             let stale = self.state.stale_contributions();
-            let stale = self.accepted(stale);
+            let mut stale = self.accepted(stale);
             let contributors: Vec<_> = stale.iter().map(|(name, _)| name.clone()).collect();
+            stale.extend(self.kept_beside(&stale));
             let ledger = self.ledger.as_mut().expect("looked at above");
             let staged = ledger.stage(stale);
             let mut transaction = staged.transaction(&self.options);
@@ -418,12 +419,7 @@ impl<K: Kernel> Proxy<K> {
         let mut all = self.state.all_contributions();
         all.extend(self.silent_now());
         let mut all = self.accepted(all);
-        if let Some(ledger) = &self.ledger {
-            let kept = self.quarantine.iter().filter_map(|contributor| {
-                Some((contributor.clone(), ledger.contribution(contributor)?.clone()))
-            });
-            all.extend(kept);
-        }
+        all.extend(self.kept_beside(&all));
         Ledger::stage_all(all)
     }
 }

@@ -1,7 +1,7 @@
 //! What is wrong, and whose fault it is: problems of objects and refusals of the kernel, told in the log and
 //! to the owners of Services, each once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tracing::{debug, error, info, warn};
 
@@ -90,6 +90,27 @@ impl<K: Kernel> Proxy<K> {
             Contributor::Service(service) => self.state.service_named(service).is_none(),
         });
         gone.map(|contributor| (contributor.clone(), Contribution::default(), Vec::new())).collect()
+    }
+
+    /// What those that are set aside have committed, without what others claim by now: the frontend of
+    /// one can be another's since.
+    pub(super) fn kept_beside(
+        &self,
+        others: &[(Contributor, Contribution)],
+    ) -> Vec<(Contributor, Contribution)> {
+        let Some(ledger) = self.ledger.as_ref().filter(|_| !self.quarantine.is_empty()) else {
+            return Vec::new();
+        };
+        let claimed = others.iter().flat_map(|(_, contribution)| &contribution.elements);
+        let claimed: BTreeSet<_> =
+            claimed.map(|(id, _)| *id).filter(|id| !id.set.is_shared()).collect();
+        let kept = self.quarantine.iter().filter_map(|contributor| {
+            let Contribution { elements, chains, affinities } =
+                ledger.contribution(contributor)?.clone();
+            let elements = elements.into_iter().filter(|(id, _)| !claimed.contains(id)).collect();
+            Some((contributor.clone(), Contribution { elements, chains, affinities }))
+        });
+        kept.collect()
     }
 
     /// Reports the problems of contributions that are new, and leaves out those set aside.

@@ -4,7 +4,8 @@
 use libc::{
     EACCES, EAGAIN, EBUSY, EEXIST, EINTR, EINVAL, ENFILE, ENOBUFS, ENOENT, ENOMEM, ENOSPC, EPERM,
 };
-use nftproxy::model::{Event, Kind, Notice, Protocol, Service, Standing, Topic};
+use nftproxy::contribution::Contributor;
+use nftproxy::model::{Event, Kind, Notice, Protocol, Service, Standing, Topic, TrafficPolicy};
 use nftproxy::nft::dataplane::Options;
 use nftproxy::nft::element::{ElementId, Key};
 use nftproxy::nft::fake::{Failure, FakeKernel};
@@ -269,6 +270,40 @@ proptest! {
         prop_assert!(!proxy.has_refused() && left.is_empty(), "{:?}", left);
         let mut fresh = fresh(&objects.0);
         prop_assert_eq!(normal(proxy.kernel_mut()), normal(fresh.kernel_mut()));
+    }
+}
+
+/// A Service that is set aside keeps what it had; but not what became another's meanwhile, which would go
+/// with it in the end.
+#[test]
+fn what_a_service_that_is_set_aside_had_can_be_anothers() {
+    let claim = |name: &str, address: &str, policy| {
+        let ports = [port("", Protocol::Tcp, 81, 0)];
+        let service = service(name, &[address], &ports);
+        Event::Service(Service { internal_traffic_policy: policy, ..service })
+    };
+    let endpoint = slice("c", "4", &[("", Protocol::Tcp, 8080)], &["10.244.0.1"]);
+    for is_read_back in [false, true] {
+        let mut proxy = Proxy::new(state(), FakeKernel::default());
+        // Nobody answers for the one, and nobody here for the other: both refuse, but one by dropping.
+        proxy.observe(claim("a", "10.96.0.1", TrafficPolicy::Cluster));
+        proxy.observe(claim("c", "10.96.0.1", TrafficPolicy::Local));
+        proxy.observe(Event::EndpointSlice(endpoint.clone()));
+        all_listed().for_each(|event| proxy.observe(event));
+        proxy.commit().unwrap();
+        // The other is refused what it asks for, and again over what is read back.
+        let elsewhere = claim("c", "10.96.0.2", TrafficPolicy::Cluster);
+        proxy.kernel_mut().fail = vec![Failure::Refuse(0, EBUSY); 2];
+        proxy.observe(elsewhere.clone());
+        assert_eq!(proxy.commit().unwrap().set_aside, 1);
+        assert_eq!(proxy.refused().collect::<Vec<_>>(), [&Contributor::Service(name("c"))]);
+        if is_read_back {
+            proxy.repair().unwrap();
+        }
+        proxy.retry_set_aside();
+        assert_eq!(proxy.commit().unwrap().set_aside, 0);
+        proxy.collect_idle().unwrap();
+        assert_eq!(proxy.plan().unwrap(), [], "{is_read_back}");
     }
 }
 
