@@ -79,6 +79,7 @@ impl Writer {
             .header("host", "etcd")
             .body(Full::from(body))
             .expect("a request");
+        self.requests.ready().await.expect("the connection stands");
         let answer = self.requests.send_request(request).await.expect("etcd answers");
         let status = answer.status();
         let said = answer.into_body().collect().await.expect("the whole answer").to_bytes();
