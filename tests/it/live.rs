@@ -34,6 +34,12 @@ fn who(net: &Net, address: &str) -> BTreeSet<String> {
     many(net, "b", to(address, 80)).into_keys().map(by).collect()
 }
 
+/// A Service at all addresses and a node port.
+fn serve_web(net: &Net) {
+    let web = service("web", &VIPS, &[], 30080) + &slices("web");
+    net.write("web.yaml", &(CLUSTER.to_owned() + &web));
+}
+
 fn names(names: &[&str]) -> BTreeSet<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
 }
@@ -124,10 +130,7 @@ fn ranges_of_cluster_ips_come_and_go() {
 #[test]
 fn marks_of_others_masquerade_nothing_and_stay() {
     let Some(net) = Net::new() else { return };
-    net.write(
-        "web.yaml",
-        &(CLUSTER.to_owned() + &service("web", &VIPS, &[], 30080) + &slices("web")),
-    );
+    serve_web(&net);
     let config = net.dir.path().join("config.conf");
     std::fs::write(
         &config,
@@ -174,10 +177,7 @@ fn marks_of_others_masquerade_nothing_and_stay() {
 #[test]
 fn the_port_of_a_masqueraded_connection_is_drawn() {
     let Some(net) = Net::new() else { return };
-    net.write(
-        "web.yaml",
-        &(CLUSTER.to_owned() + &service("web", &VIPS, &[], 30080) + &slices("web")),
-    );
+    serve_web(&net);
     let _daemon = run(&net, &["--cluster-cidr", CIDRS]);
     for family in [0, 1] {
         many(&net, "client", to(NODE[family], 30080));

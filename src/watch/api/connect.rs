@@ -33,6 +33,7 @@ const SHORT: Duration = Duration::from_secs(1);
 
 /// How long the beginning of an answer is waited for: a server gives up after a minute.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(75);
+
 /// Credentials that are not believed are read again no more often than this.
 const RENEW_EVERY: Duration = Duration::from_secs(5);
 

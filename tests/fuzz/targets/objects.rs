@@ -14,31 +14,27 @@ use nftproxy::reconcile::Proxy;
 use nftproxy::settings::Settings;
 use nftproxy::state::State;
 use nftproxy::watch::convert;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+/// What is made of an object; None if it has not the shape of its kind.
 fn converted(object: &Value) -> Option<(Option<Event>, Vec<Problem>)> {
-    let object = object.clone();
+    fn read<K: DeserializeOwned, T>(
+        object: &Value,
+        convert: impl FnOnce(&K) -> (Option<T>, Vec<Problem>),
+        event: fn(T) -> Event,
+    ) -> Option<(Option<Event>, Vec<Problem>)> {
+        let (converted, problems) = convert(&serde_json::from_value(object.clone()).ok()?);
+        Some((converted.map(event), problems))
+    }
     match object["kind"].as_str()? {
-        "Service" => {
-            let object: Service = serde_json::from_value(object).ok()?;
-            let (event, problems) = convert::service(&object);
-            Some((event.map(Event::Service), problems))
-        }
+        "Service" => read::<Service, _>(object, convert::service, Event::Service),
         "EndpointSlice" => {
-            let object: EndpointSlice = serde_json::from_value(object).ok()?;
-            let (event, problems) = convert::endpoint_slice(&object, "node-1");
-            Some((event.map(Event::EndpointSlice), problems))
+            let convert = |slice: &EndpointSlice| convert::endpoint_slice(slice, "node-1");
+            read(object, convert, Event::EndpointSlice)
         }
-        "ServiceCIDR" => {
-            let object: ServiceCIDR = serde_json::from_value(object).ok()?;
-            let (event, problems) = convert::service_cidr(&object);
-            Some((event.map(Event::ServiceCidr), problems))
-        }
-        "Node" => {
-            let object: Node = serde_json::from_value(object).ok()?;
-            let (event, problems) = convert::node(&object);
-            Some((event.map(Event::Node), problems))
-        }
+        "ServiceCIDR" => read::<ServiceCIDR, _>(object, convert::service_cidr, Event::ServiceCidr),
+        "Node" => read::<Node, _>(object, convert::node, Event::Node),
         _ => None,
     }
 }
