@@ -1,6 +1,8 @@
 //! The contribution of a Service: for every port its lists of backends, and for every frontend the
 //! way through the maps that its policies ask for.
 
+use std::sync::Arc;
+
 use ipnet::IpNet;
 
 use super::{Affinity, Contribution, Lists, PortSlots};
@@ -13,8 +15,8 @@ use crate::model::{
 use crate::nft::dataplane::FIRST_LOCAL_SLOT;
 use crate::nft::element::{Backend, ElementId, Key, Value};
 use crate::nft::names::{
-    AffinityName, ChainName, Entry, List, Memory, Pick, PortChain, PortName, Selection, SetName,
-    Traffic,
+    AffinityName, ChainName, Entry, List, Memory, Pick, PortChain, PortName, PrefixLengths,
+    Selection, SetName, Traffic,
 };
 use crate::selection::{Candidate, Uses, select};
 use crate::slots::{MAX_BACKENDS, Slots};
@@ -428,12 +430,25 @@ impl<'a, 'b> Objects<'a, 'b> {
             let own = service.load_balancer_ips.iter().filter(of_family);
             ranges.extend(own.map(|ip| IpNet::from(*ip)));
         }
-        // The kernel refuses ranges that overlap.
-        for range in IpNet::aggregate(&ranges) {
+        let Some((ranges, lengths)) = with_lengths(ranges) else { return false };
+        for range in ranges {
             let key = Key::Sources(address, protocol, port, range);
             self.building.add(family, SetName::SourceRanges, key, Value::None);
         }
-        self.go(SetName::Services, ChainName::Restricted);
+        self.go(SetName::Services, ChainName::Restricted(Arc::new(lengths)));
         true
     }
+}
+
+/// Ranges and their lengths; None if they are everybody. Where there are more lengths than a chain's
+/// name has room for, as there can be in IPv6 alone, each range becomes up to eight of fewer lengths.
+fn with_lengths(mut ranges: Vec<IpNet>) -> Option<(Vec<IpNet>, PrefixLengths)> {
+    let lengths = |ranges: &[IpNet]| PrefixLengths::new(ranges.iter().map(IpNet::prefix_len));
+    let mut found = lengths(&ranges)?;
+    if found.count() > PrefixLengths::MAX {
+        let longer = |range: IpNet| range.subnets(range.prefix_len().next_multiple_of(4));
+        ranges = ranges.into_iter().filter_map(|range| longer(range).ok()).flatten().collect();
+        found = lengths(&ranges)?;
+    }
+    Some((ranges, found))
 }

@@ -15,8 +15,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::names::{
-    AffinityName, ChainName, Entry, List, Memory, Pick, PortChain, PortName, Selection, SetName,
-    Traffic,
+    AffinityName, ChainName, Entry, List, Memory, Pick, PortChain, PortName, PrefixLengths,
+    Selection, SetName, Traffic,
 };
 use super::rule::{
     Base, BaseKind, Chain, Hook, InterfaceName, Rule, Selector, SlotSource, Statement,
@@ -202,14 +202,7 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
         ChainName::NodeportExternalLocal => {
             by_client(&NODE_PORT, SetName::NodeportsCluster, SetName::NodeportsLocal, shape)
         }
-        ChainName::Restricted => {
-            let key = [FRONTEND.as_slice(), &[Selector::Saddr]].concat();
-            let allowed =
-                Rule::new([In(key, SetName::SourceRanges), Goto(ChainName::RestrictedAllowed)]);
-            let mut rules = Vec::from(twice(allowed));
-            rules.push(Rule::new([Drop]).comment("not in loadBalancerSourceRanges"));
-            rules
-        }
+        ChainName::Restricted(lengths) => restricted(**lengths),
         ChainName::RestrictedAllowed => {
             twice(Rule::new([Vmap(FRONTEND.into(), SetName::ServicesRestricted)])).into()
         }
@@ -363,6 +356,24 @@ fn select(selection: Selection) -> Vec<Rule> {
             Rule::new([Statement::Dnat([frontend, &[slot]].concat(), map)])
         })
         .collect()
+}
+
+/// Asks for a range of each length, and for all of them once more: where a range gives way to one of
+/// another length, a packet can ask for the first when it is gone, and have asked for the other before
+/// it came.
+fn restricted(lengths: PrefixLengths) -> Vec<Rule> {
+    let allowed = lengths.iter().map(|length| {
+        let range = [Selector::SaddrFirst(length), Selector::SaddrLast(length)];
+        let key = [FRONTEND.as_slice(), &range].concat();
+        Rule::new([
+            Statement::In(key, SetName::SourceRanges),
+            Statement::Goto(ChainName::RestrictedAllowed),
+        ])
+    });
+    let allowed: Vec<_> = allowed.collect();
+    let again = allowed.clone().into_iter().map(|rule| rule.comment("second try"));
+    let others = Rule::new([Statement::Drop]).comment("not in loadBalancerSourceRanges");
+    allowed.into_iter().chain(again).chain([others]).collect()
 }
 
 fn twice(rule: Rule) -> [Rule; 2] {

@@ -28,7 +28,7 @@ pub struct ElementId {
 pub enum Key {
     /// `daddr . l4proto . dport`
     Frontend(IpAddr, Protocol, u16),
-    /// `daddr . l4proto . dport . range of source addresses`; the range is truncated to its prefix.
+    /// `daddr . l4proto . dport . first . last` of a range of source addresses, truncated to its prefix.
     Sources(IpAddr, Protocol, u16, IpNet),
     /// `daddr . l4proto . dport . slot`
     Slot(IpAddr, Protocol, u16, u16),
@@ -152,8 +152,8 @@ pub struct Bytes {
 }
 
 impl Bytes {
-    /// Longest key: an IPv6 address, protocol, port and source address.
-    pub const MAX: usize = 40;
+    /// Longest key: an IPv6 address, protocol, port and a range of sources. (The kernel has room for 64.)
+    pub const MAX: usize = 56;
 
     fn new() -> Self {
         Self { data: [0; Self::MAX], len: 0 }
@@ -206,7 +206,8 @@ impl Key {
             Self::Address(a) | Self::Range(a, _) => bytes.address(a),
             Self::Pair(a, b) => bytes.address(a).address(b),
             Self::Sources(a, proto, port, net) => {
-                bytes.address(a).protocol(proto).port(port).address(net.network())
+                let frontend = bytes.address(a).protocol(proto).port(port);
+                frontend.address(net.network()).address(net.broadcast())
             }
             Self::AddressPort(a, port) => bytes.address(a).port(port),
             Self::NodePortBackend(proto, port, backend) => {
@@ -220,14 +221,6 @@ impl Key {
         }
     }
 
-    /// The last key of a range that is part of a concatenation: the kernel keeps it in the same
-    /// element. None if the key is no such range.
-    #[must_use]
-    pub fn last_bytes(&self) -> Option<Bytes> {
-        let Self::Sources(a, proto, port, net) = *self else { return None };
-        Some(Bytes::new().address(a).protocol(proto).port(port).address(net.broadcast()))
-    }
-
     /// The key that closes a range in the kernel: the first address behind it. None if the key is
     /// no range, or the range reaches the end of the address space.
     #[must_use]
@@ -238,22 +231,6 @@ impl Key {
             IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from(u128::from(v6).checked_add(1)?)),
         };
         Some(Bytes::new().address(behind))
-    }
-
-    /// Reads the key of a range that is part of a concatenation, from its first and last keys. None
-    /// if the bytes are not of that shape, or the range is not a prefix.
-    #[must_use]
-    pub fn from_range_bytes(family: Family, first: &[u8], last: &[u8]) -> Option<Self> {
-        let read = |bytes| {
-            let mut reader = Reader { bytes };
-            let frontend = (reader.address(family)?, reader.protocol()?, reader.port()?);
-            let source = reader.address(family)?;
-            reader.bytes.is_empty().then_some((frontend, source))
-        };
-        let ((frontend, from), (same, to)) = (read(first)?, read(last)?);
-        let (address, protocol, port) = frontend;
-        let net = prefix(from, to)?;
-        (frontend == same).then_some(Self::Sources(address, protocol, port, net))
     }
 
     /// Reads a key of a set that is no interval set. None if the bytes are not of that shape.
@@ -270,6 +247,17 @@ impl Key {
                 reader.port()?,
                 reader.slot()?,
             ),
+            [
+                KeyField::Address,
+                KeyField::Protocol,
+                KeyField::Port,
+                KeyField::Address,
+                KeyField::Address,
+            ] => {
+                let frontend = (reader.address(family)?, reader.protocol()?, reader.port()?);
+                let range = prefix(reader.address(family)?, reader.address(family)?)?;
+                Self::Sources(frontend.0, frontend.1, frontend.2, range)
+            }
             [KeyField::Protocol, KeyField::Port] => {
                 Self::NodePort(reader.protocol()?, reader.port()?)
             }
@@ -390,12 +378,7 @@ impl fmt::Display for Key {
             Self::NodePort(proto, port) => write!(f, "{proto} . {port}"),
             Self::NodePortSlot(proto, port, slot) => write!(f, "{proto} . {port} . {slot}"),
             Self::Sources(a, proto, port, net) => {
-                write!(f, "{a} . {proto} . {port} . ")?;
-                if net.prefix_len() == net.max_prefix_len() {
-                    write!(f, "{}", net.addr())
-                } else {
-                    write!(f, "{net}")
-                }
+                write!(f, "{a} . {proto} . {port} . {} . {}", net.network(), net.broadcast())
             }
             Self::AddressPort(a, port) => write!(f, "{a} . {port}"),
             Self::Port(port) => write!(f, "{port}"),
@@ -493,7 +476,7 @@ mod tests {
                         [KeyField::Address, KeyField::Protocol, KeyField::Port] => {
                             Key::Frontend(ip(a), proto, port)
                         }
-                        [KeyField::Address, .., KeyField::Address] if set.key().len() == 4 => {
+                        [KeyField::Address, .., KeyField::Address] if set.key().len() == 5 => {
                             let source = ip(b);
                             let longest = if source.is_ipv4() { 32 } else { 128 };
                             let net =
@@ -533,10 +516,7 @@ mod tests {
         fn keys_read_back_what_they_write((family, set, key) in any_key()) {
             let bytes = key.bytes();
             prop_assert_eq!(u32::try_from(bytes.as_slice().len()).unwrap(), key_len(family, set));
-            let read = match key.last_bytes() {
-                Some(last) => Key::from_range_bytes(family, bytes.as_slice(), last.as_slice()),
-                None => Key::from_bytes(family, set, bytes.as_slice()),
-            };
+            let read = Key::from_bytes(family, set, bytes.as_slice());
             prop_assert_eq!(read, Some(key));
         }
 
@@ -546,7 +526,6 @@ mod tests {
                 for set in SetName::ALL {
                     let _ = Key::from_bytes(family, set, &bytes);
                 }
-                let _ = Key::from_range_bytes(family, &bytes, &bytes);
                 let _ = Backend::from_bytes(family, &bytes);
             }
         }

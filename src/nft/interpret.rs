@@ -11,9 +11,9 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::dataplane;
-use super::element::{Backend, ElementId, Key, Value};
+use super::element::{Backend, ElementId, Key, Value, prefix};
 use super::jhash;
-use super::names::{AffinityName, ChainName, KeyField, SetName};
+use super::names::{AffinityName, ChainName, SetName};
 use super::rule::{HASH_SEED, InterfaceName, Rule, Selector, SlotSource, Statement};
 use super::ruleset::Ruleset;
 use crate::model::{Family, Protocol};
@@ -391,6 +391,8 @@ impl Interpreter<'_> {
     fn fields(&self, state: &State, selectors: &[Selector]) -> Vec<Field> {
         let field = |selector: &Selector| match selector {
             Selector::Saddr => Some(Field::Address(self.packet.source)),
+            Selector::SaddrFirst(length) => Some(Field::Address(self.range(*length)?.network())),
+            Selector::SaddrLast(length) => Some(Field::Address(self.range(*length)?.broadcast())),
             Selector::Daddr | Selector::ReplySaddr => Some(Field::Address(state.to.address)),
             Selector::L4Proto => Some(Field::Protocol(self.packet.protocol)),
             Selector::Dport | Selector::ReplySport => Some(Field::Port(state.to.port)),
@@ -399,6 +401,11 @@ impl Interpreter<'_> {
             Selector::Slot { .. } => None,
         };
         selectors.iter().filter_map(field).collect()
+    }
+
+    /// The prefix of this length that the source is in.
+    fn range(&self, length: u8) -> Option<IpNet> {
+        IpNet::new(self.packet.source, length).ok()
     }
 
     fn find(&self, state: &State, selectors: &[Selector], set: SetName, step: &mut Step) -> bool {
@@ -412,25 +419,13 @@ impl Interpreter<'_> {
         use Field::{Address, Port, Protocol as Proto, Slot};
         let ruleset = self.world.ruleset;
         let key = match *fields {
-            [Address(a)] if set.is_interval() && set.key() == [KeyField::Address] => {
+            [Address(a)] if set.is_interval() => {
                 let within = |id: &ElementId| matches!(id.key, Key::Range(first, last) if first <= a && a <= last);
                 let mut elements = ruleset.elements_of(self.family, set);
                 return elements.find(|(id, _)| within(id)).map(|(id, value)| (*id, value));
             }
-            [Address(a), Proto(protocol), Port(port), Address(source)] => {
-                let lowest = match a {
-                    IpAddr::V4(_) => IpNet::from(IpAddr::from([0; 4])),
-                    IpAddr::V6(_) => IpNet::from(IpAddr::from([0; 16])),
-                };
-                let lowest = IpNet::new(lowest.addr(), 0).unwrap_or(lowest);
-                let key = Key::Sources(a, protocol, port, lowest);
-                let id = ElementId { family: self.family, set, key };
-                let mut of_frontend = ruleset.elements.from(&id).iter().take_while(|(id, _)| {
-                    id.set == set
-                        && matches!(id.key, Key::Sources(b, p, n, _) if (b, p, n) == (a, protocol, port))
-                });
-                let within = |id: &ElementId| matches!(id.key, Key::Sources(.., net) if net.contains(&source));
-                return of_frontend.find(|(id, _)| within(id)).map(|(id, value)| (*id, value));
+            [Address(a), Proto(protocol), Port(port), Address(first), Address(last)] => {
+                Key::Sources(a, protocol, port, prefix(first, last)?)
             }
             [Address(a), Proto(protocol), Port(port)] => Key::Frontend(a, protocol, port),
             [Address(a), Proto(protocol), Port(port), Slot(slot)] => {

@@ -15,7 +15,7 @@ use super::element::{Key, Value};
 use super::names::{AffinityName, CONNECTIONS, DataType, KeyField, SetName, TABLE};
 use super::rule::{
     AFFINITY_SIZE, BaseKind, CONNECTIONS_SIZE, COUNTED_BY, COUNTED_FOR, Chain, HASH_SEED, Hook,
-    Rule, Selector, SlotSource, Statement,
+    Rule, Selector, SlotSource, Statement, masks,
 };
 use super::ruleset::Ruleset;
 use super::text::type_name;
@@ -136,7 +136,9 @@ fn key(key: &Key) -> Json {
             concat([address(a), protocol.to_string().into(), (*port).into()])
         }
         Key::Sources(a, protocol, port, net) => {
-            concat([address(a), protocol.to_string().into(), (*port).into(), prefix(*net)])
+            let range = [net.network(), net.broadcast()].map(|end| address(&end));
+            let frontend = [address(a), protocol.to_string().into(), (*port).into()];
+            concat(frontend.into_iter().chain(range))
         }
         Key::Slot(a, protocol, port, slot) => {
             concat([address(a), protocol.to_string().into(), (*port).into(), (*slot).into()])
@@ -278,8 +280,17 @@ fn loopback(family: Family) -> Json {
 fn selector(selector: Selector, family: Family) -> Json {
     let of_connection = |key: &str, direction: &str| json!({"ct": {"key": key, "dir": direction}});
     let address = |field: &str| format!("{family} {field}");
+    let masked = |sign: &str, mask: Option<IpAddr>| {
+        let source = payload(&family.to_string(), "saddr");
+        match mask {
+            Some(mask) => json!({ sign: [source, mask.to_string()] }),
+            None => source,
+        }
+    };
     match selector {
         Selector::Saddr => payload(&family.to_string(), "saddr"),
+        Selector::SaddrFirst(length) => masked("&", masks(family, length).map(|masks| masks.0)),
+        Selector::SaddrLast(length) => masked("|", masks(family, length).map(|masks| masks.1)),
         Selector::Daddr => payload(&family.to_string(), "daddr"),
         Selector::L4Proto => meta("l4proto"),
         Selector::Dport => payload("th", "dport"),

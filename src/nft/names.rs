@@ -6,12 +6,14 @@
 //! says whose it is: `affinity/default/web/tcp/http`.
 
 mod chain;
+mod lengths;
 mod set;
 
 use std::fmt;
 use std::sync::Arc;
 
 pub use chain::{ChainName, Entry, List, Memory, Pick, PortChain, Selection, Traffic};
+pub use lengths::PrefixLengths;
 pub use set::{DataType, KeyField, SetName};
 
 use crate::model::{NamespacedName, Protocol};
@@ -21,7 +23,7 @@ pub const TABLE: &str = "nftproxy";
 
 /// Comment on the table. It marks a table as ours and says which layout of sets, maps and chains is
 /// in it; a table without it, or with another number, is replaced as a whole at start-up.
-pub const LAYOUT: &str = "nftproxy layout 1";
+pub const LAYOUT: &str = "nftproxy layout 2";
 
 /// Name of the set that counts connections, where that is asked for. Packets fill it, as they do the
 /// affinity maps, so that it is none of [`SetName`].

@@ -4,18 +4,24 @@
 //! match, and a statement that one of them forgot does not compile. Addresses are always those of
 //! the table's family, which is why no statement names one.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::names::{AffinityName, ChainName, SetName};
-use crate::model::Protocol;
+use crate::model::{Family, Protocol};
 
 /// A value of the packet, or one made for it, that is compared or looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Selector {
     /// Source address of the network header.
     Saddr,
+    /// The first address of the range that the source is in, of prefixes of this length.
+    SaddrFirst(u8),
+    /// The last one.
+    SaddrLast(u8),
     /// Destination address of the network header.
     Daddr,
     /// Transport protocol.
@@ -39,6 +45,17 @@ pub enum Selector {
         /// The first of them.
         offset: u16,
     },
+}
+
+/// The masks of an address's network and host part, for prefixes of this length; None if an address is
+/// a prefix of its own.
+pub(super) fn masks(family: Family, length: u8) -> Option<(IpAddr, IpAddr)> {
+    let zero = match family {
+        Family::V4 => IpAddr::from([0; 4]),
+        Family::V6 => IpAddr::from([0; 16]),
+    };
+    let prefix = IpNet::new(zero, length).ok().filter(|net| length < net.max_prefix_len())?;
+    Some((prefix.netmask(), prefix.hostmask()))
 }
 
 /// The name of a network interface, or what several names begin with. Cheap to clone.

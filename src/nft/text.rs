@@ -13,7 +13,7 @@ use super::element::Value;
 use super::names::{AffinityName, CONNECTIONS, DataType, KeyField, LAYOUT, SetName, TABLE};
 use super::rule::{
     AFFINITY_SIZE, Base, BaseKind, CONNECTIONS_SIZE, COUNTED_BY, COUNTED_FOR, Chain, HASH_SEED,
-    Hook, Rule, Selector, SlotSource, Statement,
+    Hook, Rule, Selector, SlotSource, Statement, masks,
 };
 use super::ruleset::Ruleset;
 use super::transaction::Op;
@@ -245,6 +245,14 @@ fn joined(selectors: &[Selector], family: Family) -> String {
 fn selector(selector: Selector, family: Family) -> String {
     match selector {
         Selector::Saddr => format!("{family} saddr"),
+        Selector::SaddrFirst(length) => match masks(family, length) {
+            Some((network, _)) => format!("{family} saddr & {network}"),
+            None => format!("{family} saddr"),
+        },
+        Selector::SaddrLast(length) => match masks(family, length) {
+            Some((_, host)) => format!("{family} saddr | {host}"),
+            None => format!("{family} saddr"),
+        },
         Selector::Daddr => format!("{family} daddr"),
         Selector::L4Proto => "meta l4proto".into(),
         Selector::Dport => "th dport".into(),

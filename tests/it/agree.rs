@@ -100,10 +100,17 @@ fn any_service(which: usize) -> impl Strategy<Value = Event> {
         Scheduler::SourceHash,
         Scheduler::Maglev,
     ]);
-    let ranges: Vec<IpNet> =
-        ["192.0.2.0/24", "10.244.1.5/32", "fd00:192::/64", "10.0.0.0/8", "fd00:10:244:2::9/128"]
-            .map(|range| range.parse().unwrap())
-            .into();
+    let ranges: Vec<IpNet> = [
+        "192.0.2.0/24",
+        "10.244.1.5/32",
+        "fd00:192::/63",
+        "10.0.0.0/7",
+        "fd00:10:244:2::9/128",
+        "0.0.0.0/0",
+        "192.0.2.4/30",
+    ]
+    .map(|range| range.parse().unwrap())
+    .into();
     let ranges = prop_oneof![2 => Just(Vec::new()), 1 => subsequence(ranges, 1..4)];
     let frontends =
         (subsequence(BALANCERS.to_vec(), 0..=1), subsequence(EXTERNALS.to_vec(), 0..=1));

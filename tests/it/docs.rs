@@ -11,6 +11,8 @@ use std::process::Command;
 use nftproxy::config::{Effect, FIELDS, Field, LONE_FLAGS, Type};
 use nftproxy::metrics::{Description, Metrics};
 
+use crate::commands::manifests;
+
 pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -261,18 +263,35 @@ fn is_in_order(quoted: &str, text: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Every block of rules in the page that explains them is, in this order, a part of what the example
-/// renders to.
-#[test]
-fn the_rules_that_are_explained_are_the_rules() {
-    let page = fs::read_to_string(root().join("deploy/docs/ruleset.md")).unwrap();
+/// A Service with source ranges, of which the example has none.
+const WITH_RANGES: &str = "
+apiVersion: v1
+kind: Service
+metadata: { name: restricted, namespace: default }
+spec:
+  clusterIP: 10.96.0.40
+  loadBalancerSourceRanges: [198.51.100.0/24, 192.0.2.7/32]
+  ports: [{ port: 80 }]
+status: { loadBalancer: { ingress: [{ ip: 203.0.113.7 }] } }
+";
+
+fn rendered(manifests: &str) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_nftproxy"))
-        .args(["render", "--family", "ip", "--manifests", "deploy/example", "--hostname-override"])
+        .args(["render", "--family", "ip", "--manifests", manifests, "--hostname-override"])
         .args(["demo-node", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"])
         .current_dir(root())
         .output()
         .unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Every block of rules in the page that explains them is, in this order, a part of what the example
+/// renders to, or that Service.
+#[test]
+fn the_rules_that_are_explained_are_the_rules() {
+    let page = fs::read_to_string(root().join("deploy/docs/ruleset.md")).unwrap();
+    let (_dir, with_ranges) = manifests(WITH_RANGES);
+    let text = rendered("deploy/example") + &rendered(&with_ranges);
     let blocks: Vec<_> =
         page.split("```nft\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
     assert!(blocks.len() > 5, "{}", blocks.len());

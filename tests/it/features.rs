@@ -3,8 +3,10 @@
 //! numbers are rows of [`crate::scenario`], where what the table says is.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
+
+use ipnet::IpNet;
 
 use crate::namespace::nft;
 use crate::net::{
@@ -345,6 +347,37 @@ fn a_thousand_ranges_on_one_service_and_many_services_with_some() {
     assert_eq!(one(&net, "b", balancer), Outcome::TimedOut);
     // The pod 10.244.1.6 is in none of the ranges of any of the others either.
     assert_eq!(one(&net, "b", to("203.0.113.100", 80)), Outcome::TimedOut);
+}
+
+/// The sibling of each prefix that an address is in: together everybody but that address.
+fn everybody_but(address: &str) -> String {
+    let address: IpAddr = address.parse().unwrap();
+    let longest = IpNet::from(address).max_prefix_len();
+    let sibling = |length: u8| {
+        let mut above = IpNet::new(address, length - 1).unwrap().subnets(length).unwrap();
+        format!("\"{}\"", above.find(|half| !half.contains(&address)).unwrap())
+    };
+    (1..=longest).map(sibling).collect::<Vec<_>>().join(", ")
+}
+
+#[test]
+fn ranges_of_every_length_that_there_is() {
+    let Some(net) = Net::new() else { return };
+    // The client has an address beside it in the same range of every other length.
+    let ranges = everybody_but("192.0.2.2") + ", " + &everybody_but("fd00:192::2");
+    net.write("web.yaml", &guarded(&ranges, &[], &["a"]));
+    let _daemon = run(&net, &["--cluster-cidr", CIDRS]);
+    for family in [0, 1] {
+        let balancer = frontends(family)[2];
+        assert_eq!(one(&net, "client", balancer), Outcome::TimedOut);
+        assert_eq!(one(&net, "b", balancer), answered("a", 8080, GATEWAY[family]));
+        assert_eq!(one(&net, "node", balancer), answered("a", 8080, GATEWAY[family]));
+    }
+    let lengths = in_netns(&net.name("node"), || {
+        nft(&["list", "set", "ip", "nftproxy", "source-ranges"], "")
+    });
+    assert!(lengths.contains("0.0.0.0 . 127.255.255.255"), "{lengths}");
+    assert!(lengths.contains("192.0.2.3 . 192.0.2.3"), "{lengths}");
 }
 
 /// Runs with a configuration file that has these further lines.

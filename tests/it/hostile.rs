@@ -212,7 +212,7 @@ fn a_table_of_our_name_made_by_someone_else_is_replaced() {
         add rule ip nftproxy theirs ip daddr 10.96.0.10 dnat to ip daddr map @mine
         add element ip nftproxy services { 10.96.0.10 : jump lb-1 }";
     let with_our_comment = "
-        add table ip nftproxy { comment \"nftproxy layout 1\"; }
+        add table ip nftproxy { comment \"nftproxy layout 2\"; }
         add chain ip nftproxy guard { type filter hook forward priority -10; policy drop; }
         add chain ip nftproxy filter-forward { type filter hook forward priority 5; policy drop; }
         add chain ip nftproxy nat-prerouting

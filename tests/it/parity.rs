@@ -19,7 +19,7 @@ use nftproxy::state::State;
 use serde_json::Value;
 
 use crate::model::{all_listed, example, node, settings};
-use crate::namespace::{in_namespace, lacks, nft, refused};
+use crate::namespace::{in_namespace, nft};
 
 /// Everything that settings can bring into the rules.
 fn all_settings() -> [Settings; 4] {
@@ -92,9 +92,6 @@ fn compare(ruleset: &Ruleset) {
         by_netlink = listed();
     });
     assert_ne!(by_netlink, Value::Null);
-    if !text_loads() {
-        return;
-    }
     in_namespace(|| {
         nft(&["-f", "-"], &text::ruleset(ruleset));
         by_text = listed();
@@ -169,33 +166,6 @@ fn what_the_fake_kernel_refuses_the_real_one_does() {
     });
 }
 
-/// Whether the installed nft can load a protocol in a key of ranges, in whatever table: an old one
-/// (1.0.6; not 1.1.3) swaps the protocol's one byte, and newer kernels (6.12.117) refuse that.
-fn text_loads() -> bool {
-    let table = "add table ip probe
-        add set ip probe s { typeof meta l4proto . ip saddr; flags interval; }
-        add chain ip probe c
-        add rule ip probe c meta l4proto . ip saddr @s drop";
-    let mut refusal = None;
-    in_namespace(|| refusal = refused(table));
-    let Some(refusal) = refusal else { return true };
-    assert!(refusal.contains("Operation not supported"), "{refusal}");
-    lacks("byte swaps of one byte, which this nft puts into keys of ranges: nft -f is left out");
-    false
-}
-
-/// Newer kernels refuse the swap of a one-byte number, and with it the whole table.
-#[test]
-fn no_instruction_swaps_bytes() {
-    in_namespace(|| {
-        let transaction = diff(&Loaded::default(), wanted(example()));
-        NetlinkKernel::open().unwrap().apply(&transaction).unwrap();
-        let instructions = nft(&["--debug=netlink", "list", "ruleset"], "");
-        assert!(instructions.contains("set source-ranges"), "{instructions}");
-        assert!(!instructions.contains("byteorder"), "{instructions}");
-    });
-}
-
 #[test]
 fn a_dump_reads_back_what_either_of_them_made() {
     for counters in [false, true] {
@@ -206,9 +176,6 @@ fn a_dump_reads_back_what_either_of_them_made() {
 fn reads_back(ruleset: &Ruleset) {
     let transaction = diff(&Loaded::default(), ruleset.clone());
     for by_text in [true, false] {
-        if by_text && !text_loads() {
-            continue;
-        }
         in_namespace(|| {
             let mut kernel = NetlinkKernel::open().unwrap();
             if by_text {

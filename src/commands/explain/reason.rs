@@ -215,7 +215,7 @@ impl Because<'_> {
         let target = self.target;
         let Some(last) = outcome.steps.last() else { return "by a rule".into() };
         match &last.chain {
-            ChainName::Restricted => {
+            ChainName::Restricted(_) => {
                 let (source, ranges) = (self.packet.source, SetName::SourceRanges);
                 format!("{source} is not in the Service's loadBalancerSourceRanges ({ranges})")
             }

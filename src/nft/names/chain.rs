@@ -5,7 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use super::{PortName, UnknownName};
+use super::{PortName, PrefixLengths, UnknownName};
 
 /// By what a frontend is found: decides which maps it is looked up in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -104,8 +104,9 @@ pub enum ChainName {
     ExternalLocal,
     /// The same for node ports.
     NodeportExternalLocal,
-    /// Lets only the allowed sources of a load balancer's address pass.
-    Restricted,
+    /// Lets only the allowed sources of a load balancer's address pass, where these are ranges of such
+    /// lengths: `restricted-24-32`.
+    Restricted(Arc<PrefixLengths>),
     /// Those of them that may pass.
     RestrictedAllowed,
     /// Looks a new connection up in the maps.
@@ -146,13 +147,12 @@ pub enum ChainName {
 
 impl ChainName {
     /// The chains that always exist, in the order of the table's text.
-    pub const FIXED: [Self; 21] = [
+    pub const FIXED: [Self; 20] = [
         Self::MarkForMasquerade,
         Self::MarkInternal,
         Self::ExternalLocal,
         Self::NodeportExternalLocal,
         Self::RestrictedAllowed,
-        Self::Restricted,
         Self::DispatchServices,
         Self::DispatchNodeports,
         Self::Dispatch,
@@ -176,12 +176,13 @@ impl ChainName {
     /// The whole name of a chain that does not depend on Services.
     fn fixed(&self) -> Option<&'static str> {
         Some(match self {
-            Self::Select(_) | Self::Enter(..) | Self::OfPort(_) => return None,
+            Self::Select(_) | Self::Enter(..) | Self::OfPort(_) | Self::Restricted(_) => {
+                return None;
+            }
             Self::MarkForMasquerade => "mark-for-masquerade",
             Self::MarkInternal => "mark-internal",
             Self::ExternalLocal => "external-local",
             Self::NodeportExternalLocal => "nodeport-external-local",
-            Self::Restricted => "restricted",
             Self::RestrictedAllowed => "restricted-allowed",
             Self::Dispatch => "dispatch",
             Self::DispatchServices => "dispatch-services",
@@ -362,6 +363,7 @@ impl fmt::Display for ChainName {
             Self::Select(selection) => write!(f, "{selection}"),
             Self::Enter(traffic, selection) => write!(f, "{traffic}{selection}"),
             Self::OfPort(chain) => write!(f, "{}/{}", chain.1, chain.0),
+            Self::Restricted(lengths) => write!(f, "restricted-{lengths}"),
             fixed => f.write_str(fixed.fixed().unwrap_or_default()),
         }
     }
@@ -388,6 +390,9 @@ impl FromStr for ChainName {
 }
 
 fn shared_chain(name: &str) -> Option<ChainName> {
+    if let Some(lengths) = name.strip_prefix("restricted-") {
+        return Some(ChainName::Restricted(Arc::new(lengths.parse().ok()?)));
+    }
     let (traffic, rest) = Traffic::strip(name);
     let selection = Selection::parse(rest).filter(|s| s.pick != Pick::RoundRobin)?;
     Some(match traffic {

@@ -18,7 +18,7 @@ pub enum SetName {
     ServicesLocal,
     /// Of load-balancer addresses with source ranges: what to do for sources that may pass.
     ServicesRestricted,
-    /// Frontend address and the sources that may pass.
+    /// Frontend address and a range of sources that may pass: its first address and its last.
     SourceRanges,
     /// Frontend address and slot → backend.
     Endpoints,
@@ -172,7 +172,7 @@ impl SetName {
             | Self::ServicesLocal
             | Self::ServicesRestricted
             | Self::NoEndpoints => &[Address, Protocol, Port],
-            Self::SourceRanges => &[Address, Protocol, Port, Address],
+            Self::SourceRanges => &[Address, Protocol, Port, Address, Address],
             Self::Endpoints => &[Address, Protocol, Port, Slot],
             Self::Nodeports
             | Self::NodeportsCluster
@@ -229,7 +229,7 @@ impl SetName {
     /// Whether its keys are ranges.
     #[must_use]
     pub fn is_interval(self) -> bool {
-        matches!(self, Self::ServiceCidrs | Self::LocalPods | Self::SourceRanges)
+        matches!(self, Self::ServiceCidrs | Self::LocalPods)
     }
 
     /// Whether several Services may ask for the same element: such elements are counted and leave

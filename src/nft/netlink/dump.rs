@@ -32,7 +32,7 @@ use crate::model::Family;
 use crate::nft::dataplane::{self, Options};
 use crate::nft::element::{Backend, ElementId, Key, Value, data_len, key_len};
 use crate::nft::kernel::{ChainState, LoadError, Loaded, LoadedTable, Ownership, SetState};
-use crate::nft::names::{AffinityName, CONNECTIONS, ChainName, DataType, KeyField, SetName, TABLE};
+use crate::nft::names::{AffinityName, CONNECTIONS, ChainName, DataType, SetName, TABLE};
 use crate::nft::rule::{BaseKind, Chain as WantedChain};
 
 /// How often a dump is repeated when the ruleset changes under it, or the elements of a map move.
@@ -282,7 +282,7 @@ fn whole(
 impl Reading<'_> {
     fn add(&mut self, element: &ElementRef<'_>) {
         let Self { family, set, .. } = *self;
-        if set.key() == [KeyField::Address] && set.is_interval() {
+        if set.is_interval() {
             match bound(element, family, set) {
                 Some((address, true)) => self.ends.push(address),
                 Some((address, false)) => self.starts.push(address),
@@ -374,16 +374,8 @@ struct RuleText {
 impl RuleText {
     fn of(rule: &Rule) -> Self {
         let comment = rule.get_data(sys::NFTNL_RULE_USERDATA).and_then(|data| comment(&data));
-        let mut instructions = rule.instructions();
-        instructions.retain(|instruction| !swaps_one_byte(instruction));
-        Self { instructions, comment }
+        Self { instructions: rule.instructions(), comment }
     }
-}
-
-/// Whether an instruction swaps the bytes of a number of one byte, which does nothing. nft puts it
-/// behind the protocol in a key of ranges; we do not, as newer kernels (6.12.117) refuse it.
-fn swaps_one_byte(instruction: &str) -> bool {
-    instruction.contains(" = hton(") && instruction.ends_with(", 1)")
 }
 
 fn compare(chain: &Chain, found: &[RuleText], wanted: &WantedChain, family: Family) -> ChainState {
@@ -428,10 +420,7 @@ fn is_defined_as(set: &Set, name: SetName, family: Family) -> bool {
 
 fn read(element: &ElementRef<'_>, family: Family, set: SetName) -> Option<(Key, Value)> {
     let (key, len) = element.get_data::<64>(sys::NFTNL_SET_ELEM_KEY)?;
-    let key = match element.get_data::<64>(sys::NFTNL_SET_ELEM_KEY_END) {
-        Some((last, last_len)) => Key::from_range_bytes(family, &key[..len], &last[..last_len])?,
-        None => Key::from_bytes(family, set, &key[..len])?,
-    };
+    let key = Key::from_bytes(family, set, &key[..len])?;
     let value = match set.data() {
         DataType::None => Value::None,
         DataType::Verdict => {

@@ -19,13 +19,8 @@ use crate::nft::transaction::{Op, Transaction};
 /// The most that the elements of one message take: their list is an attribute, whose length is 16 bits.
 const ELEMENTS: usize = 65_000;
 
-/// The most that an element takes: two keys of 40 bytes, the name of a chain and the headers around
-/// them.
-const ELEMENT: usize = 420;
-
-/// The kernel's flag of sets with keys of several fields (`NFT_SET_CONCAT`); only where those are
-/// ranges it makes a difference.
-const CONCAT: u32 = 0x80;
+/// The most that an element takes: a key of 56 bytes, the name of a chain and the headers around them.
+const ELEMENT: usize = 400;
 
 const DATA_TYPE_VERDICT: u32 = 0xffff_ff00;
 
@@ -103,19 +98,7 @@ fn add_table(batch: &mut Batch, index: usize, family: Family, flags: u32) {
 pub(super) fn set_flags(set: SetName) -> u32 {
     let map = if set.data() == DataType::None { 0 } else { libc::NFT_SET_MAP };
     let interval = if set.is_interval() { libc::NFT_SET_INTERVAL } else { 0 };
-    let concat = if set.is_interval() && set.key().len() > 1 { CONCAT } else { 0 };
-    (map | interval).cast_unsigned() | concat
-}
-
-/// Lengths of the fields of a key, unpadded: what the kernel looks ranges up by.
-fn field_lens(set: SetName, family: Family) -> Vec<u8> {
-    let len = |field: &KeyField| match (field, family) {
-        (KeyField::Address, Family::V6) => 16,
-        (KeyField::Address, Family::V4) | (KeyField::Slot, _) => 4,
-        (KeyField::Protocol, _) => 1,
-        (KeyField::Port, _) => 2,
-    };
-    set.key().iter().map(len).collect()
+    (map | interval).cast_unsigned()
 }
 
 /// nft's numbers of data types (`enum datatypes`), packed six bits each for a concatenation.
@@ -141,9 +124,6 @@ fn add_set(batch: &mut Batch, index: usize, family: Family, name: SetName) {
     set.set_u32(sys::NFTNL_SET_FLAGS, set_flags(name));
     set.set_u32(sys::NFTNL_SET_KEY_TYPE, data_type(name.key(), family));
     set.set_u32(sys::NFTNL_SET_KEY_LEN, key_len(family, name));
-    if set_flags(name) & CONCAT != 0 {
-        set.set_data(sys::NFTNL_SET_DESC_CONCAT, &field_lens(name, family));
-    }
     match name.data() {
         DataType::None => {}
         DataType::Verdict => set.set_u32(sys::NFTNL_SET_DATA_TYPE, DATA_TYPE_VERDICT),
@@ -277,7 +257,6 @@ mod attribute {
     pub(super) const KEY: u16 = 1;
     pub(super) const DATA: u16 = 2;
     pub(super) const FLAGS: u16 = 3;
-    pub(super) const KEY_END: u16 = 10;
     pub(super) const VALUE: u16 = 1;
     pub(super) const VERDICT: u16 = 2;
     pub(super) const VERDICT_CODE: u16 = 1;
@@ -287,9 +266,6 @@ mod attribute {
 fn element(message: &mut Message<'_>, (id, value): (&ElementId, Option<&Value>), name: &mut Text) {
     let entry = message.nest(attribute::LIST_ELEMENT);
     data(message, attribute::KEY, &id.key.bytes());
-    if let Some(last) = id.key.last_bytes() {
-        data(message, attribute::KEY_END, &last);
-    }
     match value {
         None | Some(Value::None) => {}
         Some(Value::Goto(chain)) => verdict(message, libc::NFT_GOTO, name.of(chain)),

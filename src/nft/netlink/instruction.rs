@@ -6,6 +6,7 @@
 //! canonical numbering, ranges and flags it would fill in filled in.
 
 use std::ffi::CString;
+use std::net::IpAddr;
 use std::ptr::NonNull;
 
 use nftnl::expr::Expression;
@@ -16,7 +17,7 @@ use crate::model::Family;
 use crate::nft::element::padded_len;
 use crate::nft::names::{AffinityName, CONNECTIONS, KeyField};
 use crate::nft::rule::{
-    COUNTED_BY, COUNTED_FOR, HASH_SEED, InterfaceName, Rule, Selector, SlotSource, Statement,
+    COUNTED_BY, COUNTED_FOR, HASH_SEED, InterfaceName, Rule, Selector, SlotSource, Statement, masks,
 };
 
 /// One instruction: libnftnl's name for it, and its attributes.
@@ -234,10 +235,10 @@ fn lower_statement(statement: &Statement, family: Family) -> Vec<Instruction> {
             list
         }
         Statement::MarkClear(bits) => {
-            vec![load_mark(), bitwise(*bits, 0), compare(libc::NFT_CMP_EQ, &0_u32.to_ne_bytes())]
+            vec![load_mark(), change(*bits, 0), compare(libc::NFT_CMP_EQ, &0_u32.to_ne_bytes())]
         }
-        Statement::MarkOr(bits) => vec![load_mark(), bitwise(!bits, *bits), store_mark()],
-        Statement::MarkXor(bits) => vec![load_mark(), bitwise(u32::MAX, *bits), store_mark()],
+        Statement::MarkOr(bits) => vec![load_mark(), change(!bits, *bits), store_mark()],
+        Statement::MarkXor(bits) => vec![load_mark(), change(u32::MAX, *bits), store_mark()],
         Statement::Masquerade => {
             vec![
                 Instruction::new(c"masq")
@@ -275,11 +276,15 @@ fn load(selectors: &[Selector], family: Family) -> Vec<Instruction> {
             list.push(hash(from, into, padded_len(family, KeyField::Address), modulus, first));
         } else {
             list.push(load_one(selector, family, register(offset)));
+            list.extend(mask(selector, family, register(offset)));
         }
         let field = match selector {
-            Selector::Saddr | Selector::Daddr | Selector::OriginalDaddr | Selector::ReplySaddr => {
-                KeyField::Address
-            }
+            Selector::Saddr
+            | Selector::SaddrFirst(_)
+            | Selector::SaddrLast(_)
+            | Selector::Daddr
+            | Selector::OriginalDaddr
+            | Selector::ReplySaddr => KeyField::Address,
             Selector::L4Proto => KeyField::Protocol,
             Selector::Dport | Selector::OriginalDport | Selector::ReplySport => KeyField::Port,
             Selector::Slot { .. } => KeyField::Slot,
@@ -292,9 +297,13 @@ fn load(selectors: &[Selector], family: Family) -> Vec<Instruction> {
 fn load_one(selector: Selector, family: Family, register: u32) -> Instruction {
     let network = libc::NFT_PAYLOAD_NETWORK_HEADER;
     match (selector, family) {
-        (Selector::Saddr, Family::V4) => payload(network, 12, 4, register),
+        (Selector::Saddr | Selector::SaddrFirst(_) | Selector::SaddrLast(_), Family::V4) => {
+            payload(network, 12, 4, register)
+        }
         (Selector::Daddr, Family::V4) => payload(network, 16, 4, register),
-        (Selector::Saddr, Family::V6) => payload(network, 8, 16, register),
+        (Selector::Saddr | Selector::SaddrFirst(_) | Selector::SaddrLast(_), Family::V6) => {
+            payload(network, 8, 16, register)
+        }
         (Selector::Daddr, Family::V6) => payload(network, 24, 16, register),
         (Selector::Dport, _) => payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, register),
         (Selector::L4Proto, _) => Instruction::new(c"meta")
@@ -318,6 +327,24 @@ fn load_one(selector: Selector, family: Family, register: u32) -> Instruction {
             .number(sys::NFTNL_EXPR_NG_MODULUS, modulus.into())
             .number(sys::NFTNL_EXPR_NG_OFFSET, offset.into()),
     }
+}
+
+/// Makes the first or last address of its range of a source address, in its register.
+fn mask(selector: Selector, family: Family, register: u32) -> Option<Instruction> {
+    let octets = |address: IpAddr| match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    let ((network, host), last) = match selector {
+        Selector::SaddrFirst(length) => (masks(family, length)?, false),
+        Selector::SaddrLast(length) => (masks(family, length)?, true),
+        _ => return None,
+    };
+    let (network, mut xor) = (octets(network), octets(host));
+    if !last {
+        xor.fill(0);
+    }
+    Some(bitwise(register, &network, &xor))
 }
 
 /// Hashes the `len` bytes from one register on into a number of another.
@@ -442,7 +469,7 @@ fn ct_bits(key: libc::c_int, bits: u32) -> Vec<Instruction> {
         Instruction::new(c"ct")
             .number(sys::NFTNL_EXPR_CT_DREG, register(FIRST))
             .constant(sys::NFTNL_EXPR_CT_KEY, key),
-        bitwise(bits, 0),
+        change(bits, 0),
         compare(libc::NFT_CMP_NEQ, &0_u32.to_ne_bytes()),
     ]
 }
@@ -459,15 +486,21 @@ fn store_mark() -> Instruction {
         .number(sys::NFTNL_EXPR_META_SREG, register(FIRST))
 }
 
+/// The first register as a number: `(number & mask) ^ xor`.
+fn change(mask: u32, xor: u32) -> Instruction {
+    bitwise(register(FIRST), &mask.to_ne_bytes(), &xor.to_ne_bytes())
+}
+
 /// `register = (register & mask) ^ xor`
-fn bitwise(mask: u32, xor: u32) -> Instruction {
+fn bitwise(register: u32, mask: &[u8], xor: &[u8]) -> Instruction {
+    let len = u32::try_from(mask.len()).expect("operands are short");
     Instruction::new(c"bitwise")
-        .number(sys::NFTNL_EXPR_BITWISE_SREG, register(FIRST))
-        .number(sys::NFTNL_EXPR_BITWISE_DREG, register(FIRST))
+        .number(sys::NFTNL_EXPR_BITWISE_SREG, register)
+        .number(sys::NFTNL_EXPR_BITWISE_DREG, register)
         .number(sys::NFTNL_EXPR_BITWISE_OP, 0)
-        .number(sys::NFTNL_EXPR_BITWISE_LEN, 4)
-        .data(sys::NFTNL_EXPR_BITWISE_MASK, &mask.to_ne_bytes())
-        .data(sys::NFTNL_EXPR_BITWISE_XOR, &xor.to_ne_bytes())
+        .number(sys::NFTNL_EXPR_BITWISE_LEN, len)
+        .data(sys::NFTNL_EXPR_BITWISE_MASK, mask)
+        .data(sys::NFTNL_EXPR_BITWISE_XOR, xor)
 }
 
 fn compare(op: libc::c_int, with: &[u8]) -> Instruction {

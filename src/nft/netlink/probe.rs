@@ -76,11 +76,6 @@ pub const FEATURES: &[Feature] = &[
         },
     },
     Feature {
-        name: "sets of concatenated ranges (Linux 5.6 has them)",
-        only: None,
-        ops: |family| vec![Op::AddSet(family, SetName::SourceRanges)],
-    },
-    Feature {
         name: "filter chains",
         only: None,
         ops: |family| {
