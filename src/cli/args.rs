@@ -146,7 +146,8 @@ fn interval(text: &str) -> Result<Duration, String> {
 
 #[derive(Args, Debug)]
 pub(super) struct ExplainArgs {
-    /// What is dialled: `10.96.0.10:80`, `[fd00::10]:53/udp`, `192.0.2.10:30080/sctp`.
+    /// What is dialled: `10.96.0.10:80`, `[fd00::10]:53/udp`, `192.0.2.10:30080/sctp`; or pinged:
+    /// `10.96.0.10/icmp`.
     #[arg(value_name = "ADDRESS:PORT[/PROTOCOL]")]
     pub(super) target: Target,
     /// Who dials. Without it: this host.

@@ -95,7 +95,7 @@ fn a_listing_can_be_narrowed() {
 
 #[test]
 fn explanations_are_what_the_snapshots_hold() {
-    let cases: [(&str, &[&str], i32); 10] = [
+    let cases: [(&str, &[&str], i32); 12] = [
         ("cluster-ip", &["10.96.0.10:80", "--from", "10.244.1.5"], 0),
         ("cluster-ip", &["10.96.0.10:81", "--from", "10.244.1.5"], 1),
         ("no-endpoints", &["10.96.0.99:80", "--from", "10.244.1.5"], 1),
@@ -106,6 +106,8 @@ fn explanations_are_what_the_snapshots_hold() {
         ("session-affinity", &["10.96.0.10:80", "--from", "10.244.7.7"], 0),
         ("scheduler-source-hash", &["10.96.0.10:80", "--from", "10.244.7.7"], 0),
         ("dual-stack", &["[fd00:10:96::10]:80", "--from", "fd00:10:244:1::5"], 0),
+        ("cluster-ip", &["10.96.0.10/icmp", "--from", "10.244.1.5"], 1),
+        ("dual-stack", &["[fd00:192::10]/icmp", "--from", "fd00:10:244:1::5"], 1),
     ];
     let mut all = String::new();
     for (fixture, question, code) in cases {
@@ -119,7 +121,8 @@ fn explanations_are_what_the_snapshots_hold() {
 
 #[test]
 fn questions_that_make_no_sense_are_answered_with_what_would() {
-    for target in ["10.96.0.10", "10.96.0.10:http", "fd00::1:80:", "10.96.0.10:80/icmp", "web:80"] {
+    let targets = ["10.96.0.10", "10.96.0.10:http", "fd00::1:80:", "web:80", "10.96.0.10:80/gre"];
+    for target in targets.into_iter().chain(["10.96.0.10:80/icmp", "web/icmp", "10.96.0.10:0"]) {
         let done = nftproxy(&["explain", target]);
         assert_eq!((done.code, done.out.as_str()), (2, ""), "{target}");
         assert!(done.err.contains("expected"), "{}", done.err);

@@ -16,7 +16,7 @@ mod world;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use self::changes::Changes;
+use self::changes::{Changes, Explanations};
 use self::proxies::{KubeProxy, Nftproxy, Proxy};
 use self::table::{Case, How, ROWS};
 use self::world::{Objects, Setting};
@@ -44,7 +44,7 @@ fn cases() -> impl Iterator<Item = (u8, Case)> {
     })
 }
 
-fn run(net: &Net, proxy: &mut dyn Proxy) -> Findings {
+fn run(net: &Net, proxy: &mut dyn Proxy) -> (Findings, Explanations) {
     let mut findings = Findings::new();
     // The changes come last, behind the configuration they are made under.
     let mut settings = Setting::ALL;
@@ -57,15 +57,18 @@ fn run(net: &Net, proxy: &mut dyn Proxy) -> Findings {
             findings.entry(number).or_default().push(finding);
         }
     }
-    let changes = Changes { net, proxy, objects: Objects::default(), findings: Vec::new() };
-    for (number, finding) in changes.run() {
+    let (objects, found) = (Objects::default(), Vec::new());
+    let explanations = Explanations::default();
+    let changes = Changes { net, proxy, objects, findings: found, explanations };
+    let (found, explanations) = changes.run();
+    for (number, finding) in found {
         findings.entry(number).or_default().push(finding);
     }
     for row in ROWS {
         let found = findings.contains_key(&row.number);
         assert_eq!(found, !matches!(row.how, How::Absent(_)), "row {}", row.number);
     }
-    findings
+    (findings, explanations)
 }
 
 /// What is not as the table says, a line each.
@@ -90,7 +93,7 @@ fn every_row_is_there_once() {
 fn nftproxy_does_what_the_table_says() {
     let Some(net) = Net::new() else { return };
     world::build(&net);
-    let findings = run(&net, &mut Nftproxy::new(&net));
+    let (findings, explanations) = run(&net, &mut Nftproxy::new(&net));
     let wrong = wrong(&findings);
     assert!(
         wrong.is_empty(),
@@ -98,6 +101,10 @@ fn nftproxy_does_what_the_table_says() {
         wrong.len(),
         wrong.join("\n")
     );
+    // What cases are about is explained in `explaining`.
+    assert!(explanations.wrong.is_empty(), "{}", explanations.wrong.join("\n"));
+    let over_time = ROWS.iter().filter(|row| matches!(row.how, How::OverTime));
+    assert_eq!(explanations.rows, over_time.map(|row| row.number).collect());
 }
 
 /// No case is as expected by itself, but those in which a proxy has nothing to do.
@@ -120,7 +127,7 @@ fn comparison() {
     let net = Net::new().expect("namespaces need root");
     world::build(&net);
     let mut nftproxy = Nftproxy::new(&net);
-    let ours = run(&net, &mut nftproxy);
+    let (ours, _) = run(&net, &mut nftproxy);
     let our_title = nftproxy.title();
     drop(nftproxy);
     // With namespaces of its own, so that nothing of the other is left.
@@ -128,7 +135,7 @@ fn comparison() {
     world::build(&net);
     let (theirs, their_title) = in_netns(&net.name("client"), || {
         let mut kube_proxy = KubeProxy::new(&net);
-        (run(&net, &mut kube_proxy), kube_proxy.title())
+        (run(&net, &mut kube_proxy).0, kube_proxy.title())
     });
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/scenario-comparison.md");
     let text = report::markdown(&ours, &theirs, [our_title, their_title]);

@@ -46,8 +46,9 @@ pub(super) fn served<'a>(
     target: &Target,
 ) -> Option<(&'a Service, &'a ServicePort, FrontendKind)> {
     let family = Family::of(target.address);
-    let address = Frontend::Address(target.address, target.protocol, target.port);
-    let node_port = Frontend::NodePort(family, target.protocol, target.port);
+    let (protocol, port) = target.port?;
+    let address = Frontend::Address(target.address, protocol, port);
+    let node_port = Frontend::NodePort(family, protocol, port);
     let serves_node_ports = || match ruleset.options.node_ports[usize::from(family == Family::V6)] {
         NodePorts::Listed => {
             let key = Key::Address(target.address);
@@ -110,7 +111,7 @@ pub(super) fn named(state: &State, ruleset: &Ruleset, target: &Target) -> Option
 
 /// What somebody may have meant who dialled what no Service serves.
 pub(super) fn near_miss(state: &State, ruleset: &Ruleset, target: &Target) -> Vec<String> {
-    let Target { address, port, protocol } = *target;
+    let Target { address, port } = *target;
     let family = Family::of(address);
     let mut notes = Vec::new();
     for service in state.services() {
@@ -131,7 +132,9 @@ pub(super) fn near_miss(state: &State, ruleset: &Ruleset, target: &Target) -> Ve
             notes.push(format!("{address} is an endpoint of Service {}", service.name));
         }
     }
-    if let Some((service, ..)) = kind_of(state, Frontend::NodePort(family, protocol, port), family)
+    if let Some((protocol, port)) = port
+        && let Some((service, ..)) =
+            kind_of(state, Frontend::NodePort(family, protocol, port), family)
     {
         let served = ruleset.elements_of(family, SetName::NodeportIps);
         let served: Vec<_> = served.map(|(id, _)| id.key.to_string()).collect();
@@ -202,7 +205,13 @@ impl Because<'_> {
             Fate::Passes { here, .. } if outcome.pick.is_none() => {
                 let where_to =
                     if here { "goes to this host's own programs" } else { "is routed as it is" };
-                format!("no Service has {}; the packet {where_to}", self.target)
+                match self.target.port {
+                    Some(_) => {
+                        format!("no Service has {}; the packet {where_to}", self.target)
+                    }
+                    None if here => "Services are ports; this host answers pings itself".into(),
+                    None => format!("Services are ports; the ping {where_to}"),
+                }
             }
             Fate::Passes { masqueraded: true, .. } => self.why_masqueraded(outcome),
             Fate::Passes { here, masqueraded: false, .. } => {
@@ -224,12 +233,16 @@ impl Because<'_> {
                     self.service.map_or("the Service".into(), |s| format!("Service {}", s.service));
                 format!("{who} has no endpoint that could answer")
             }
-            ChainName::ClusterIpsCheck if outcome.fate == Fate::Rejected => {
-                format!(
-                    "{} is a ClusterIP, but no Service has port {}/{} on it",
-                    target.address, target.port, target.protocol
-                )
-            }
+            ChainName::ClusterIpsCheck if outcome.fate == Fate::Rejected => match target.port {
+                Some((protocol, port)) => format!(
+                    "{} is a ClusterIP, but no Service has port {port}/{protocol} on it",
+                    target.address
+                ),
+                None => format!(
+                    "{} is a ClusterIP: no machine has it, and only ports of its Service are served",
+                    target.address
+                ),
+            },
             ChainName::ClusterIpsCheck => {
                 format!("{} is in the range of ClusterIPs, but no Service has it", target.address)
             }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use super::{Known, Question, Target};
-use crate::model::{Family, NodeFacts};
+use crate::model::{Family, NodeFacts, Protocol};
 use crate::nft::element::Key;
 use crate::nft::interpret::{Origin, Packet};
 use crate::nft::names::SetName;
@@ -14,7 +14,9 @@ pub(super) fn packet(
     node: &NodeFacts,
     is_local: &dyn Fn(IpAddr) -> bool,
 ) -> Packet {
-    let Target { address, port, protocol } = question.target;
+    let Target { address, port } = question.target;
+    // What a ping has in place of a port is in no map, and neither is port 0, which no Service can have.
+    let (protocol, port) = port.unwrap_or((Protocol::Tcp, 0));
     let family = Family::of(address);
     let own = || {
         let first =

@@ -3,6 +3,9 @@
 //!
 //! All of them change at once, so that there is little to wait for. What must change is waited for;
 //! what must stay is looked at after the changes beside it have come about.
+//!
+//! At every step `explain` is asked what the next connection meets. Of established ones it says nothing:
+//! they do not come to the rules.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -12,9 +15,10 @@ use std::time::{Duration, Instant};
 
 use super::Finding;
 use super::asking::words;
+use super::explaining::{self, Explained};
 use super::proxies::Proxy;
 use super::services::UDP_NUMBER;
-use super::table::Target;
+use super::table::{Protocol, Target};
 use super::world::{BEHIND_ONE, HOST_BEYOND, Objects, SOURCES, Setting, source};
 use crate::namespace::nft;
 use crate::net::{CLIENT, NODE, Net, in_netns, ip, patient};
@@ -28,6 +32,16 @@ pub(crate) struct Changes<'a> {
     pub(crate) proxy: &'a mut dyn Proxy,
     pub(crate) objects: Objects,
     pub(crate) findings: Vec<(u8, Finding)>,
+    pub(crate) explanations: Explanations,
+}
+
+/// What came of asking `explain`.
+#[derive(Debug, Default)]
+pub(crate) struct Explanations {
+    /// The rows it was asked of.
+    pub(crate) rows: BTreeSet<u8>,
+    /// What was not explained as it is, a line each.
+    pub(crate) wrong: Vec<String>,
 }
 
 /// A connection, and who is at its other end.
@@ -104,6 +118,11 @@ impl Flow {
             _ => when.to_owned(),
         }
     }
+
+    /// What is explained where this is met.
+    fn explained(met: &str) -> &str {
+        if met == "beyond" { "left alone" } else { met }
+    }
 }
 
 const FLOWS: [Flow; 7] = [
@@ -119,6 +138,8 @@ const FLOWS: [Flow; 7] = [
 ];
 /// That all of them make the same choices twice has a likelihood of 3^-24.
 const SOME: Range<u8> = 0..SOURCES / 2;
+/// How many of them are explained.
+const SOME_EXPLAINED: usize = 3;
 const ENDPOINTS: [&str; 3] = ["a", "b", "remote"];
 
 fn vip(name: &'static str, family: usize) -> SocketAddr {
@@ -126,10 +147,63 @@ fn vip(name: &'static str, family: usize) -> SocketAddr {
 }
 
 impl Changes<'_> {
-    pub(crate) fn run(mut self) -> Vec<(u8, Finding)> {
+    pub(crate) fn run(mut self) -> (Vec<(u8, Finding)>, Explanations) {
         self.flows();
-        self.affinity();
-        self.findings
+        let kept = self.affinity();
+        self.unready(&kept);
+        self.timeout();
+        (self.findings, self.explanations)
+    }
+
+    fn explain(
+        &self,
+        client: (&str, Option<&str>),
+        to: SocketAddr,
+        protocol: Protocol,
+    ) -> Option<Explained> {
+        self.proxy.explains().then(|| explaining::of_kernel(self.net, client, to, protocol))
+    }
+
+    fn explained(&mut self, number: u8, asked: &str, expected: &str, said: &str) {
+        self.explanations.rows.insert(number);
+        if said != expected {
+            let line = format!("{number}: {asked}: explained {said:?}, expected {expected:?}");
+            self.explanations.wrong.push(line);
+        }
+    }
+
+    /// The next packet from here is explained as going there: words of what is met, or names alone.
+    fn explains(
+        &mut self,
+        number: u8,
+        from: &str,
+        (to, protocol): (SocketAddr, Protocol),
+        expected: &str,
+    ) {
+        if let Some(said) = self.explain((from, None), to, protocol) {
+            let said = if expected.contains(' ') { said.words } else { said.by };
+            self.explained(number, &format!("{from} to {to}"), expected, &said);
+        }
+    }
+
+    /// The client is explained as being remembered at this endpoint.
+    fn explains_kept(&mut self, number: u8, client: Option<&str>, to: SocketAddr, by: &str) {
+        if let Some(said) = self.explain(("client", client), to, Protocol::Tcp) {
+            let words = if said.remembered { said.by } else { format!("new, {}", said.by) };
+            self.explained(number, &format!("client {client:?} to {to}"), by, &words);
+        }
+    }
+
+    /// The client is explained as one that may meet any of these; waits until it is.
+    fn explains_new(&mut self, number: u8, client: Option<&str>, to: SocketAddr, all: &[&str]) {
+        if !self.proxy.explains() {
+            return;
+        }
+        let said = self.eventually(&all.join(", "), || {
+            let said = self.explain(("client", client), to, Protocol::Tcp).expect("it explains");
+            if said.remembered { format!("kept, {}", said.by) } else { said.by }
+        });
+        self.explained(number, &format!("client {client:?} to {to}"), &all.join(", "), &said);
     }
 
     fn found(&mut self, number: u8, family: usize, case: &str, expected: &str, seen: &str) {
@@ -174,16 +248,23 @@ impl Changes<'_> {
         let mut established = BTreeMap::new();
         let mut sockets = Vec::new();
         for family in FAMILIES {
-            let met = self.meets("b", vip("deleted", family));
+            let deleted = vip("deleted", family);
+            let met = self.meets("b", deleted);
             self.found(17, family, "before", "a own", &met);
+            self.explains(17, "b", (deleted, Protocol::Tcp), "a own");
             let ranged = Target::Balancer("ranges-change").address(family);
+            let leaving = vip("tcp-leaves", family);
+            for (row, to) in [(96, ranged), (110, leaving)] {
+                self.explains(row, "client", (to, Protocol::Tcp), "a:8081 masq");
+            }
             established.insert((96, family), Lasting::open(self.net, ranged));
-            let leaving = Lasting::open(self.net, vip("tcp-leaves", family));
-            established.insert((110, family), leaving);
+            established.insert((110, family), Lasting::open(self.net, leaving));
             for flow in &FLOWS {
                 let socket = in_netns(&self.net.name("b"), || udp_socket(flow.address(family)));
                 let met = by(&udp_on(&socket));
                 self.found(flow.row, family, &flow.case("before"), flow.before, &met);
+                let (to, explained) = (flow.address(family), Flow::explained(flow.before));
+                self.explains(flow.row, "b", (to, Protocol::Udp), explained);
                 sockets.push((flow, family, socket));
             }
         }
@@ -203,18 +284,27 @@ impl Changes<'_> {
             let gone = vip("deleted", family);
             let met = self.eventually("lost", || self.meets("b", gone));
             self.found(17, family, "after", "lost", &met);
+            self.explains(17, "b", (gone, Protocol::Tcp), "lost");
             let ranged = Target::Balancer("ranges-change").address(family);
             let met = self.eventually("lost", || self.meets("client", ranged));
             self.found(96, family, "new connection", "lost", &met);
+            self.explains(96, "client", (ranged, Protocol::Tcp), "lost");
             let leaving = vip("tcp-leaves", family);
             let elsewhere = "remote:8081 masq";
             let met = self.eventually(elsewhere, || self.meets("client", leaving));
             self.found(110, family, "new connection", elsewhere, &met);
-            for flow in FLOWS.iter().filter(|flow| flow.row != 115) {
+            self.explains(110, "client", (leaving, Protocol::Tcp), elsewhere);
+            for flow in &FLOWS {
                 let to = flow.address(family);
+                if flow.row == 115 {
+                    // Another flow would be counted.
+                    self.explains(115, "b", (to, Protocol::Udp), Flow::explained(flow.new));
+                    continue;
+                }
                 let new = || by(&in_netns(&self.net.name("b"), || udp_on(&udp_socket(to))));
                 let met = self.eventually(flow.new, new);
                 self.found(flow.row, family, &flow.case("another flow"), flow.new, &met);
+                self.explains(flow.row, "b", (to, Protocol::Udp), flow.new);
             }
         }
         std::thread::sleep(patient(AFTERWARDS));
@@ -266,13 +356,15 @@ impl Changes<'_> {
         sources.map(|source| list(&self.who(Some(&source), to, 1))).collect()
     }
 
-    /// 103 to 109.
-    fn affinity(&mut self) {
+    /// 103 to 106, and 108; where the client is held, in each family.
+    fn affinity(&mut self) -> Vec<String> {
         let mut kept = Vec::new();
         for family in FAMILIES {
             let web = vip("sticky", family);
+            self.explains_new(103, None, web, &ENDPOINTS);
             let again = self.who(None, web, 12);
             self.one(103, family, "VIP", &again);
+            self.explains_kept(103, None, web, &list(&again));
             let all = [
                 web,
                 Target::NodePort("sticky", NODE).address(family),
@@ -282,25 +374,42 @@ impl Changes<'_> {
             let everywhere: BTreeSet<_> =
                 all.iter().flat_map(|to| self.who(None, *to, 6)).collect();
             self.one(104, family, "all frontends", &everywhere);
+            for to in all {
+                self.explains_kept(104, None, to, &list(&everywhere));
+            }
             let second = Target::VipAt("sticky", 443).address(family);
-            let differ = self.choices(web, family, SOME) != self.choices(second, family, SOME);
+            let choices = [web, second].map(|to| (to, self.choices(to, family, SOME)));
+            let differ = choices[0].1 != choices[1].1;
+            for (to, by) in &choices {
+                for number in SOME.take(SOME_EXPLAINED) {
+                    let client = source(number, family);
+                    self.explains_kept(105, Some(&client), *to, &by[usize::from(number)]);
+                }
+            }
             let seen = if differ { "independent" } else { "the same" };
             self.found(105, family, "24 clients", "independent", seen);
             let pair = BEHIND_ONE[family].map(|source| self.who(Some(source), web, 6));
-            self.one(106, family, "both", &pair.into_iter().flatten().collect());
+            let pair = pair.into_iter().flatten().collect();
+            self.one(106, family, "both", &pair);
+            // Who is behind that address is not to be seen here.
+            self.explains_kept(106, None, web, &list(&pair));
             kept.push(list(&again));
         }
 
         // 108
         self.proxy.restart();
         for family in FAMILIES {
+            self.explains_kept(108, None, vip("sticky", family), &kept[family]);
             let seen = list(&self.who(None, vip("sticky", family), 12));
             let right = seen == kept[family];
             let seen = if right { "kept".to_owned() } else { seen };
             self.found_if(108, family, "client", "kept", &seen, right);
         }
+        kept
+    }
 
-        // 107: the endpoint is not ready, and then it is again.
+    /// 107: the endpoint is not ready, and then it is again.
+    fn unready(&mut self, kept: &[String]) {
         for family in FAMILIES {
             let endpoints = ENDPOINTS.map(|name| match name {
                 name if name != kept[family] => name,
@@ -314,6 +423,8 @@ impl Changes<'_> {
         let mut moved = Vec::new();
         for family in FAMILIES {
             let web = vip("sticky", family);
+            let others = ENDPOINTS.into_iter().filter(|name| *name != kept[family]);
+            self.explains_new(107, None, web, &others.collect::<Vec<_>>());
             let other = self.eventually("another", || {
                 let all = self.who(None, web, 1);
                 if all.contains(&kept[family]) { list(&all) } else { "another".into() }
@@ -321,6 +432,7 @@ impl Changes<'_> {
             self.found(107, family, "unready", "another", &other);
             let again = self.who(None, web, 12);
             self.one(107, family, "then", &again);
+            self.explains_kept(107, None, web, &list(&again));
             moved.push(list(&again));
             self.objects.set("sticky", family, &ENDPOINTS);
             self.objects.set("tcp-leaves", family, &["a"]);
@@ -334,7 +446,9 @@ impl Changes<'_> {
             let there = "a:8081 masq";
             let met = self.eventually(there, || self.meets("client", marker));
             self.found(107, family, "ready again, marker", there, &met);
+            self.explains_kept(107, None, web, &moved[family]);
             // Clients that have not been here before.
+            self.explains_new(107, Some(&source(SOURCES / 2, family)), web, &ENDPOINTS);
             let all = self.choices(web, family, SOURCES / 2..SOURCES);
             let seen = if all.contains(&kept[family]) { "there" } else { "not there" };
             self.found(107, family, "ready again, others", "there", seen);
@@ -343,12 +457,19 @@ impl Changes<'_> {
             let seen = if right { "kept".to_owned() } else { seen };
             self.found_if(107, family, "ready again", "kept", &seen, right);
         }
+    }
 
-        // 109, and that use renews it (103).
+    /// 109, and that use renews it (103).
+    fn timeout(&mut self) {
         let mut before = Vec::new();
         let mut used = [BTreeSet::new(), BTreeSet::new()];
+        let last = |family| source(SOME.end - 1, family);
         for family in FAMILIES {
-            before.push(self.choices(vip("sticky-short", family), family, SOME));
+            let short = vip("sticky-short", family);
+            self.explains_new(109, Some(&last(family)), short, &ENDPOINTS);
+            let choices = self.choices(short, family, SOME);
+            self.explains_kept(109, Some(&last(family)), short, choices.last().unwrap());
+            before.push(choices);
         }
         let began = Instant::now();
         while began.elapsed() < Duration::from_secs(6) {
@@ -359,7 +480,11 @@ impl Changes<'_> {
         }
         for (family, used) in used.iter().enumerate() {
             self.one(103, family, "used for longer than the timeout", used);
-            let changed = self.choices(vip("sticky-short", family), family, SOME) != before[family];
+            let short = vip("sticky-short", family);
+            let again = list(&self.who(Some(CLIENT[family]), short, 1));
+            self.explains_kept(103, None, short, &again);
+            self.explains_new(109, Some(&last(family)), short, &ENDPOINTS);
+            let changed = self.choices(short, family, SOME) != before[family];
             let seen = if changed { "chosen anew" } else { "kept" };
             self.found(109, family, "24 clients", "chosen anew", seen);
         }
@@ -372,6 +497,6 @@ impl Changes<'_> {
     }
 }
 
-fn list(set: &BTreeSet<String>) -> String {
+pub(super) fn list(set: &BTreeSet<String>) -> String {
     set.iter().cloned().collect::<Vec<_>>().join(", ")
 }

@@ -31,6 +31,11 @@ pub(crate) trait Proxy {
 
     /// Ends at once and starts again, with the same configuration and objects.
     fn restart(&mut self);
+
+    /// Whether it explains what it does.
+    fn explains(&self) -> bool {
+        false
+    }
 }
 
 const HEAD: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n\
@@ -97,6 +102,10 @@ impl Proxy for Nftproxy<'_> {
     fn restart(&mut self) {
         self.daemon.take().expect("it runs").kill9();
         self.run();
+    }
+
+    fn explains(&self) -> bool {
+        true
     }
 }
 
