@@ -357,6 +357,15 @@ fn completions_and_man_pages_know_every_command() {
     assert_eq!(nftproxy(&["man", "--dir", dir.path().to_str().unwrap()]).code, 0);
     for command in commands {
         let page = dir.path().join(format!("nftproxy-{command}.1"));
-        assert!(fs::read_to_string(page).unwrap().contains("OPTIONS"), "{command}");
+        let page = fs::read_to_string(page).unwrap();
+        assert!(page.contains(".SH OPTIONS"), "{command}");
+        // What can be given is said, and everything that is named has a text.
+        let synopsis = page.lines().skip_while(|line| *line != ".SH SYNOPSIS").nth(1).unwrap();
+        assert!(synopsis.starts_with(&format!("nftproxy {command} [OPTIONS]")), "{synopsis}");
+        let options = page.split(".TP\n").skip(1);
+        for (option, text) in options.map(|option| option.split_once('\n').unwrap()) {
+            let is_said = !text.is_empty() && !text.starts_with(['.', '\n']);
+            assert!(is_said, "{command}: {option}: {text:?}");
+        }
     }
 }
