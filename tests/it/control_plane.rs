@@ -188,6 +188,7 @@ impl ControlPlane {
             format!("--service-account-signing-key-file={}", path("service-account.key")),
             format!("--token-auth-file={}", path("tokens.csv")),
             "--authorization-mode=Node,RBAC".to_owned(),
+            "--allow-privileged=true".to_owned(), // kube-proxy is
             "--disable-admission-plugins=ServiceAccount".to_owned(), // pods would wait for a controller
         ];
         flags.extend(self.further_flags.iter().cloned());
@@ -205,6 +206,11 @@ impl ControlPlane {
     /// Ends the API server at once, as a crash would; etcd stays.
     pub(crate) fn kill_apiserver(&mut self) {
         assert!(self.apiserver.take().is_some(), "the API server does not run");
+    }
+
+    /// Starts controllers; they end with what is returned.
+    pub(crate) fn start_controllers(&self, flags: &[&str]) -> Process {
+        Process::start("kube-controller-manager", self.folder.path(), flags)
     }
 
     /// Where etcd is.
@@ -391,7 +397,7 @@ impl ControlPlane {
 }
 
 /// A child that ends with its owner, and with the test process in whatever way that one ends.
-struct Process {
+pub(crate) struct Process {
     child: Child,
     log: PathBuf,
     /// The thread that started the child ends when this is dropped.
