@@ -1,10 +1,12 @@
-//! Other tools that work on the same kernel: what nft lists loads over itself, and a firewall that loads its
-//! own rules again leaves ours alone.
+//! Other tools that work on the same kernel: what nft lists loads over itself, and firewalld, ufw and iptables
+//! that load their own rules again leave ours alone.
 
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use crate::model::{all_listed, example};
-use crate::namespace::{in_namespace, nft};
+use crate::namespace::{in_namespace, nft, skip};
 use nftproxy::nft::netlink::NetlinkKernel;
 use nftproxy::reconcile::Proxy;
 
@@ -67,19 +69,85 @@ fn what_nft_lists_is_without_errors_and_loads_over_itself() {
     });
 }
 
+/// Where firewalld and ufw are, unpacked; None, said loudly, where nobody did that.
+fn firewalls() -> Option<PathBuf> {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("tools").join("firewalls");
+    let there = dir.join("unpacked").exists();
+    there.then_some(dir).or_else(|| {
+        skip("firewalld and ufw are not there; run `tests/firewalls`");
+        None
+    })
+}
+
+/// Starts firewalld, without the message bus by which it is told what to do: a line makes it load its rules
+/// again, and another stop.
+const FIREWALLD: &str = r"
+import sys
+from firewall import config
+config.set_default_config_paths(sys.argv[1] + '/usr/lib/firewalld')
+config.set_system_config_paths(sys.argv[1] + '/etc/firewalld')
+from firewall.core.fw import Firewall
+firewall = Firewall()
+for step in (firewall.start, firewall.reload, firewall.reload, firewall.stop):
+    step()
+    print(firewall.get_state(), flush=True)
+    sys.stdin.readline()
+";
+
 #[test]
-fn a_firewall_that_loads_its_rules_again_leaves_ours_alone() {
+fn firewalld_that_starts_reloads_and_stops_leaves_our_tables_alone() {
+    let Some(dir) = firewalls() else { return };
     with_example(|is_in_force| {
-        let before = nft(&["list", "tables"], "");
-        // As firewalld: a table of its own, made anew as a whole.
-        let firewalld = "table inet firewalld\ndelete table inet firewalld\ntable inet firewalld {\n\
-                         chain filter_INPUT { type filter hook input priority filter + 10; policy accept; }\n\
-                         chain nat_PREROUTING { type nat hook prerouting priority dstnat + 10; }\n}\n";
-        for _ in 0..2 {
-            nft(&["-f", "-"], firewalld);
+        let mut firewalld = Command::new("/usr/bin/python3")
+            .args(["-c", FIREWALLD])
+            .arg(&dir)
+            .env("PYTHONPATH", dir.join("usr/lib/python3/dist-packages"))
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut told = firewalld.stdin.take().unwrap();
+        let mut states = BufReader::new(firewalld.stdout.take().unwrap()).lines();
+        for (state, there) in
+            [("RUNNING", true), ("RUNNING", true), ("RUNNING", true), ("INIT", false)]
+        {
+            assert_eq!(states.next().expect("it answers").unwrap(), state);
+            assert_eq!(nft(&["list", "tables"], "").contains("table inet firewalld"), there);
+            is_in_force();
+            told.write_all(b"\n").unwrap();
+        }
+        assert!(firewalld.wait().unwrap().success());
+    });
+}
+
+#[test]
+fn ufw_that_starts_reloads_and_stops_leaves_our_tables_alone() {
+    let Some(dir) = firewalls() else { return };
+    with_example(|is_in_force| {
+        let dir = dir.to_str().unwrap();
+        let reload = ("force-reload", "policy drop;");
+        for (what, policy) in [("start", reload.1), reload, reload, ("stop", "policy accept;")] {
+            let output = Command::new("sh")
+                .arg(format!("{dir}/lib/ufw/ufw-init"))
+                .args(["--rootdir", dir, "--datadir", dir, what])
+                .stdin(Stdio::null())
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{what}: {output:?}");
+            let listed = nft(&["list", "table", "ip", "filter"], "");
+            let chain = listed.split_once("chain INPUT {").unwrap().1.split_once('}').unwrap().0;
+            assert!(chain.contains(policy), "{what}: {listed}");
+            assert!(chain.contains("jump ufw-before-input"), "{what}: {listed}");
             is_in_force();
         }
-        // As ufw: chains of iptables flushed, deleted and restored, and the policies set.
+    });
+}
+
+#[test]
+fn iptables_whose_chains_are_flushed_leaves_our_tables_alone() {
+    with_example(|is_in_force| {
+        let before = nft(&["list", "tables"], "");
         for program in ["iptables-nft", "ip6tables-nft"] {
             for arguments in
                 [&["-F"][..], &["-X"], &["-P", "FORWARD", "DROP"], &["-t", "nat", "-F"], &["-Z"]]
