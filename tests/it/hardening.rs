@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::TcpListener;
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -12,8 +12,8 @@ use nix::sched::CloneFlags;
 
 use crate::http::get;
 use crate::namespace::lacks;
-use crate::net::{Daemon, NODE, Net, in_netns, wait_until};
-use crate::objects::CLUSTER;
+use crate::net::{Daemon, NODE, Net, in_netns, patient, wait_until};
+use crate::objects::{CLUSTER, Svc};
 use crate::packets::{run, to};
 
 const NET_BIND_SERVICE: u64 = 1 << 10;
@@ -218,6 +218,86 @@ fn a_thousand_slow_clients_keep_nobody_from_an_answer() {
     let after = open();
     assert!(after > before + 100 && after < before + 300, "{before} and {after} files");
     drop(daemon);
+}
+
+/// Sends this, and says what came until the connection was ended, and when that was.
+fn until_ended(net: &Net, port: u16, text: &[u8]) -> (String, Duration) {
+    in_netns(&net.name("client"), || {
+        let mut stream = TcpStream::connect(to(NODE[0], port)).unwrap();
+        stream.set_read_timeout(Some(patient(Duration::from_secs(60)))).unwrap();
+        let began = Instant::now();
+        // It may be ended while it is sent.
+        let _ = stream.write_all(text);
+        let mut answer = Vec::new();
+        match stream.read_to_end(&mut answer) {
+            Err(error) if error.kind() != ErrorKind::ConnectionReset => panic!("{error}"),
+            _ => (String::from_utf8(answer).unwrap(), began.elapsed()),
+        }
+    })
+}
+
+#[test]
+fn a_request_has_ten_seconds_and_sixteen_kilobytes() {
+    let Some(net) = Net::new() else { return };
+    net.write("cluster.yaml", CLUSTER);
+    let daemon = run(&net, &["--metrics-bind-address", "0.0.0.0:10249"]);
+    for (port, path) in [(10256, "/livez"), (10249, "/metrics")] {
+        let request = |filler: usize| {
+            let filler = "x".repeat(filler);
+            format!("GET {path} HTTP/1.1\r\nConnection: close\r\nFiller: {filler}\r\n\r\n")
+        };
+        let (answer, _) = until_ended(&net, port, request(12 << 10).as_bytes());
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        let (answer, _) = until_ended(&net, port, request(64 << 10).as_bytes());
+        assert!(!answer.contains(" 200 "), "{answer}");
+        let (answer, after) = until_ended(&net, port, b"GET /livez HTTP/1.1\r\nHost: x");
+        assert!(!answer.contains(" 200 "), "{answer}");
+        assert!(after >= Duration::from_secs(9) && after < Duration::from_secs(40), "{after:?}");
+    }
+    drop(daemon);
+}
+
+/// Sockets that a process has, of a table of the kernel in which these columns are the state and the inode;
+/// the rows of those in that state.
+fn sockets(daemon: &Daemon, table: &str, [of, inode]: [usize; 2], state: &str) -> Vec<String> {
+    let process = format!("/proc/{}", daemon.pid());
+    let files = fs::read_dir(format!("{process}/fd")).unwrap();
+    let files: BTreeSet<_> =
+        files.filter_map(|file| fs::read_link(file.unwrap().path()).ok()).collect();
+    let text = fs::read_to_string(format!("{process}/net/{table}")).unwrap();
+    let rows = text.lines().skip(1).filter(|line| {
+        let columns: Vec<_> = line.split_whitespace().collect();
+        let file = format!("socket:[{}]", columns[inode]);
+        columns[of] == state && files.contains(std::path::Path::new(&file))
+    });
+    rows.map(str::to_owned).collect()
+}
+
+#[test]
+fn it_listens_on_the_ports_that_are_told_and_on_nothing_else() {
+    let Some(net) = Net::new() else { return };
+    net.write("cluster.yaml", CLUSTER);
+    let checked = Svc {
+        name: "checked",
+        cluster_ips: &["10.96.0.10"],
+        ports: &[("http", "TCP", 80, 30080), ("dns", "UDP", 53, 30053)],
+        spec: &["externalTrafficPolicy: Local", "healthCheckNodePort: 31000"],
+        balancer_ips: &["203.0.113.1"],
+    };
+    net.write("checked.yaml", &checked.yaml());
+    let daemon = run(&net, &[]);
+    let listening = || -> BTreeSet<u16> {
+        let of = |table| sockets(&daemon, table, [3, 9], "0A");
+        let local = |row: String| row.split_whitespace().nth(1).unwrap().to_owned();
+        let port = |row| u16::from_str_radix(local(row).rsplit(':').next().unwrap(), 16).unwrap();
+        ["tcp", "tcp6"].into_iter().flat_map(of).map(port).collect()
+    };
+    wait_until("its ports", || listening() == [10249, 10256, 31000].into());
+    // In this state they are bound and not connected.
+    for table in ["udp", "udp6", "raw", "raw6"] {
+        assert_eq!(sockets(&daemon, table, [3, 9], "07"), [""; 0], "{table}");
+    }
+    assert_eq!(sockets(&daemon, "unix", [3, 6], "00010000"), [""; 0]);
 }
 
 const TOKEN: &str = "t0ken-nobody-may-see";
