@@ -372,11 +372,15 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if let Ok(None) = self.child.try_wait() {
-            if std::thread::panicking() {
-                eprintln!("where nftproxy is:\n{}", self.whereabouts());
+        match self.child.try_wait() {
+            Ok(None) => {
+                if std::thread::panicking() {
+                    eprintln!("where nftproxy is:\n{}", self.whereabouts());
+                }
+                self.end(Signal::SIGKILL);
             }
-            self.end(Signal::SIGKILL);
+            ended if std::thread::panicking() => eprintln!("nftproxy has ended: {ended:?}"),
+            _ => {}
         }
         if std::thread::panicking() {
             eprintln!("log of nftproxy:\n{}", self.log());

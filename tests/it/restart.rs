@@ -72,7 +72,23 @@ struct Load {
     progress: Arc<Progress>,
     threads: Vec<JoinHandle<()>>,
     repeated: u64,
+    refused: u64,
     established: Vec<(TcpStream, BufReader<TcpStream>)>,
+}
+
+/// Refusals that a namespace was sent by ICMP, of both families.
+fn refusals(netns: &str) -> u64 {
+    in_netns(netns, || {
+        let read = |file| std::fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap();
+        let v4 = read("snmp");
+        let mut rows = v4.lines().filter(|line| line.starts_with("Icmp:"));
+        let (names, values) = (rows.next().unwrap(), rows.next().unwrap());
+        let mut pairs = names.split_whitespace().zip(values.split_whitespace());
+        let (_, v4) = pairs.find(|(name, _)| *name == "InDestUnreachs").unwrap();
+        let v6 = read("snmp6");
+        let v6 = v6.lines().find_map(|line| line.strip_prefix("Icmp6InDestUnreachs")).unwrap();
+        [v4, v6].map(|count| count.trim().parse::<u64>().unwrap()).iter().sum()
+    })
 }
 
 fn repeated_syns(netns: &str) -> u64 {
@@ -92,7 +108,7 @@ impl Load {
         };
         let established = Family::BOTH.map(open).into();
         let progress = Arc::new(Progress::default());
-        let repeated = repeated_syns(&netns);
+        let (repeated, refused) = (repeated_syns(&netns), refusals(&netns));
         let threads = Family::BOTH.map(|family| {
             let (netns, progress) = (netns.clone(), progress.clone());
             let from = ip(SOURCES[usize::from(family == Family::V6)]);
@@ -102,7 +118,7 @@ impl Load {
                 dial(from, to, &progress);
             })
         });
-        Self { netns, progress, threads: threads.into(), repeated, established }
+        Self { netns, progress, threads: threads.into(), repeated, refused, established }
     }
 
     /// Ends, and panics if any connection failed. How many there were.
@@ -113,7 +129,10 @@ impl Load {
         let failures = self.progress.failures.lock().unwrap().clone();
         let repeated = repeated_syns(&self.netns) - self.repeated;
         let failed: u64 = failures.values().sum();
-        eprintln!("{connections} connections, {failed} failed, {repeated} SYNs sent again");
+        let refused = refusals(&self.netns) - self.refused;
+        eprintln!(
+            "{connections} connections, {failed} failed, {repeated} SYNs sent again, {refused} refused"
+        );
         assert_eq!((failures, repeated), (BTreeMap::new(), 0), "of {connections}");
         for (stream, reader) in &mut self.established {
             stream.write_all(b"still there?\n").unwrap();

@@ -4,8 +4,10 @@
 //!
 //! `SOAK_SECONDS` says for how long; `tests/soak/run` is the long run.
 
+mod begun;
 mod blows;
 mod churn;
+mod flow;
 mod report;
 
 use std::fs;
@@ -14,24 +16,25 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::ScopedJoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use nix::sys::signal::Signal;
 use tokio::runtime::Runtime;
 
-use self::blows::{Clock, Memory, REPAIR, forget_begun};
+use self::blows::{Clock, Memory, REPAIR};
 use self::churn::{DIALLED, Dialled, beside, dialled};
+use self::flow::Flow;
 use self::report::{Done, Seen};
 use crate::control_plane::{ControlPlane, User};
 use crate::e2e::{Cluster, said, with_cluster};
 use crate::flips::Raise;
-use crate::namespace::{nft, refused};
-use crate::net::{CLIENT, Daemon, NODE, Net, in_netns, ip, number, patient, wait_until};
-use crate::objects::{CLUSTER, Svc, slice};
+use crate::net::{Daemon, NODE, Net, in_netns, ip, number, patient, sysctl};
+use crate::objects::CLUSTER;
 use crate::restart::{Random, arguments};
-use crate::serve::{Outcome, sctp, tcp_at, tcp_here, udp, udp_on, udp_socket};
+use crate::serve::{Outcome, sctp, tcp_here, udp_on, udp_socket};
 
 const PODS: [&str; 3] = ["a", "b", "remote"];
+/// By then what a flush left behind is swept away, also if the program is killed before and starts again.
+const SWEPT: Duration = Duration::from_secs(20);
 const RANGES: &str = "192.0.2.0/24,fd00:192::/64";
 
 /// An API server, and what its future runs on.
@@ -50,6 +53,8 @@ struct Soak<'a> {
     seen: Mutex<Seen>,
     /// When a flushed table was back last; None while it is not.
     restored: Mutex<Option<Instant>>,
+    /// From when until when tables were gone.
+    gone: Mutex<Vec<[SystemTime; 2]>>,
     stop: AtomicBool,
 }
 
@@ -63,15 +68,27 @@ impl Soak<'_> {
         self.restored.lock().unwrap().is_none_or(|restored| began < restored + patient(REPAIR))
     }
 
+    /// How long after the tables were back a flow was still there that had begun while they were not, so that
+    /// nobody translates it; None if it is another.
+    fn left_by_a_flush(&self, flow: &Flow) -> Option<Duration> {
+        let gone = self.gone.lock().unwrap();
+        let [_, back] = gone.iter().find(|[from, until]| (from..=until).contains(&&flow.began))?;
+        (!flow.is_translated()).then(|| back.elapsed().unwrap_or_default())
+    }
+
     /// Connects without a pause, by one protocol.
     fn dial(&self, protocol: &'static str, family: usize) {
         let netns = self.net.name("client");
+        // With the address that a datagram came from.
         let once = |to: SocketAddr| match protocol {
-            "tcp" => in_netns(&netns, || tcp_here(to)),
-            "udp" => udp(&netns, to),
+            "tcp" => (in_netns(&netns, || tcp_here(to)), None),
+            "udp" => in_netns(&netns, || {
+                let socket = udp_socket(to);
+                (udp_on(&socket), socket.local_addr().ok())
+            }),
             _ => match sctp(&netns, to, &PODS) {
-                Some(by) => Outcome::Answered { by, port: 8080, seen: to.ip() },
-                None => Outcome::TimedOut,
+                Some(by) => (Outcome::Answered { by, port: 8080, seen: to.ip() }, None),
+                None => (Outcome::TimedOut, None),
             },
         };
         for n in 0.. {
@@ -88,12 +105,15 @@ impl Soak<'_> {
             };
             let to = SocketAddr::new(ip(&address), port);
             let began = Instant::now();
-            let mut outcome = once(to);
+            let (mut outcome, mut from) = once(to);
             let mut again = false;
             if outcome == Outcome::TimedOut {
                 again = true;
-                outcome = once(to);
+                (outcome, from) = once(to);
             }
+            let answered = matches!(outcome, Outcome::Answered { .. });
+            let from = from.filter(|_| !answered && !self.in_repair(began));
+            let flow = from.and_then(|from| Flow::of(&self.net.name("node"), from, to));
             let mut seen = self.seen.lock().unwrap();
             *seen.connections.entry(protocol).or_default() += 1;
             match outcome {
@@ -105,7 +125,13 @@ impl Soak<'_> {
                 }
                 _ if self.in_repair(began) => seen.in_repair += 1,
                 other => {
-                    *seen.failed.entry(format!("{protocol} {to}: {other:?}")).or_default() += 1;
+                    if let Some(after) = flow.as_ref().and_then(|flow| self.left_by_a_flush(flow)) {
+                        seen.met += 1;
+                        seen.met_after = seen.met_after.max(after);
+                    } else {
+                        let failure = format!("{protocol} {to}: {other:?}, {flow:?}");
+                        *seen.failed.entry(failure).or_default() += 1;
+                    }
                 }
             }
             drop(seen);
@@ -127,6 +153,8 @@ impl Soak<'_> {
 
     /// Everything for so long, and what is to be seen at the end.
     fn run(&self, time: Duration, random: &mut Random) {
+        // So that of each flow is known when it began.
+        in_netns(&self.net.name("node"), || sysctl("netfilter/nf_conntrack_timestamp", "1"));
         let mut daemon = self.spawn();
         said(&daemon, "synced");
         let mut done = Done::default();
@@ -184,6 +212,7 @@ impl Soak<'_> {
             seen.failed,
             seen.misrouted
         );
+        assert!(seen.met_after < patient(SWEPT), "{:?} after a flush", seen.met_after);
         assert!(equal, "{differs}");
         let all_protocols =
             seen.connections.len() == 3 && seen.connections.values().all(|count| *count > 100);
@@ -227,6 +256,7 @@ fn soak<'a>(net: &'a Net, api: Option<&'a Api<'a>>, mut arguments: Vec<String>) 
         clock: Clock::new(net),
         seen: Mutex::default(),
         restored: Mutex::new(Some(Instant::now())),
+        gone: Mutex::default(),
         stop: AtomicBool::new(false),
     }
 }
@@ -259,78 +289,4 @@ fn everything_at_once_through_an_api_server_that_is_killed() {
         let api = Api { plane: Mutex::new(plane), runtime };
         soak(net, Some(&api), arguments).run(time, &mut random);
     });
-}
-
-/// A Service with one endpoint, whose tables are gone while something is tried, and then back. Somebody else
-/// needs connection tracking, so that it goes on.
-fn while_there_are_no_tables<T>(meanwhile: impl FnOnce(&Net) -> T, then: impl FnOnce(&Net, T)) {
-    let Some(net) = Net::new() else { return };
-    net.write("cluster.yaml", CLUSTER);
-    let service = Svc {
-        name: "web",
-        cluster_ips: &[ADDRESS],
-        ports: &[("tcp", "TCP", 80, 0), ("udp", "UDP", 80, 0)],
-        spec: &[],
-        balancer_ips: &[],
-    };
-    let ports = [("tcp", "TCP", 8080), ("udp", "UDP", 8080)];
-    net.write("web.yaml", &(service.yaml() + &slice("web", "4", &ports, &["10.244.1.5!"])));
-    let daemon = soak(&net, None, arguments(&net)).spawn();
-    // The flows that there were at the start are looked at.
-    daemon.wait_for("looked for stale UDP flows");
-    daemon.signal(Signal::SIGSTOP);
-    let node = net.name("node");
-    let gone =
-        "table ip other { chain c { type filter hook input priority 0; ct state new accept; }; }
-                delete table ip nftproxy";
-    in_netns(&node, || nft(&["-f", "-"], gone));
-    let found = meanwhile(&net);
-    daemon.signal(Signal::SIGCONT);
-    in_netns(&node, || {
-        let map = "list map ip nftproxy services";
-        wait_until("the tables to be back", || refused(map).is_none());
-    });
-    then(&net, found);
-}
-
-const ADDRESS: &str = "10.96.0.10";
-
-/// What it costs beyond the time until it is put right: connection tracking, if somebody else needs it, too,
-/// remembers connections that were begun meanwhile without a translation, and takes another from the same port
-/// for one of them. Where nobody does, that is so only while the tables are made: the kernel has their hooks
-/// before it has their rules.
-#[test]
-fn a_connection_begun_while_there_were_no_tables_fails_until_it_is_forgotten() {
-    let dial = |net: &Net, port| {
-        let from = SocketAddr::new(ip(CLIENT[0]), port);
-        let to = SocketAddr::new(ip(ADDRESS), 80);
-        let outcome = in_netns(&net.name("client"), || tcp_at(Some(from), to));
-        matches!(outcome, Outcome::Answered { .. })
-    };
-    while_there_are_no_tables(
-        |net| assert!(!dial(net, 45001), "nothing translates"),
-        |net, ()| {
-            assert_eq!([45000, 45001].map(|port| dial(net, port)), [true, false]);
-            assert_eq!(forget_begun(&net.name("node")), 1);
-            assert_eq!([45000, 45001].map(|port| dial(net, port)), [true; 2]);
-        },
-    );
-}
-
-/// A client that keeps sending from one port would otherwise be sent nowhere for ever.
-#[test]
-fn a_udp_flow_begun_while_there_were_no_tables_is_swept_when_they_are_back() {
-    while_there_are_no_tables(
-        |net| {
-            let to = SocketAddr::new(ip(ADDRESS), 80);
-            let socket = in_netns(&net.name("client"), || udp_socket(to));
-            assert!(!matches!(udp_on(&socket), Outcome::Answered { .. }), "nothing translates");
-            socket
-        },
-        |_, socket| {
-            wait_until("the flow to be translated", || {
-                matches!(udp_on(&socket), Outcome::Answered { .. })
-            });
-        },
-    );
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::Signal;
 
@@ -81,7 +81,7 @@ impl Soak<'_> {
         let node = self.net.name("node");
         said(daemon, "synced");
         *self.restored.lock().unwrap() = None;
-        let began = Instant::now();
+        let (began, from) = (Instant::now(), SystemTime::now());
         in_netns(&node, || {
             nft(&["flush", "ruleset"], "");
             // A repair is followed by a pause of five times what it took, which is long on a busy machine.
@@ -89,6 +89,7 @@ impl Soak<'_> {
                 refused("list map ip6 nftproxy services").map_or(Ok(()), Err)
             });
         });
+        self.gone.lock().unwrap().push([from, SystemTime::now()]);
         done.longest = done.longest.max(began.elapsed());
         // What was begun meanwhile is remembered without a translation for two minutes, and meets
         // whoever dials from the same port again.
@@ -106,7 +107,7 @@ impl Soak<'_> {
         let began = Instant::now();
         let long_enough = |met_now| !to_death && met_now > met && began.elapsed() > patient(REPAIR);
         while began.elapsed() < Duration::from_secs(5)
-            && !daemon.has_ended()
+            && memory.killed() == done.starved
             && !long_enough(memory.met())
         {
             // Version 1 refuses what cannot be given back, and keeps the limit it has.
@@ -114,18 +115,29 @@ impl Soak<'_> {
             drop(memory.limit(usage - usage / 16));
             std::thread::sleep(Duration::from_millis(20));
         }
-        if daemon.has_ended() {
+        if self.start_again(memory, daemon, done) {
             // Once more where there is no room, before there is.
-            *daemon = self.spawn();
             std::thread::sleep(Duration::from_millis(500));
         }
         memory.limit(MEMORY).expect("more is not refused");
         done.squeezes += u32::from(memory.met() > met);
-        if daemon.has_ended() {
-            done.starved += 1;
-            *daemon = self.spawn();
-        }
+        done.dying += u32::from(memory.killed() > done.starved && !daemon.has_ended());
+        // The kernel may be about to choose somebody.
+        std::thread::sleep(patient(Duration::from_millis(200)));
+        self.start_again(memory, daemon, done);
         said(daemon, "synced");
+    }
+
+    /// Starts the program again if the kernel ended it for want of memory. Who was chosen may take a while to be
+    /// gone, on a busy machine.
+    fn start_again(&self, memory: &Memory, daemon: &mut Daemon, done: &mut Done) -> bool {
+        if memory.killed() == done.starved {
+            return false;
+        }
+        wait_until("the program that was chosen to be gone", || daemon.has_ended());
+        done.starved += 1;
+        *daemon = self.spawn();
+        true
     }
 
     /// Sets the program's wall clock, and nobody else's.
@@ -238,6 +250,14 @@ impl Memory {
         text.trim().parse().unwrap()
     }
 
+    /// How many processes the kernel ended, or is about to end, for want of it.
+    fn killed(&self) -> u64 {
+        let of = |name: &str| fs::read_to_string(self.dir.join(name)).ok();
+        let text = of("memory.oom_control").or_else(|| of("memory.events")).unwrap();
+        let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        count.unwrap().parse().unwrap()
+    }
+
     /// How often the limit was met.
     fn met(&self) -> u64 {
         let of = |name: &str| fs::read_to_string(self.dir.join(name)).ok();
@@ -255,7 +275,8 @@ impl Drop for Memory {
     }
 }
 
-/// The wall clock of the program, by libfaketime. Nothing else of it is changed.
+/// The wall clock of the program, by libfaketime, in its build for programs with threads: the other reads the
+/// time wrong while one of them reads the file. Nothing else of the program is changed.
 pub(super) struct Clock {
     library: PathBuf,
     file: PathBuf,
@@ -264,8 +285,9 @@ pub(super) struct Clock {
 impl Clock {
     pub(super) fn new(net: &Net) -> Option<Self> {
         let found = fs::read_dir("/usr/lib").ok()?.flatten().map(|entry| entry.path());
-        let library =
-            found.map(|dir| dir.join("faketime/libfaketime.so.1")).find(|library| library.exists());
+        let library = found
+            .map(|dir| dir.join("faketime/libfaketimeMT.so.1"))
+            .find(|library| library.exists());
         if library.is_none() {
             eprintln!("there is no libfaketime: the clock does not jump");
         }
@@ -280,11 +302,15 @@ impl Clock {
         fs::rename(next, &self.file).unwrap();
     }
 
-    /// What starts a program with this clock.
+    /// What starts a program with this clock. The library ends the program if another of its number left
+    /// something in `/dev/shm`, as those that are killed do: each has one of its own, in the mounts that
+    /// `ip netns exec` makes.
     pub(super) fn starting(&self) -> Vec<String> {
-        forget_the_dead();
         [
-            "env".to_owned(),
+            "sh".to_owned(),
+            "-c".to_owned(),
+            "mount -t tmpfs shm /dev/shm && exec env \"$@\"".to_owned(),
+            "sh".to_owned(),
             format!("LD_PRELOAD={}", self.library.display()),
             format!("FAKETIME_TIMESTAMP_FILE={}", self.file.display()),
             "FAKETIME_CACHE_DURATION=1".to_owned(),
@@ -292,25 +318,5 @@ impl Clock {
             "NO_FAKE_STAT=1".to_owned(),
         ]
         .into()
-    }
-}
-
-impl Drop for Clock {
-    fn drop(&mut self) {
-        forget_the_dead();
-    }
-}
-
-/// The library's semaphores outlive a process that is killed, and a later one of the same number would wait for
-/// what the first one held.
-fn forget_the_dead() {
-    for file in fs::read_dir("/dev/shm").into_iter().flatten().flatten() {
-        let name = file.file_name();
-        let pid = name.to_str().and_then(|name| {
-            name.strip_prefix("faketime_shm_").or(name.strip_prefix("sem.faketime_sem_"))
-        });
-        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
-            drop(fs::remove_file(file.path()));
-        }
     }
 }

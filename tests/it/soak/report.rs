@@ -9,6 +9,9 @@ pub(super) struct Seen {
     pub(super) connections: BTreeMap<&'static str, u64>,
     /// No answer at first: the second try was answered.
     pub(super) asked_again: u64,
+    /// Datagrams that met a flow of a flush which was not swept away yet, and how long after the flush at most.
+    pub(super) met: u64,
+    pub(super) met_after: Duration,
     /// Failed while a flushed table was put right.
     pub(super) in_repair: u64,
     pub(super) failed: BTreeMap<String, u64>,
@@ -30,8 +33,10 @@ pub(super) struct Done {
     pub(super) longest: Duration,
     /// The limit of memory was drawn so close that there had to be room made.
     pub(super) squeezes: u32,
-    /// Ended by the kernel for want of memory, and started again.
-    pub(super) starved: u32,
+    /// Ended by the kernel for want of memory, and started again; of these, chosen and not gone yet when there was
+    /// memory again.
+    pub(super) starved: u64,
+    pub(super) dying: u32,
     /// Steps of the wall clock, and the largest in seconds.
     pub(super) jumps: u32,
     pub(super) farthest: i64,
@@ -53,9 +58,10 @@ impl Done {
         let sum = |of: &BTreeMap<String, u64>| of.values().sum::<u64>().to_string();
         let mut report = format!(
             "{kills} times kill -9, {stops} SIGTERM, {flushes} nft flush ruleset, {additions} foreign \
-             elements, {squeezes} times short of memory and {starved} times ended for want of it, {} jumps of \
-             the clock by up to {} s, {} times kill -9 of the API server ({} with etcd, {:.1?} away at most), \
+             elements, {squeezes} times short of memory and {starved} times ended for want of it ({} not gone \
+             yet when there was some), {} jumps of the clock by up to {} s, {} times kill -9 of the API server ({} with etcd, {:.1?} away at most), \
              {} changes\n",
+            self.dying,
             self.jumps,
             self.farthest,
             self.api_kills[0],
@@ -69,7 +75,9 @@ impl Done {
             ("answered by another Service's endpoint", "0", sum(&seen.misrouted)),
             ("answered at the second try", "", seen.asked_again.to_string()),
             ("failed while a flush was put right", "", seen.in_repair.to_string()),
-            ("longest time for that, with nft's", "", format!("{longest:.1?}")),
+            ("met a flow of a flush before it was swept", "", seen.met.to_string()),
+            ("longest time after the flush", "20 s at most", format!("{:.1?}", seen.met_after)),
+            ("longest time until tables were back", "", format!("{longest:.1?}")),
             ("begun then and never translated", "", self.begun.to_string()),
             ("table as a fresh one at the end", "true", equal.to_string()),
             ("resident memory", "96 MiB at most", format!("{} MiB", resident >> 10)),
