@@ -57,7 +57,8 @@ impl Pages {
                 }
             }
         }
-        blocks.retain(|block| block.contains("kubectl ") || block.contains("helm "));
+        let is_run = ["kubectl ", "helm ", "kubeadm.k8s.io"];
+        blocks.retain(|block| is_run.iter().any(|words| block.contains(words)));
         Self { blocks, run: Mutex::default() }
     }
 
@@ -209,6 +210,16 @@ fn node(name: &str) -> Value {
     })
 }
 
+/// kubeadm knows the fields of the configuration that is shown, and is strict.
+fn takes_the_configuration(pages: &Pages, desk: &Desk) {
+    let shown = pages.block("apiVersion: kubeadm.k8s.io/v1beta4");
+    let write = |name: &str, text: &str| fs::write(desk.folder.path().join(name), text).unwrap();
+    write("shown.yaml", &shown);
+    desk.does("kubeadm config validate --config shown.yaml");
+    write("misspelt.yaml", &shown.replace("disabled: true", "disable: true"));
+    desk.does("! kubeadm config validate --config misspelt.yaml");
+}
+
 /// What there is where kubeadm has run: its configuration, what it reads of the control plane's own node
 /// before an upgrade, and kube-proxy.
 fn made_by_kubeadm(cluster: &Cluster<'_>, desk: &Desk) {
@@ -276,6 +287,7 @@ fn a_cluster_is_migrated_rolled_back_and_installed_as_the_pages_say() {
             });
             // The kubelets have to end with a failure, too.
             let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                takes_the_configuration(&pages, &desk);
                 made_by_kubeadm(cluster, &desk);
                 migrate(&pages, &desk);
                 roll_back(&pages, &desk);
