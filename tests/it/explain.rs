@@ -13,7 +13,7 @@ use crate::net::{
 };
 use crate::objects::{CLUSTER, Svc, slice};
 use crate::packets::{CIDRS, to};
-use crate::serve::{Outcome, tcp_here, udp};
+use crate::serve::{Outcome, echo_here, tcp_here, udp};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_nftproxy");
 
@@ -93,7 +93,8 @@ impl Scene {
         let family = usize::from(target.is_ipv6());
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.net.name("node"), PROGRAM, "explain"]);
-        command.args([&format!("{target}/{protocol}"), "--output", "json"]);
+        let dialled = if protocol == "icmp" { target.ip().to_string() } else { target.to_string() };
+        command.args([&format!("{dialled}/{protocol}"), "--output", "json"]);
         if let Some(interface) = from.interface {
             command.args(["--from", from.addresses[family], "--interface", interface]);
         }
@@ -114,6 +115,9 @@ impl Scene {
         let connect = |tries: usize| -> BTreeSet<Met> {
             match protocol {
                 "udp" => (0..tries).map(|_| Met::of(udp(&netns, target))).collect(),
+                "icmp" => {
+                    in_netns(&netns, || (0..tries).map(|_| Met::of(echo_here(target))).collect())
+                }
                 _ => in_netns(&netns, || (0..tries).map(|_| Met::of(tcp_here(target))).collect()),
             }
         };
@@ -135,8 +139,9 @@ impl Scene {
         let seen = connect(tries);
         let who = from.name;
         let as_said = if explained.is_empty() {
-            // It is not translated: whoever has the address answers, if at all.
-            !seen.iter().any(|met| matches!(met, Met::Pod(..)))
+            // It is not translated: whoever has the address answers, if at all; pings always.
+            let by_pod = |met: &Met| matches!(met, Met::Pod(by, ..) if by != "echo");
+            !seen.iter().any(by_pod) && (protocol != "icmp" || !seen.contains(&Met::Lost))
         } else {
             let mut pairs = seen.iter().zip(&explained);
             seen.len() == explained.len() && pairs.all(|(seen, explained)| seen.is(explained))
@@ -240,6 +245,10 @@ fn connections_do_what_is_explained_under_policy_cluster() {
             scene.holds(from, to(VIP[family], 80), "udp");
             scene.holds(from, to(BALANCER[family], 81), "tcp");
             scene.holds(from, to(UNUSED_VIP[family], 80), "tcp");
+            // Pings of a ClusterIP, of an address that could be one, and of the node.
+            for address in [VIP, UNUSED_VIP, NODE] {
+                scene.holds(from, to(address[family], 0), "icmp");
+            }
         }
         scene.holds(from, to(NODE_SECOND, 30080), "tcp");
     }
