@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use nftproxy::inspect::Objects as Told;
-use nftproxy::model::{Event, Family, Kind, Protocol, Scheduler, Service};
+use nftproxy::model::{Event, Family, Kind, Protocol, Scheduler, Service, SessionAffinity};
 use nftproxy::nft::dataplane::Options;
 use nftproxy::nft::element::{Backend, ElementId, Key, Value};
 use nftproxy::nft::fake::{Failure, FakeKernel};
@@ -221,6 +221,38 @@ fn an_endpoint_more_is_two_elements_and_its_replacement_one() {
     // The first goes: the last takes its slot.
     assert_eq!(ops(&mut proxy, &["10.0.0.4", "10.0.0.3"]), 5);
     assert_eq!(ops(&mut proxy, &["10.0.0.3", "10.0.0.4"]), 0);
+}
+
+/// A packet that was on its way when the backend went may remember it afterwards.
+#[test]
+fn clients_of_a_backend_that_went_are_forgotten_at_once_and_once_more() {
+    let with = |name: &str, last: u8, endpoints: &[&str]| {
+        let address = format!("10.96.0.{last}");
+        let service = Service {
+            session_affinity: SessionAffinity::ClientIp { timeout: 10 },
+            ..service(name, &[&address], &[port("", Protocol::Tcp, 80, 0)])
+        };
+        let slice = slice(name, "4", &[("", Protocol::Tcp, 8080)], endpoints);
+        [Event::Service(service), Event::EndpointSlice(slice)]
+    };
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    let web = with("web", 12, &["10.0.0.1", "10.0.0.2"]);
+    web.into_iter().chain(all_listed()).for_each(|event| proxy.observe(event));
+    committed(&mut proxy);
+    // How many maps were told to forget by what was applied last.
+    let forgotten = |proxy: &mut Proxy<FakeKernel>| {
+        let last = proxy.kernel_mut().applied.last().unwrap();
+        last.ops.iter().filter(|op| matches!(op, Op::Forget(..))).count()
+    };
+    for (endpoints, meanwhile) in [(&["10.0.0.1"][..], 1), (&["10.0.0.1", "10.0.0.2"], 0)] {
+        with("web", 12, endpoints).into_iter().for_each(|event| proxy.observe(event));
+        proxy.commit().unwrap();
+        assert_eq!(forgotten(&mut proxy), meanwhile, "{endpoints:?}");
+        assert!(proxy.has_idle());
+        proxy.collect_idle().unwrap();
+        assert_eq!(forgotten(&mut proxy), meanwhile, "{endpoints:?}");
+        assert!(!proxy.has_idle());
+    }
 }
 
 /// However many there are: of one Service, or of others.
