@@ -74,8 +74,6 @@ pub(crate) struct ControlPlane {
     etcd: Option<Process>,
     peer_port: u16,
     folder: TempDir,
-    /// What else the API server is started with.
-    pub(crate) further_flags: Vec<String>,
 }
 
 impl ControlPlane {
@@ -95,7 +93,6 @@ impl ControlPlane {
             another: None,
             etcd: None,
             folder,
-            further_flags: Vec::new(),
         };
         this.start_etcd();
         this.start_apiserver().await;
@@ -176,7 +173,7 @@ impl ControlPlane {
             IpAddr::V6(ip) if ip.is_loopback() || ip.is_unspecified() => "2001:db8::1".into(),
             ip => ip.to_string(),
         };
-        let mut flags = vec![
+        let flags = [
             format!("--etcd-servers=http://{}", self.etcd()),
             format!("--bind-address={}", address.ip()),
             format!("--secure-port={}", address.port()),
@@ -191,8 +188,7 @@ impl ControlPlane {
             "--allow-privileged=true".to_owned(), // kube-proxy is
             "--disable-admission-plugins=ServiceAccount".to_owned(), // pods would wait for a controller
         ];
-        flags.extend(self.further_flags.iter().cloned());
-        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let flags = flags.each_ref().map(String::as_str);
         Process::start("kube-apiserver", self.folder.path(), &flags)
     }
 

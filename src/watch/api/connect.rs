@@ -24,7 +24,7 @@ use tower::{BoxError, ServiceBuilder};
 
 use super::outage::{Report, locked};
 use super::place::{Place, is_watch};
-use super::protobuf::in_protobuf;
+use super::protobuf::{AtOnce, in_protobuf};
 use crate::metrics::RestClient;
 use crate::watch::convert::{one_line, shown};
 
@@ -40,6 +40,10 @@ const RENEW_EVERY: Duration = Duration::from_secs(5);
 /// How often a connection in use is asked for a sign of life, and how long that is waited for: a watch may
 /// have nothing to say for long, and balancers cut what is silent for 20 s.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
+
+/// So much of an answer can be under way or wait here. A server that has to wait with a list is rid of it after a
+/// minute, whole or not, and a node that is busy may take longer to read it.
+const WINDOW: u32 = 32 << 20;
 
 /// Why there is no client for the API server.
 #[derive(Debug, Error)]
@@ -190,6 +194,8 @@ fn direct(config: &Config) -> kube::Result<Client> {
         .timer(TokioTimer::new())
         .http2_keep_alive_interval(SIGN_OF_LIFE)
         .http2_keep_alive_timeout(SIGN_OF_LIFE)
+        .http2_initial_stream_window_size(WINDOW)
+        .http2_initial_connection_window_size(WINDOW)
         .build(connector);
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
@@ -280,7 +286,8 @@ pub(super) fn observed(client: Client, report: Arc<Report>, place: Arc<Place>) -
             let answer = answer.unwrap_or_else(|late| Err(kube::Error::Service(late.into())));
             if let Ok(response) = &answer {
                 let good = response.status().is_success();
-                if watch && good {
+                // A list at once ends when all of it is told.
+                if watch && good && response.extensions().get::<AtOnce>().is_none() {
                     brake.granted();
                 }
                 report.answered(good);

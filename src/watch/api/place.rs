@@ -108,7 +108,7 @@ impl Place {
         client: &Client,
         request: Request<Body>,
     ) -> kube::Result<Response<Content>> {
-        let resumes = is_watch(request.uri()) && !says(request.uri(), "sendInitialEvents=true");
+        let resumes = is_watch(request.uri()) && !streams_list(request.uri());
         let (parts, body) = request.into_parts();
         let again = parts.clone();
         let answer = client.send(Request::from_parts(parts, body)).await?;
@@ -166,6 +166,11 @@ impl Place {
 /// Whether it asks for changes, or a list as a stream.
 pub(super) fn is_watch(uri: &Uri) -> bool {
     says(uri, "watch=true")
+}
+
+/// Whether it asks for a list as a stream.
+pub(super) fn streams_list(uri: &Uri) -> bool {
+    is_watch(uri) && says(uri, "sendInitialEvents=true")
 }
 
 fn says(uri: &Uri, parameter: &str) -> bool {

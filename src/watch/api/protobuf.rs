@@ -8,6 +8,7 @@
 //! place, and a server that answers in JSON all the same is handed on as it is. What cannot be read as
 //! protobuf ends the answer, and JSON is asked for from then on.
 
+mod list;
 mod messages;
 
 use std::convert::Infallible;
@@ -28,8 +29,10 @@ use prost::Message;
 use serde::Serialize;
 use thiserror::Error;
 
+pub(super) use self::list::AtOnce;
+use self::list::{Objects, at_once};
 use self::messages::{Bookmark, List, Status, TypeMeta, Unknown, WatchEvent};
-use super::place::is_watch;
+use super::place::{is_watch, streams_list};
 
 /// What comes before every wrapped object.
 const MAGIC: &[u8] = b"k8s\0";
@@ -56,6 +59,12 @@ enum Unreadable {
     TooLong(usize),
     #[error("an end within an event")]
     Torn,
+    #[error("field {0} of a type that no list has")]
+    Field(u32),
+    #[error("a list without a version, or a part of one")]
+    Part,
+    #[error("a compression that is none: {0}")]
+    Compression(#[source] std::io::Error),
     #[error("an object that is not to be written in JSON: {0}")]
     Json(#[from] serde_json::Error),
 }
@@ -71,7 +80,19 @@ pub(super) fn in_protobuf(client: Client) -> Client {
         async move {
             let watch = is_watch(request.uri());
             if asks_for_objects(&request) && !plain.load(Ordering::Relaxed) {
-                request.headers_mut().insert(ACCEPT, PREFERENCE);
+                let asked = request.headers_mut().insert(ACCEPT, PREFERENCE);
+                if streams_list(request.uri()) {
+                    let answer = client.send(at_once(&request)).await?;
+                    if is_protobuf(&answer) && answer.status().is_success() {
+                        return Ok(Objects::of(answer, plain).map(UnsyncBoxBody::new));
+                    }
+                    if !answer.status().is_success() {
+                        return translated(answer, false, plain).await;
+                    }
+                    // It has JSON only, of which a list would have to be held as a whole.
+                    plain.store(true, Ordering::Relaxed);
+                    asked.map(|asked| request.headers_mut().insert(ACCEPT, asked));
+                }
             }
             translated(client.send(request).await?, watch, plain).await
         }
@@ -84,13 +105,17 @@ fn asks_for_objects(request: &Request<Body>) -> bool {
     request.method() == Method::GET && kinds.iter().any(|kind| request.uri().path().ends_with(kind))
 }
 
+fn is_protobuf(answer: &Response<Body>) -> bool {
+    let said = answer.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    said.is_some_and(|said| said.starts_with(PROTOBUF))
+}
+
 async fn translated(
     answer: Response<Body>,
     watch: bool,
     plain: Arc<AtomicBool>,
 ) -> kube::Result<Response<UnsyncBoxBody<Bytes, Error>>> {
-    let said = answer.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    if !said.is_some_and(|said| said.starts_with(PROTOBUF)) {
+    if !is_protobuf(&answer) {
         return Ok(answer.map(|body| body.map_err(Error::from).boxed_unsync()));
     }
     let (mut parts, body) = answer.into_parts();

@@ -1,6 +1,6 @@
 //! What many nodes ask of one API server: streams of changes, as many as there are nodes, and lists. Each
-//! watcher has a connection of its own, reads what comes, and looks at nothing. In JSON, as nftproxy asks,
-//! and in Kubernetes' protobuf, as kube-proxy does.
+//! watcher has a connection of its own, reads what comes, and looks at nothing. In JSON, and in Kubernetes'
+//! protobuf, as both proxies ask; lists compressed, too.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -52,6 +52,19 @@ impl Encoding {
     }
 }
 
+/// What is asked for.
+#[derive(Clone, Copy)]
+struct Parameters {
+    query: &'static str,
+    compressed: bool,
+}
+
+impl Parameters {
+    fn of(query: &'static str) -> Self {
+        Self { query, compressed: false }
+    }
+}
+
 /// Measures, prints and writes the table.
 pub(crate) async fn run(plane: &ControlPlane, cluster: &Cluster) {
     let mut text = String::from(
@@ -97,22 +110,28 @@ pub(crate) async fn run(plane: &ControlPlane, cluster: &Cluster) {
          | --- | --- | ---: | ---: | ---: |\n",
     );
     for (how, parameters) in [
-        ("at once", "resourceVersion=0"),
+        ("at once", Parameters::of("resourceVersion=0")),
         (
             "streamed",
-            "watch=true&sendInitialEvents=true&allowWatchBookmarks=true&\
-             resourceVersionMatch=NotOlderThan&timeoutSeconds=3",
+            Parameters::of(
+                "watch=true&sendInitialEvents=true&allowWatchBookmarks=true&\
+                 resourceVersionMatch=NotOlderThan&timeoutSeconds=3",
+            ),
         ),
     ] {
-        for encoding in [Encoding::Json, Encoding::Protobuf] {
+        for (encoding, compressed) in
+            [(Encoding::Json, false), (Encoding::Protobuf, false), (Encoding::Protobuf, true)]
+        {
             let (cpu, began) = (cpu_seconds(plane), now());
             let received = Arc::new(AtomicU64::new(0));
             let client = plane.client().await;
+            let parameters = Parameters { compressed, ..parameters };
             let last = read(&client, encoding, parameters, &received).await.unwrap_or(began);
             let _ = writeln!(
                 text,
-                "| {how} | {} | {} MB | {} s | {} s |",
+                "| {how} | {}{} | {} MB | {} s | {} s |",
                 encoding.name(),
+                if compressed { ", gzip" } else { "" },
                 significant(megabytes(received.load(Ordering::Relaxed))),
                 significant((last - began).as_secs_f64()),
                 significant(cpu_seconds(plane) - cpu)
@@ -143,7 +162,8 @@ async fn watch(
     for _ in 0..crowd {
         let (client, received, granted) = (plane.client().await, received.clone(), granted.clone());
         watchers.spawn(async move {
-            let parameters = "watch=true&resourceVersion=0&allowWatchBookmarks=true";
+            let parameters =
+                Parameters::of("watch=true&resourceVersion=0&allowWatchBookmarks=true");
             let _ = granted.send(()).await;
             let _ = read(&client, encoding, parameters, &received).await;
         });
@@ -164,13 +184,15 @@ async fn watch(
 async fn read(
     client: &Client,
     encoding: Encoding,
-    parameters: &str,
+    Parameters { query, compressed }: Parameters,
     received: &AtomicU64,
 ) -> Option<Instant> {
-    let request = http::Request::get(format!("{SLICES}?{SELECTOR}&{parameters}"))
-        .header("accept", encoding.accept(parameters.contains("watch=true")))
-        .body(Body::empty())
-        .expect("a request");
+    let mut request = http::Request::get(format!("{SLICES}?{SELECTOR}&{query}"))
+        .header("accept", encoding.accept(query.contains("watch=true")));
+    if compressed {
+        request = request.header("accept-encoding", "gzip");
+    }
+    let request = request.body(Body::empty()).expect("a request");
     let answer = client.send(request).await.expect("the server answers");
     assert!(answer.status().is_success(), "{}", answer.status());
     let (mut body, mut last) = (answer.into_body(), None);
