@@ -7,6 +7,8 @@
 
 mod clock;
 
+use std::time::Duration;
+
 use tokio::sync::mpsc::{Receiver, error::TryRecvError};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -23,6 +25,9 @@ use crate::nft::dataplane::{LOOPBACK_GUARD, Loopback};
 use crate::nft::netlink::{Intrusion, NetlinkKernel};
 use crate::reconcile::Proxy;
 use crate::status::Reporter;
+
+/// How long events gather while lists come: thousands of them, for each of which the thread would wake up.
+const LISTING: Duration = Duration::from_millis(1);
 
 /// The state of the thread.
 pub struct Program {
@@ -167,6 +172,9 @@ impl Program {
                 open &= self.take_queued(&mut events);
                 self.reporter.took_in(&mut self.proxy, came);
                 self.act();
+                if open && !self.proxy.is_complete() {
+                    tokio::time::sleep(LISTING).await;
+                }
             }
         });
     }

@@ -14,7 +14,7 @@ use tracing::{debug, info, warn};
 
 use crate::account::{Account, count_elements};
 use crate::conntrack::{Serving, Sweep};
-use crate::contribution::Contributor;
+use crate::contribution::{Contribution, Contributor};
 use crate::frontend::Frontend;
 use crate::ledger::{Ledger, Staged};
 use crate::model::{Event, NamespacedName, Notice, Problem};
@@ -43,6 +43,8 @@ pub struct Proxy<K> {
     kernel: K,
     /// None until the tables were adopted.
     ledger: Option<Ledger>,
+    /// What was computed for the first commit before it can be; None from then on.
+    prepared: Option<Prepared>,
     /// The kernel may hold something else than is wanted beside what the ledger tells: an answer was
     /// lost, for instance, or rules have to be others.
     in_doubt: bool,
@@ -60,6 +62,9 @@ pub struct Proxy<K> {
     /// What the last commit was about.
     trace: Trace,
 }
+
+/// Contributions as of the events so far, but for those that are stale.
+type Prepared = BTreeMap<Contributor, (Contribution, Vec<Problem>)>;
 
 /// What a commit did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,6 +103,7 @@ impl<K: Kernel> Proxy<K> {
             state,
             kernel,
             ledger: None,
+            prepared: Some(Prepared::default()),
             in_doubt: false,
             serving: Serving::default(),
             account: Account::default(),
@@ -136,9 +142,23 @@ impl<K: Kernel> Proxy<K> {
         }
         // Everything will be read back. Names of Services that come and go need not be kept until then,
         // which can be long.
-        if self.reads_back() {
+        if self.reads_back() && self.prepared.is_none() {
             self.state.settle();
         }
+    }
+
+    /// Computes for the first commit what can be before all is listed: objects come slower than that. What
+    /// changes again is computed again.
+    pub fn prepare(&mut self) {
+        let Some(prepared) = &mut self.prepared else { return };
+        for (contributor, contribution, problems) in self.state.stale_contributions() {
+            if contribution == Contribution::default() && problems.is_empty() {
+                prepared.remove(&contributor);
+            } else {
+                prepared.insert(contributor, (contribution, problems));
+            }
+        }
+        self.state.settle();
     }
 
     /// Takes over other settings.
@@ -306,6 +326,8 @@ impl<K: Kernel> Proxy<K> {
 
     fn adopt_slots(&mut self, loaded: &Loaded) {
         for (family, table) in loaded.tables.iter().filter(|(_, t)| foreign(t).is_none()) {
+            // Backends may be numbered otherwise there.
+            self.prepared = None;
             self.state.adopt_slots(*family, &table.elements);
         }
     }
@@ -416,7 +438,13 @@ impl<K: Kernel> Proxy<K> {
 
     /// All contributions, on an empty ledger. One that is set aside keeps what it has committed.
     fn stage_all(&mut self) -> Staged {
-        let mut all = self.state.all_contributions();
+        self.prepare();
+        let mut all = match self.prepared.take() {
+            Some(prepared) => {
+                prepared.into_iter().map(|(c, (of, problems))| (c, of, problems)).collect()
+            }
+            None => self.state.all_contributions(),
+        };
         all.extend(self.silent_now());
         let mut all = self.accepted(all);
         all.extend(self.kept_beside(&all));

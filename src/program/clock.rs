@@ -169,6 +169,7 @@ impl Clock {
             proxy.retry_set_aside();
         }
         if let Some(what) = self.waits_for(proxy) {
+            proxy.prepare();
             if now >= self.say_waiting {
                 self.say_waiting = now + WAITING[1];
                 info!("waiting for {what}; nothing is programmed yet");

@@ -35,6 +35,31 @@ proptest! {
     #![proptest_config(cases(400, SEEDS))]
 
     #[test]
+    fn what_is_computed_before_all_is_listed_ends_like_a_fresh_start(steps in proptest::collection::vec(any_step(), 1..60)) {
+        let mut proxy = Proxy::new(state(), FakeKernel::default());
+        let mut objects = Objects::default();
+        let mut settings = settings();
+        for step in steps {
+            match step {
+                Step::Event(event) => {
+                    objects.observe(&event);
+                    proxy.observe(event);
+                }
+                Step::Settings(number) => {
+                    settings = ALL_SETTINGS[number]();
+                    proxy.configure(settings.clone());
+                }
+                _ => proxy.prepare(),
+            }
+        }
+        all_listed().for_each(|event| proxy.observe(event));
+        committed(&mut proxy);
+        let mut fresh = fresh_with(settings, &objects.0);
+        prop_assert_eq!(normal(proxy.kernel_mut()), normal(fresh.kernel_mut()));
+        prop_assert!(proxy.plan().unwrap().is_empty());
+    }
+
+    #[test]
     fn any_history_ends_like_a_fresh_start(steps in proptest::collection::vec(any_step(), 1..60)) {
         let mut proxy = Proxy::new(state(), FakeKernel::default());
         let mut objects = Objects::default();
@@ -93,6 +118,7 @@ proptest! {
         let mut restarted = Proxy::new(State::new(settings, node()), kernel);
         for event in objects.values().cloned().chain(all_listed()) {
             restarted.observe(event);
+            restarted.prepare();
         }
         let done = restarted.commit().unwrap();
         prop_assert_eq!(done.operations, 0, "{:?}", restarted.kernel_mut().applied.last());
