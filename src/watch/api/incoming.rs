@@ -29,6 +29,10 @@ impl<'de, K: serde::de::DeserializeOwned> Deserialize<'de> for Incoming<K> {
         // A failed decode leaves the stream in the middle of the object, so the whole object is
         // taken off it first.
         let value = serde_json::Value::deserialize(deserializer)?;
+        if let Ok(object) = K::deserialize(&value) {
+            return Ok(Self::Decoded(Box::new(object)));
+        }
+        // To know where one is in an object costs as much as all else, and is of interest only now.
         let text = |pointer: &str| value.pointer(pointer)?.as_str().map(str::to_owned);
         let metadata = ObjectMeta {
             name: text("/metadata/name"),
@@ -37,7 +41,7 @@ impl<'de, K: serde::de::DeserializeOwned> Deserialize<'de> for Incoming<K> {
             uid: text("/metadata/uid"),
             ..ObjectMeta::default()
         };
-        Ok(match serde_path_to_error::deserialize(value) {
+        Ok(match serde_path_to_error::deserialize(&value) {
             Ok(object) => Self::Decoded(Box::new(object)),
             Err(error) => Self::Undecodable(Box::new(Undecodable {
                 metadata,
