@@ -41,7 +41,6 @@ use self::cluster::{
 };
 use self::control_plane::{ControlPlane, User};
 use self::field::{Field, OUTSIDE};
-use self::growth::Size;
 use self::packets::{
     Arrival, Await, quantile, syn_cost, throughput, until_programmed, while_sleeping,
 };
@@ -110,15 +109,13 @@ fn main() {
         return world.runtime.block_on(fanout::run(&world.plane, &world.cluster));
     }
     if asked("--growth") {
-        let mut seen = Vec::new();
-        for size in sizes.chunks_exact(2) {
-            let (services, endpoints) = (size[0], size[1]);
-            let [ours, peer] = measure(services, endpoints, GROWTH);
-            assert!(ours.works(), "every Service must have been programmed");
-            seen.push(Size { services, endpoints, ours, peer });
-            growth::print(&seen);
-            growth::write(&seen);
-        }
+        let sizes = sizes.chunks_exact(2).map(|size| (size[0], size[1]));
+        assert!(growth::run(sizes), "every Service must have been programmed, at each size");
+        return;
+    }
+    if asked(growth::ONE) {
+        let (services, endpoints) = (sizes[0], sizes[1]);
+        measure(services, endpoints, GROWTH, growth::tell);
         return;
     }
     let (services, endpoints) = match sizes[..] {
@@ -126,7 +123,7 @@ fn main() {
         _ if quick => (300, 3),
         _ => (10_000, 5),
     };
-    let [ours, peer] = measure(services, endpoints, if quick { QUICK } else { FULL });
+    let [ours, peer] = measure(services, endpoints, if quick { QUICK } else { FULL }, |_| ());
     let report = Report { services, endpoints, quick, ours, peer };
     report.print();
     assert!(report.works(), "every Service must have been programmed by both");
@@ -149,24 +146,48 @@ impl World {
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
         let runtime = runtime.enable_all().worker_threads(2).build().expect("a runtime");
         let outside = OUTSIDE.parse().expect("an address");
-        let plane = runtime.block_on(ControlPlane::start(outside));
+        let mut plane = runtime.block_on(ControlPlane::start(outside));
         let began = Instant::now();
-        let cluster = runtime.block_on(Cluster::load(&plane, services, endpoints));
+        let cluster = runtime.block_on(Cluster::load(&mut plane, services, endpoints));
         println!("{services} Services x {endpoints} written in {:.0?}", began.elapsed());
+        until_calm(plane.apiserver_id());
         Self { cluster, plane, runtime, field }
     }
 }
 
-/// Ours and the peer's, with a control plane of their own.
-fn measure(services: usize, endpoints: usize, extent: Extent) -> [Figures; 2] {
+/// Waits until the API server has done what so many new objects give it to do, such as to look after every
+/// ClusterIP: it would be at the cost of whoever is measured first.
+fn until_calm(apiserver: u32) {
+    const AT_MOST: u32 = 180;
+    for _ in 0..AT_MOST {
+        let before = proxy::cpu_seconds(apiserver);
+        std::thread::sleep(Duration::from_secs(1));
+        if proxy::cpu_seconds(apiserver) - before < 0.1 {
+            return;
+        }
+    }
+    println!("the API server is still busy after {AT_MOST} s");
+}
+
+/// Ours and the peer's, with a control plane of their own; each is told of as soon as it is measured.
+fn measure(
+    services: usize,
+    endpoints: usize,
+    extent: Extent,
+    told: impl Fn(&Figures),
+) -> [Figures; 2] {
     let World { cluster, plane, runtime, field } = &World::new(services, endpoints);
-    let told = runtime.block_on(async { cluster.listen() });
+    let heard = runtime.block_on(async { cluster.listen() });
     let port = plane.address().port();
-    let bench = Bench { field, runtime, port, cluster, told, extent };
+    let bench = Bench { field, runtime, port, cluster, told: heard, extent };
 
     bench.load_floor();
     let kubeconfig = plane.kubeconfig(User::Admin);
-    [Which::Nftproxy, Which::KubeProxy].map(|which| bench.run(which, &kubeconfig))
+    [Which::Nftproxy, Which::KubeProxy].map(|which| {
+        let figures = bench.run(which, &kubeconfig);
+        told(&figures);
+        figures
+    })
 }
 
 struct Bench<'a> {
@@ -311,6 +332,10 @@ impl Bench<'_> {
             figures.storm_cpu = cpu;
         }
         figures.peak_mb = proxy.peak_mb();
+        // Whatever went wrong explains figures that are odd.
+        for line in proxy.log().lines().filter(|line| line.contains(" WARN ")).take(10) {
+            println!("{which:?}: {line}");
+        }
         proxy.end();
         self.field.nft("node", "flush ruleset\n");
         println!("{which:?}: {figures:.3?}");

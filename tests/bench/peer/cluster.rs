@@ -117,8 +117,9 @@ fn slice(name: &str, protocol: &str, addresses: &[Ipv4Addr]) -> Value {
 }
 
 impl Cluster {
-    /// Writes everything.
-    pub(crate) async fn load(plane: &ControlPlane, services: usize, endpoints: usize) -> Self {
+    /// Writes everything, and has the API server begin anew: one that is told of objects by the thousand takes
+    /// ClusterIPs for lost whose Services it has not heard of yet, and mends that for minutes.
+    pub(crate) async fn load(plane: &mut ControlPlane, services: usize, endpoints: usize) -> Self {
         let client = plane.client().await;
         let node: Node = serde_json::from_value(json!({
             "apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-1"},
@@ -145,6 +146,8 @@ impl Cluster {
             etcd.slice(this.probe_slice(probe, None)).await;
         }
         etcd.flush().await;
+        plane.kill_apiserver();
+        plane.start_apiserver().await;
         this.served::<Service>(services + PROBES).await;
         this.served::<EndpointSlice>(services + PROBES).await;
         this
@@ -158,7 +161,7 @@ impl Cluster {
         K::DynamicType: Default,
     {
         let api: Api<K> = Api::namespaced(self.client.clone(), "default");
-        for _ in 0..300 {
+        for _ in 0..1500 {
             if let Ok(list) = api.list(&ListParams::default().limit(1)).await {
                 let others = list.metadata.remaining_item_count.unwrap_or_default();
                 // The Service `kubernetes` may be one of them.

@@ -13,7 +13,7 @@
 //! none.
 
 use std::fs::File;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 
 use nix::sched::{CloneFlags, setns};
@@ -37,7 +37,7 @@ pub(crate) struct Field {
 
 impl Field {
     pub(crate) fn new() -> Self {
-        let field = Self { prefix: format!("nftp-bench-{}-", std::process::id()) };
+        let field = Self { prefix: prefix(std::process::id()) };
         for name in NAMES {
             run("ip", &["netns", "add", &field.name(name)]);
             field.ip(name, &["link", "set", "lo", "up"]);
@@ -99,7 +99,7 @@ impl Field {
         let name = self.name(namespace);
         let mut nft = Command::new("ip")
             .args(["netns", "exec", &name, "nft", "-f", "-"])
-            .stdin(std::process::Stdio::piped())
+            .stdin(Stdio::piped())
             .spawn()
             .expect("nft is installed");
         let mut input = nft.stdin.take().expect("piped");
@@ -127,9 +127,20 @@ impl Field {
 
 impl Drop for Field {
     fn drop(&mut self) {
-        for name in NAMES {
-            let _ = Command::new("ip").args(["netns", "delete", &self.name(name)]).status();
-        }
+        remove(std::process::id());
+    }
+}
+
+fn prefix(process: u32) -> String {
+    format!("nftp-bench-{process}-")
+}
+
+/// Removes what is left of the namespaces of a process.
+pub(crate) fn remove(process: u32) {
+    for name in NAMES {
+        let name = format!("{}{name}", prefix(process));
+        // One that panicked has removed them itself.
+        let _ = Command::new("ip").args(["netns", "delete", &name]).stderr(Stdio::null()).status();
     }
 }
 
