@@ -20,7 +20,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tokio::runtime::Runtime;
 
-use self::blows::{Clock, Memory, REPAIR};
+use self::blows::{BLOWS, Clock, Memory, REPAIR};
 use self::churn::{DIALLED, Dialled, beside, dialled};
 use self::flow::Flow;
 use self::report::{Done, Seen};
@@ -173,10 +173,13 @@ impl Soak<'_> {
             // Also when something panics here: the scope waits for its threads.
             let stop = Raise(&self.stop);
             let began = Instant::now();
-            while began.elapsed() < time && !threads.iter().any(ScopedJoinHandle::is_finished) {
+            // Until everything was done once, on a machine however busy.
+            while (began.elapsed() < time || done.blows < BLOWS)
+                && !threads.iter().any(ScopedJoinHandle::is_finished)
+            {
                 std::thread::sleep(Duration::from_millis(random.below(500)));
                 // For the last part one process lives: what grows, grows in it.
-                let killing = began.elapsed() < time.mul_f64(0.4);
+                let killing = began.elapsed() < time.mul_f64(0.4) || done.blows < BLOWS;
                 self.disturb(&mut daemon, random, killing, &mut done);
                 if !killing {
                     let minutes = began.elapsed().as_secs_f64() / 60.0;
@@ -218,6 +221,11 @@ impl Soak<'_> {
             seen.connections.len() == 3 && seen.connections.values().all(|count| *count > 100);
         assert!(all_protocols, "{:?}", seen.connections);
         done.assert_at_rest();
+        done.assert_each_was_dealt([
+            self.memory.is_some(),
+            self.clock.is_some(),
+            self.api.is_some(),
+        ]);
         assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
     }
 

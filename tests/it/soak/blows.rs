@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::Signal;
@@ -22,7 +23,7 @@ const MEMORY: u64 = 96 << 20;
 pub(super) const REPAIR: Duration = Duration::from_secs(1);
 
 /// Kinds of what can be done.
-const BLOWS: u64 = 7;
+pub(super) const BLOWS: u64 = 7;
 
 impl Soak<'_> {
     /// Does something to the program, or to what is around it; at first, everything once.
@@ -110,9 +111,9 @@ impl Soak<'_> {
             && memory.killed() == done.starved
             && !long_enough(memory.met())
         {
-            // Version 1 refuses what cannot be given back, and keeps the limit it has.
+            // Version 1 refuses what cannot be given back. Then there is no more than what is used.
             let usage = memory.usage();
-            drop(memory.limit(usage - usage / 16));
+            drop(memory.limit(usage - usage / 16).or_else(|_| memory.limit(usage)));
             std::thread::sleep(Duration::from_millis(20));
         }
         if self.start_again(memory, daemon, done) {
@@ -217,7 +218,9 @@ pub(super) struct Memory {
 
 impl Memory {
     pub(super) fn new() -> Option<Self> {
-        let name = format!("nftp-soak-{}", std::process::id());
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("nftp-soak-{}-{number}", std::process::id());
         for (root, limit) in [
             ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
             ("/sys/fs/cgroup", "memory.max"),

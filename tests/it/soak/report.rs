@@ -93,6 +93,16 @@ impl Done {
         report
     }
 
+    /// Nothing was left out that can be done here: of memory, the clock and the API server, those that there are.
+    pub(super) fn assert_each_was_dealt(&self, [memory, clock, api]: [bool; 3]) {
+        let always = [self.kills, self.stops, self.flushes, self.additions];
+        let missing = always.contains(&0)
+            || memory && self.squeezes == 0
+            || clock && self.jumps == 0
+            || api && self.api_kills[0] == 0;
+        assert!(!missing, "something was not done");
+    }
+
     /// Memory comes to rest: what it takes most in the second half is what it took in the first. Ports for
     /// health checks come and go with Services, and what a commit takes depends on how much it is of.
     pub(super) fn assert_at_rest(&self) {
