@@ -270,7 +270,10 @@ fn clients_of_a_backend_that_went_are_forgotten_at_once_and_once_more() {
         let last = proxy.kernel_mut().applied.last().unwrap();
         last.ops.iter().filter(|op| matches!(op, Op::Forget(..))).count()
     };
-    for (endpoints, meanwhile) in [(&["10.0.0.1"][..], 1), (&["10.0.0.1", "10.0.0.2"], 0)] {
+    // As many as before: no chain is left over. One less, and one more: there is.
+    let others =
+        [(&["10.0.0.1", "10.0.0.3"][..], 1), (&["10.0.0.1"], 1), (&["10.0.0.1", "10.0.0.2"], 0)];
+    for (endpoints, meanwhile) in others {
         with("web", 12, endpoints).into_iter().for_each(|event| proxy.observe(event));
         proxy.commit().unwrap();
         assert_eq!(forgotten(&mut proxy), meanwhile, "{endpoints:?}");
@@ -279,6 +282,24 @@ fn clients_of_a_backend_that_went_are_forgotten_at_once_and_once_more() {
         assert_eq!(forgotten(&mut proxy), meanwhile, "{endpoints:?}");
         assert!(!proxy.has_idle());
     }
+}
+
+#[test]
+fn chains_alone_are_something_to_collect() {
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    for event in example().into_iter().chain(web(&["10.0.0.1", "10.0.0.2"])).chain(all_listed()) {
+        proxy.observe(event);
+    }
+    committed(&mut proxy);
+    if proxy.has_idle() {
+        proxy.collect_idle().unwrap();
+    }
+    assert!(!proxy.has_idle());
+    proxy.observe(Event::Gone(Kind::Service, name("web")));
+    proxy.commit().unwrap();
+    assert!(proxy.has_idle());
+    assert!(proxy.collect_idle().unwrap().operations > 0);
+    assert!(!proxy.has_idle());
 }
 
 /// However many there are: of one Service, or of others.
