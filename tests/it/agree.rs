@@ -33,7 +33,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use crate::model::{all_listed, name, node, port, service, settings, slice};
 use crate::net::{
     CLIENT, GATEWAY, NODE, NODE_SECOND, Net, POD_A, POD_B, REMOTE, REMOTE_GATEWAY, in_netns, ip,
-    number,
+    number, patient,
 };
 use crate::serve::{Outcome, sctp, tcp_here, udp};
 
@@ -492,7 +492,8 @@ fn packets_between_random_commits_meet_the_state_before_or_after() {
                 })
             })
             .collect();
-        let until = Instant::now() + Duration::from_secs(number("AGREE_SECONDS", 5));
+        let time = patient(Duration::from_secs(number("AGREE_SECONDS", 5)));
+        let until = Instant::now() + time;
         while Instant::now() < until && !commits.is_finished() {
             std::thread::sleep(Duration::from_millis(20));
         }
