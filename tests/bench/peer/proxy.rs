@@ -89,6 +89,14 @@ clientConnection: {{kubeconfig: {}}}
         }
     }
 
+    /// How many operations its first sync was, if it says so.
+    pub(crate) fn operations(&self) -> f64 {
+        let log = self.log();
+        let said = log.lines().find_map(|line| line.split(" operations=").nth(1));
+        let number = said.and_then(|rest| rest.split(' ').next()?.parse().ok());
+        number.unwrap_or(f64::NAN)
+    }
+
     fn file(&self, name: &str) -> String {
         fs::read_to_string(format!("/proc/{}/{name}", self.child.id())).unwrap_or_default()
     }
