@@ -336,6 +336,8 @@ impl Bench<'_> {
         for line in proxy.log().lines().filter(|line| line.contains(" WARN ")).take(10) {
             println!("{which:?}: {line}");
         }
+        // It may still do what it put off.
+        std::thread::sleep(self.extent.idle);
         proxy.end();
         [figures.restart, figures.restart_operations] = self.restart(which, kubeconfig);
         self.field.nft("node", "flush ruleset\n");
