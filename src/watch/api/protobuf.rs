@@ -8,27 +8,27 @@
 //! place, and a server that answers in JSON all the same is handed on as it is. What cannot be read as
 //! protobuf ends the answer, and JSON is asked for from then on.
 
+mod lines;
 mod list;
 mod messages;
 
 use std::convert::Infallible;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, BytesMut};
 use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE};
 use http::{HeaderValue, Method, Request, Response};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Full};
-use hyper::body::{Body as HttpBody, Bytes, Frame};
+use hyper::body::Bytes;
 use kube::Client;
 use kube::client::Body;
 use prost::Message;
 use serde::Serialize;
 use thiserror::Error;
 
+use self::lines::{Lines, Read};
 pub(super) use self::list::AtOnce;
 use self::list::{Objects, at_once};
 use self::messages::{Bookmark, List, Status, TypeMeta, Unknown, WatchEvent};
@@ -122,7 +122,7 @@ async fn translated(
     parts.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     parts.headers.remove(CONTENT_LENGTH);
     if watch && parts.status.is_success() {
-        let events = Events { body, waiting: BytesMut::new(), plain };
+        let events = Lines::of(body, Events::default(), plain);
         return Ok(Response::from_parts(parts, events.boxed_unsync()));
     }
     let whole = body.collect().await?.to_bytes();
@@ -142,16 +142,15 @@ fn give_up(plain: &AtomicBool, error: &Unreadable) {
 }
 
 /// The events of a watch, translated as they come.
+#[derive(Default)]
 struct Events {
-    body: Body,
     /// The beginning of an event that is not whole yet.
     waiting: BytesMut,
-    plain: Arc<AtomicBool>,
 }
 
-impl Events {
-    /// Takes the events that are whole, as lines of JSON.
-    fn lines(&mut self) -> Result<Vec<u8>, Unreadable> {
+impl Read for Events {
+    fn take(&mut self, data: &[u8]) -> Result<Vec<u8>, Unreadable> {
+        self.waiting.extend_from_slice(data);
         let mut lines = Vec::new();
         while let Some((length, _)) = self.waiting.split_first_chunk() {
             let length = usize::try_from(u32::from_be_bytes(*length)).unwrap_or(usize::MAX);
@@ -166,41 +165,9 @@ impl Events {
         }
         Ok(lines)
     }
-}
 
-impl HttpBody for Events {
-    type Data = Bytes;
-    type Error = Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        loop {
-            let outcome = match ready!(Pin::new(&mut self.body).poll_frame(context)) {
-                None if self.waiting.is_empty() => return Poll::Ready(None),
-                None => {
-                    self.waiting.clear();
-                    Err(Unreadable::Torn)
-                }
-                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
-                Some(Ok(frame)) => {
-                    let Some(data) = frame.data_ref() else { continue };
-                    self.waiting.extend_from_slice(data);
-                    self.lines()
-                }
-            };
-            return Poll::Ready(Some(match outcome {
-                Ok(lines) if lines.is_empty() => continue,
-                Ok(lines) => Ok(Frame::data(lines.into())),
-                // Streams are cut; that is no fault of the encoding.
-                Err(Unreadable::Torn) => Err(Unreadable::Torn.into()),
-                Err(error) => {
-                    give_up(&self.plain, &error);
-                    Err(error.into())
-                }
-            }));
-        }
+    fn end(&mut self) -> Result<Vec<u8>, Unreadable> {
+        if self.waiting.is_empty() { Ok(Vec::new()) } else { Err(Unreadable::Torn) }
     }
 }
 

@@ -151,16 +151,12 @@ fn markdown(sizes: &[Size]) -> String {
     for (index, Curve { what, unit, .. }) in CURVES.iter().enumerate() {
         let _ = write!(text, "\n| {what} ({unit}) |");
         for size in sizes {
-            let [ours, peer] = [size.ours[index], size.peer[index]].map(known);
+            let [ours, peer] = [size.ours[index], size.peer[index]].map(significant);
             let _ = write!(text, " {ours} : {peer} |");
         }
     }
     text.push('\n');
     text
-}
-
-fn known(figure: f64) -> String {
-    if figure.is_finite() { significant(figure) } else { "–".into() }
 }
 
 /// Each figure against the number of Services, both axes logarithmic. A line joins the sizes that have the

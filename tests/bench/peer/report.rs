@@ -358,7 +358,7 @@ pub(crate) fn machine() -> String {
 /// Three digits that count.
 pub(crate) fn significant(figure: f64) -> String {
     match figure.abs() {
-        f if f.is_nan() => "–".into(),
+        f if !f.is_finite() => "–".into(),
         f if f >= 100.0 => format!("{figure:.0}"),
         f if f >= 10.0 => format!("{figure:.1}"),
         f if f >= 1.0 => format!("{figure:.2}"),

@@ -9,24 +9,23 @@
 //! answer ends, like that to a watch whose time is up, and the watch is asked for from there.
 
 use std::io::Write as _;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, BytesMut};
 use flate2::write::GzDecoder;
 use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING};
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Request, Response, Uri};
-use hyper::body::{Body as HttpBody, Bytes, Frame};
+use hyper::body::Bytes;
 use kube::client::Body;
 use prost::Message as _;
 use prost::encoding::{WireType, decode_key, decode_varint};
 use serde_json::json;
 
+use super::lines::{Lines, Read};
 use super::messages::{ListMeta, TypeMeta};
-use super::{Error, LONGEST_EVENT, MAGIC, Unreadable, give_up, write_of_kind};
+use super::{LONGEST_EVENT, MAGIC, Unreadable, write_of_kind};
 
 const GZIP: HeaderValue = HeaderValue::from_static("gzip");
 
@@ -62,7 +61,6 @@ fn whole(uri: &Uri) -> Uri {
 
 /// The objects of a list, told as events as they come.
 pub(super) struct Objects {
-    body: Body,
     /// Where the answer is compressed.
     inflating: Option<GzDecoder<Vec<u8>>>,
     /// The beginning of a field that is not whole yet.
@@ -70,7 +68,6 @@ pub(super) struct Objects {
     within: Within,
     types: TypeMeta,
     metadata: ListMeta,
-    plain: Arc<AtomicBool>,
 }
 
 /// What the next bytes are a part of.
@@ -84,37 +81,21 @@ enum Within {
     List(usize),
     /// What is behind the last object.
     Behind,
-    /// Nothing: the bookmark was told.
-    End,
 }
 
 impl Objects {
-    pub(super) fn of(answer: Response<Body>, plain: Arc<AtomicBool>) -> Response<Self> {
+    pub(super) fn of(answer: Response<Body>, plain: Arc<AtomicBool>) -> Response<Lines<Self>> {
         let (mut parts, body) = answer.into_parts();
         let compressed = parts.headers.remove(CONTENT_ENCODING).is_some_and(|said| said == GZIP);
         parts.extensions.insert(AtOnce);
         let objects = Self {
-            body,
             inflating: compressed.then(|| GzDecoder::new(Vec::new())),
             waiting: BytesMut::new(),
             within: Within::Magic,
             types: TypeMeta::default(),
             metadata: ListMeta::default(),
-            plain,
         };
-        Response::from_parts(parts, objects)
-    }
-
-    /// Takes in what came; returns the objects that are whole by then, as lines of events.
-    fn take(&mut self, data: &[u8]) -> Result<Vec<u8>, Unreadable> {
-        match &mut self.inflating {
-            None => self.waiting.extend_from_slice(data),
-            Some(inflating) => {
-                inflating.write_all(data).map_err(Unreadable::Compression)?;
-                self.inflated();
-            }
-        }
-        self.lines()
+        Response::from_parts(parts, Lines::of(body, objects, plain))
     }
 
     /// What is no longer compressed. (The last of it stays behind until more comes, or nothing more.)
@@ -181,6 +162,19 @@ impl Objects {
         }
         Ok(())
     }
+}
+
+impl Read for Objects {
+    fn take(&mut self, data: &[u8]) -> Result<Vec<u8>, Unreadable> {
+        match &mut self.inflating {
+            None => self.waiting.extend_from_slice(data),
+            Some(inflating) => {
+                inflating.write_all(data).map_err(Unreadable::Compression)?;
+                self.inflated();
+            }
+        }
+        self.lines()
+    }
 
     /// The last objects, and the bookmark behind them, if the list is whole.
     fn end(&mut self) -> Result<Vec<u8>, Unreadable> {
@@ -198,7 +192,6 @@ impl Objects {
         if version.is_empty() || !more.is_empty() {
             return Err(Unreadable::Part);
         }
-        self.within = Within::End;
         let metadata = json!({
             "resourceVersion": version, "annotations": { "k8s.io/initial-events-end": "true" },
         });
@@ -226,42 +219,6 @@ fn field(bytes: &[u8]) -> Result<Option<(u32, usize, usize)>, Unreadable> {
         Ok(((number, _), _)) => Err(Unreadable::Field(number)),
         Err(_) if bytes.len() < LONGEST_HEADER => Ok(None),
         Err(error) => Err(error.into()),
-    }
-}
-
-impl HttpBody for Objects {
-    type Data = Bytes;
-    type Error = Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        loop {
-            if self.within == Within::End {
-                return Poll::Ready(None);
-            }
-            let outcome = match ready!(Pin::new(&mut self.body).poll_frame(context)) {
-                None => self.end(),
-                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
-                Some(Ok(frame)) => {
-                    let Some(data) = frame.data_ref() else { continue };
-                    self.take(data)
-                }
-            };
-            return Poll::Ready(Some(match outcome {
-                Ok(lines) if lines.is_empty() => continue,
-                Ok(lines) => Ok(Frame::data(lines.into())),
-                Err(error) => {
-                    self.within = Within::End;
-                    // Answers are cut; that is no fault of the encoding.
-                    if !matches!(error, Unreadable::Torn) {
-                        give_up(&self.plain, &error);
-                    }
-                    Err(error.into())
-                }
-            }));
-        }
     }
 }
 

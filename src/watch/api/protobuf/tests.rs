@@ -4,6 +4,7 @@ use std::sync::Mutex;
 
 use http::StatusCode;
 use http_body_util::StreamBody;
+use hyper::body::Frame;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -11,7 +12,7 @@ use super::messages::RawExtension;
 use super::*;
 
 /// A field of a message: its number, and what it holds.
-fn field(number: u32, content: impl AsRef<[u8]>) -> Vec<u8> {
+pub(super) fn field(number: u32, content: impl AsRef<[u8]>) -> Vec<u8> {
     let mut bytes = Vec::new();
     prost::encoding::bytes::encode(number, &content.as_ref().to_vec(), &mut bytes);
     bytes

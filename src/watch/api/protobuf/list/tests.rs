@@ -10,11 +10,13 @@ use flate2::write::GzEncoder;
 use http::StatusCode;
 use http::header::{ACCEPT, CONTENT_TYPE};
 use http_body_util::{BodyExt as _, StreamBody};
+use hyper::body::Frame;
 use kube::Client;
 use proptest::prelude::*;
 use serde_json::Value;
 
 use super::super::messages::Unknown;
+use super::super::tests::field;
 use super::super::{PROTOBUF, in_protobuf};
 use super::*;
 
@@ -23,12 +25,6 @@ const STREAMED: &str = "/apis/discovery.k8s.io/v1/endpointslices?watch=true&time
                         &resourceVersionMatch=NotOlderThan&resourceVersion=0";
 const AT_ONCE: &str =
     "/apis/discovery.k8s.io/v1/endpointslices?labelSelector=%21a%2Fb&resourceVersion=0";
-
-fn field(number: u32, content: impl AsRef<[u8]>) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    prost::encoding::bytes::encode(number, &content.as_ref().to_vec(), &mut bytes);
-    bytes
-}
 
 fn slice(name: &str) -> Vec<u8> {
     field(2, [field(1, field(1, name)), field(4, "IPv4")].concat())
