@@ -277,16 +277,43 @@ pub(crate) fn fresh(objects: &BTreeMap<String, Event>) -> Proxy<FakeKernel> {
     fresh_with(settings(), objects)
 }
 
-pub(crate) fn fresh_with(
-    settings: Settings,
-    objects: &BTreeMap<String, Event>,
-) -> Proxy<FakeKernel> {
+fn fresh_with(settings: Settings, objects: &BTreeMap<String, Event>) -> Proxy<FakeKernel> {
     let mut proxy = Proxy::new(State::new(settings, node()), FakeKernel::default());
     for event in objects.values().cloned().chain(all_listed()) {
         proxy.observe(event);
     }
     committed(&mut proxy);
     proxy
+}
+
+/// What a history leaves to be wanted.
+pub(crate) struct Wanted {
+    pub(crate) objects: Objects,
+    pub(crate) settings: Settings,
+}
+
+impl Wanted {
+    /// Before it.
+    pub(crate) fn new() -> Self {
+        Self { objects: Objects::default(), settings: settings() }
+    }
+
+    /// Something happens.
+    pub(crate) fn observe(&mut self, proxy: &mut Proxy<FakeKernel>, event: Event) {
+        self.objects.observe(&event);
+        proxy.observe(event);
+    }
+
+    /// Settings become those of this number.
+    pub(crate) fn configure(&mut self, proxy: &mut Proxy<FakeKernel>, number: usize) {
+        self.settings = ALL_SETTINGS[number]();
+        proxy.configure(self.settings.clone());
+    }
+
+    /// A proxy that sees only this.
+    pub(crate) fn fresh(&self) -> Proxy<FakeKernel> {
+        fresh_with(self.settings.clone(), &self.objects.0)
+    }
 }
 
 /// The objects that there are after some events, by kind and name.
