@@ -427,7 +427,7 @@ fn answer(known: &mut Known, question: &Question) -> Explanation {
 fn affinities(outcomes: &[Outcome]) -> Vec<AffinityName> {
     let sticky = |step: &Step| match &step.chain {
         ChainName::OfPort(chain) => match chain.1 {
-            PortChain::Sticky(selection) => {
+            PortChain::Sticky(selection) | PortChain::EnterSticky(_, selection) => {
                 Some(AffinityName { port: chain.0.clone(), list: selection.list })
             }
             _ => None,

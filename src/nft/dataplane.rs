@@ -189,11 +189,11 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
         Vmap,
     };
     let mark = shape.options.masquerade_mark;
-    let next = || Goto(name.next().expect("a chain that leads on"));
+    let next = || Rule::new([Goto(name.next().expect("a chain that leads on"))]);
     match name {
         ChainName::Select(selection) => select(*selection),
         ChainName::OfPort(chain) => of_port(&chain.0, chain.1, next),
-        ChainName::Enter(traffic, _) => enter(*traffic, next()),
+        ChainName::Enter(traffic, _) => vec![enter(*traffic), next()],
         ChainName::MarkForMasquerade => vec![Rule::new([MarkOr(mark)])],
         ChainName::MarkInternal => mark_internal(shape),
         ChainName::ExternalLocal => {
@@ -301,12 +301,12 @@ fn postrouting(shape: &Shape<'_>) -> Vec<Rule> {
 /// Who is to be masqueraded is asked by the chain that the frontend leads to, and not in the dispatch by
 /// the address: the set of ClusterIPs is large, and to look into it costs more than anything else that a
 /// new connection meets (0.3 of 5.2 µs, measured).
-fn enter(traffic: Traffic, next: Statement) -> Vec<Rule> {
+fn enter(traffic: Traffic) -> Rule {
     let mark = match traffic {
         Traffic::Internal => ChainName::MarkInternal,
         Traffic::External => ChainName::MarkForMasquerade,
     };
-    vec![Rule::new([Statement::Jump(mark)]), Rule::new([next])]
+    Rule::new([Statement::Jump(mark)])
 }
 
 fn mark_internal(shape: &Shape<'_>) -> Vec<Rule> {
@@ -318,17 +318,23 @@ fn mark_internal(shape: &Shape<'_>) -> Vec<Rule> {
 }
 
 /// The chains of one Service port.
-fn of_port(port: &PortName, chain: PortChain, next: impl Fn() -> Statement) -> Vec<Rule> {
+fn of_port(port: &PortName, chain: PortChain, next: impl Fn() -> Rule) -> Vec<Rule> {
     match chain {
         PortChain::Select(selection) => select(selection),
-        PortChain::Sticky(selection) => {
-            let affinity = AffinityName { port: port.clone(), list: selection.list };
-            let sticky = [Statement::L4Proto(port.protocol()), Statement::DnatSticky(affinity)];
-            vec![Rule::new(sticky), Rule::new([next()])]
+        PortChain::Enter(traffic, _) => vec![enter(traffic), next()],
+        PortChain::Sticky(selection) => vec![sticky(port, selection.list), next()],
+        PortChain::EnterSticky(traffic, selection) => {
+            vec![enter(traffic), sticky(port, selection.list), next()]
         }
-        PortChain::Enter(traffic, _) | PortChain::EnterSticky(traffic, _) => enter(traffic, next()),
         PortChain::Record(memory, timeout) => record(port, memory, timeout),
     }
+}
+
+/// Takes the backend that the client had last. It is a rule of each chain that asks, rather than a chain
+/// they share: when a verdict changes, the kernel walks every chain that one can lead to.
+fn sticky(port: &PortName, list: List) -> Rule {
+    let affinity = AffinityName { port: port.clone(), list };
+    Rule::new([Statement::L4Proto(port.protocol()), Statement::DnatSticky(affinity)])
 }
 
 /// Slots from here on are the backends on this node.

@@ -77,9 +77,9 @@ pub enum PortChain {
     Select(Selection),
     /// Takes the backend that the client had last, else picks one: `sticky-lb-2/…`.
     Sticky(Selection),
-    /// Marks what is to be masqueraded, then does the first: `external-round-robin-2/…`.
+    /// Marks what is to be masqueraded, then picks in turn: `external-round-robin-2/…`.
     Enter(Traffic, Selection),
-    /// The same, then the second: `external-sticky-lb-2/…`.
+    /// Marks it, then takes the backend that the client had last, else picks one: `external-sticky-lb-2/…`.
     EnterSticky(Traffic, Selection),
     /// Remembers the backend of a client for so many seconds: `record-10800s/…`.
     Record(Memory, u32),
@@ -240,11 +240,10 @@ impl ChainName {
         match self {
             Self::Enter(_, selection) => Some(Self::Select(*selection)),
             Self::OfPort(chain) => match chain.1 {
-                PortChain::Enter(_, selection) | PortChain::Sticky(selection) => {
+                PortChain::Enter(_, selection)
+                | PortChain::Sticky(selection)
+                | PortChain::EnterSticky(_, selection) => {
                     Some(Self::select(Some(&chain.0), selection))
-                }
-                PortChain::EnterSticky(_, selection) => {
-                    Some(Self::of_port(&chain.0, PortChain::Sticky(selection)))
                 }
                 PortChain::Select(_) | PortChain::Record(..) => None,
             },
