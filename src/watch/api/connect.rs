@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use hyper_rustls::{FixedServerNameResolver, HttpsConnectorBuilder};
+use hyper_rustls::{FixedServerNameResolver, HttpsConnector, HttpsConnectorBuilder};
 use hyper_timeout::TimeoutConnector;
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -83,13 +83,20 @@ pub enum ClientError {
     Build(#[source] Box<kube::Error>),
 }
 
+impl From<kube::Error> for ClientError {
+    fn from(error: kube::Error) -> Self {
+        Self::Build(Box::new(error))
+    }
+}
+
 /// A client of the API server: by the kubeconfig, at the master, or with the pod's service account
 /// when neither is given. The master overrides the server of the kubeconfig.
 pub async fn client(
     kubeconfig: Option<&Path>,
     master: Option<&str>,
 ) -> Result<Client, ClientError> {
-    client_for(config(kubeconfig, master).await?)
+    let config = config(kubeconfig, master).await?;
+    Way::new(&config)?.client(&config)
 }
 
 /// So many of them, with every request counted, and with credentials that are read again when the server
@@ -101,12 +108,13 @@ pub async fn measured_clients<const N: usize>(
 ) -> Result<[Client; N], ClientError> {
     let config = config(kubeconfig, master).await?;
     let host: Arc<str> = config.cluster_url.authority().map_or("", |host| host.as_str()).into();
+    let way = Way::new(&config)?;
     let mut clients = Vec::with_capacity(N);
     for _ in 0..N {
         let renewable = Renewable {
             kubeconfig: kubeconfig.map(Path::to_owned),
             master: master.map(str::to_owned),
-            client: Mutex::new((client_for(config.clone())?, None)),
+            client: Mutex::new((way.client(&config)?, None)),
         };
         clients.push(measured(renewable, host.clone(), metrics.clone()));
     }
@@ -164,18 +172,32 @@ impl Renewable {
     }
 }
 
-fn client_for(config: Config) -> Result<Client, ClientError> {
-    let client = match &config.proxy_url {
-        None => direct(&config),
-        // It knows what it is built with.
-        Some(_) => Client::try_from(config),
-    };
-    let client = client.map_err(|error| ClientError::Build(Box::new(error)))?;
-    Ok(in_protobuf(client))
+/// How clients reach the server. What is believed of it is read once for all of them: where the kubeconfig
+/// names no authority, these are the certificates of the system, some hundred files.
+enum Way {
+    Direct(TimeoutConnector<HttpsConnector<HttpConnector>>),
+    /// `kube` knows what a client is built with that goes by a proxy.
+    Proxy,
 }
 
-/// As `kube` makes a client, but of a connection that is asked for a sign of life, for which it takes HTTP/2.
-fn direct(config: &Config) -> kube::Result<Client> {
+impl Way {
+    fn new(config: &Config) -> Result<Self, ClientError> {
+        match &config.proxy_url {
+            None => Ok(Self::Direct(connector(config)?)),
+            Some(_) => Ok(Self::Proxy),
+        }
+    }
+
+    fn client(&self, config: &Config) -> Result<Client, ClientError> {
+        let client = match self {
+            Self::Direct(connector) => direct(config, connector.clone()),
+            Self::Proxy => Client::try_from(config.clone()),
+        };
+        Ok(in_protobuf(client?))
+    }
+}
+
+fn connector(config: &Config) -> kube::Result<TimeoutConnector<HttpsConnector<HttpConnector>>> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     let mut tls = HttpsConnectorBuilder::new()
@@ -190,6 +212,14 @@ fn direct(config: &Config) -> kube::Result<Client> {
     connector.set_read_timeout(config.read_timeout);
     connector.set_write_timeout(config.write_timeout);
     connector.set_reset_reader_on_write(config.reset_reader_on_write);
+    Ok(connector)
+}
+
+/// As `kube` makes a client, but of a connection that is asked for a sign of life, for which it takes HTTP/2.
+fn direct(
+    config: &Config,
+    connector: TimeoutConnector<HttpsConnector<HttpConnector>>,
+) -> kube::Result<Client> {
     let http = legacy::Client::builder(TokioExecutor::new())
         .timer(TokioTimer::new())
         .http2_keep_alive_interval(SIGN_OF_LIFE)
