@@ -342,3 +342,33 @@ pub fn op(op: &Op) -> String {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nft::element::{ElementId, Key};
+
+    #[test]
+    fn a_change_says_whether_something_comes_or_goes() {
+        let v4 = Family::V4;
+        let affinity = || "affinity/default/web/tcp/http".parse::<AffinityName>().unwrap();
+        let key = Key::Address([10, 96, 0, 10].into());
+        let id = ElementId { family: v4, set: SetName::ClusterIps, key };
+        let sets = [Op::AddSet(v4, SetName::Services), Op::AddElement(id, Value::None)];
+        let tables = [Op::AddTable(v4), Op::AddCounters(v4), Op::AddAffinity(v4, affinity())];
+        for op in sets.iter().chain(&tables) {
+            assert!(change(op).iter().all(|line| line.starts_with("+ add ")), "{:?}", change(op));
+        }
+        let emptied = [Op::FlushChain(v4, "lb-2".into()), Op::Forget(v4, affinity(), [].into())];
+        let gone = [
+            Op::DeleteTable(v4),
+            Op::DeleteCounters(v4),
+            Op::DeleteAffinity(v4, affinity()),
+            Op::DeleteChain(v4, "lb-2".into()),
+            Op::DeleteElement(id, Value::None),
+        ];
+        for op in emptied.iter().chain(&gone) {
+            assert!(change(op).iter().all(|line| line.starts_with("- ")), "{:?}", change(op));
+        }
+    }
+}

@@ -49,13 +49,22 @@ impl Op {
     /// Whether something goes by it, rather than comes.
     #[must_use]
     pub fn removes(&self) -> bool {
-        matches!(
-            self,
+        match self {
+            Self::AddTable(_)
+            | Self::AddSet(..)
+            | Self::AddAffinity(..)
+            | Self::AddCounters(_)
+            | Self::AddChain(..)
+            | Self::AddRules(..)
+            | Self::AddElement(..) => false,
             Self::DeleteTable(_)
-                | Self::FlushChain(..)
-                | Self::DeleteChain(..)
-                | Self::DeleteElement(..)
-        )
+            | Self::DeleteAffinity(..)
+            | Self::Forget(..)
+            | Self::DeleteCounters(_)
+            | Self::FlushChain(..)
+            | Self::DeleteChain(..)
+            | Self::DeleteElement(..) => true,
+        }
     }
 }
 
