@@ -6,12 +6,13 @@ use std::fmt::Write as _;
 pub(super) const WIDTH: usize = 80;
 
 /// Breaks text at blanks into lines, each behind `indent` blanks and further ones behind two more. A
-/// word that is longer than a line stays whole.
+/// word that is longer than a line stays whole, and so does a command between backticks, which is to be
+/// copied.
 pub(super) fn wrap(text: &str, indent: usize) -> String {
     let mut out = String::new();
     let mut line = " ".repeat(indent);
     let mut empty = true;
-    for word in text.split(' ') {
+    for word in words(text) {
         if !empty && width(&line) + 1 + width(word) > WIDTH {
             out.push_str(&line);
             out.push('\n');
@@ -27,6 +28,15 @@ pub(super) fn wrap(text: &str, indent: usize) -> String {
     out.push_str(&line);
     out.push('\n');
     out
+}
+
+/// What text may be broken between: words, of which a command between backticks is one.
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    let mut quoted = false;
+    text.split(move |c| {
+        quoted ^= c == '`';
+        c == ' ' && !quoted
+    })
 }
 
 /// Text without what goes beyond a width, which a sign at its end tells.
@@ -154,6 +164,9 @@ mod tests {
         assert!(text.lines().nth(1).unwrap().starts_with("      word"));
         let long = "x".repeat(100);
         assert_eq!(wrap(&long, 2), format!("  {long}\n"));
+        let command = format!("`nft {}`", "x ".repeat(40));
+        let text = wrap(&format!("look with {command}, or not"), 2);
+        assert!(text.lines().any(|line| line.trim() == format!("{command},")), "{text}");
         let beside = labelled("Label", &"word ".repeat(30), 10);
         let lines: Vec<_> = beside.lines().collect();
         assert!(lines[0].starts_with("Label     word") && lines[1].starts_with("          word"));

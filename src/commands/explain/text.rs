@@ -90,10 +90,11 @@ fn steps<'a>(path: &'a [StepRow], mut before: Option<&'a StepRow>) -> String {
             let depth = if step.chain == step.base { "" } else { "  " };
             let _ = writeln!(out, "{depth}chain {}", step.chain);
         }
-        let indent = if step.chain == step.base { 2 } else { 4 };
-        out += &wrap(&step.rule, indent);
+        // Whole lines, however long: nft shows them so, and who looks for one pastes it.
+        let indent = if step.chain == step.base { "  " } else { "    " };
+        let _ = writeln!(out, "{indent}{}", step.rule);
         for element in &step.elements {
-            out += &wrap(&format!("@ {element}"), indent + 2);
+            let _ = writeln!(out, "{indent}  @ {element}");
         }
         before = Some(step);
     }
