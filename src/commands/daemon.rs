@@ -3,7 +3,7 @@
 //! Whoever listens on that port is believed as far as names go: what is in force, commands ask the
 //! kernel itself.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use http_body_util::{BodyExt as _, Empty, Limited};
@@ -53,12 +53,10 @@ impl Daemon {
         let Some(at) = config.metrics_bind_address else {
             return Err(DaemonError::Elsewhere("not set".into()));
         };
-        let ip = match at.ip() {
-            IpAddr::V4(Ipv4Addr::LOCALHOST) | IpAddr::V6(Ipv6Addr::LOCALHOST) => at.ip(),
-            ip if ip.is_loopback() => ip,
-            _ => return Err(DaemonError::Elsewhere(at.to_string())),
-        };
-        Ok(Self { at: SocketAddr::new(ip, at.port()) })
+        if !at.ip().is_loopback() {
+            return Err(DaemonError::Elsewhere(at.to_string()));
+        }
+        Ok(Self { at })
     }
 
     /// Where it is.
