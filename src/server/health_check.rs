@@ -74,7 +74,12 @@ pub async fn serve(
                     return std::future::pending().await;
                 }
                 let touched = batch.drain(..).flat_map(|change| ports.take_in(change)).collect();
+                let nothing_failed = ports.failed.is_empty();
                 ports.follow(&touched).await;
+                if nothing_failed {
+                    // Ticks that nobody waited for would all come at once.
+                    retry.reset();
+                }
             }
             _ = retry.tick(), if !ports.failed.is_empty() => {
                 let again: BTreeSet<_> = ports.failed.keys().map(|(name, _)| name.clone()).collect();
@@ -218,5 +223,35 @@ impl Answers for Pages {
         let mut reply = Reply::answer(self.status.service(&self.service, endpoints));
         reply.headers.push(("x-load-balancing-endpoint-weight", endpoints.to_string()));
         reply
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_port_that_is_taken_is_tried_again_no_sooner_for_a_long_time_without_a_failure() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = taken.local_addr().unwrap();
+        let status = Arc::new(Status::new(vec![Family::V4], Duration::from_secs(30)));
+        let (sender, changes) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(serve(status.clone(), changes, |_| {}));
+        sender.send(HealthCheckChange::Addresses([Some(vec![address.ip()]), None])).unwrap();
+        tokio::time::sleep(RETRY * 1000).await;
+        let check =
+            HealthCheck { port: address.port().try_into().unwrap(), endpoints: [Some(1), None] };
+        let name = NamespacedName::new("default", "web");
+        sender.send(HealthCheckChange::Service(name, Some(check))).unwrap();
+        tokio::time::sleep(RETRY / 2).await;
+        for tries in 1..4 {
+            assert_eq!(status.metrics.own.health_check_failures.get(), tries);
+            tokio::time::sleep(RETRY).await;
+        }
+        drop(taken);
+        tokio::time::sleep(RETRY).await;
+        assert_eq!(status.metrics.own.health_check_listeners.get(), 1);
     }
 }
