@@ -8,7 +8,7 @@ use nftnl::{ChainType, Hook, MsgType, Policy, ProtoFamily};
 use super::affinity;
 use super::batch::{Batch, Message};
 use super::ffi::{self, Set, Table, c_string};
-use super::instruction::lower;
+use super::lower::lower;
 use super::{connections, userdata};
 use crate::model::Family;
 use crate::nft::element::{Bytes, ElementId, Key, Value, data_len, key_len};

@@ -14,6 +14,7 @@ mod ffi;
 mod fill;
 mod foreign;
 mod instruction;
+mod lower;
 mod monitor;
 mod probe;
 mod socket;
