@@ -203,17 +203,21 @@ fn kubernetes_types_stay_in_watch_and_libnftnl_in_netlink() {
 }
 
 #[test]
-fn unsafe_code_stays_in_netlink_and_says_why_it_is_sound() {
+fn unsafe_code_stays_in_netlink_and_one_call_to_the_allocator_and_says_why_it_is_sound() {
     for (path, text) in rust_files("src") {
-        let has_unsafe = text.lines().any(|line| {
+        let is_unsafe = |line: &&str| {
             let line = line.split("//").next().unwrap();
-            line.contains("unsafe {") || line.contains("unsafe fn") || line.contains("unsafe impl")
-        });
-        if has_unsafe {
-            let allowed = path.starts_with("src/nft/netlink") || path.ends_with("host/memory.rs");
-            assert!(allowed, "{}: unsafe code", path.display());
-            assert!(text.contains("SAFETY:"), "{}: unsafe code without reason", path.display());
-        }
+            ["unsafe {", "unsafe fn", "unsafe impl"].iter().any(|word| line.contains(word))
+        };
+        let found = text.lines().filter(is_unsafe).count();
+        let allowed = match path.to_str().unwrap() {
+            "src/host/memory.rs" => 1,
+            path if path.starts_with("src/nft/netlink/") => usize::MAX,
+            _ => 0,
+        };
+        assert!(found <= allowed, "{}: unsafe code", path.display());
+        let says_why = found == 0 || text.contains("SAFETY:");
+        assert!(says_why, "{}: unsafe code without reason", path.display());
     }
 }
 

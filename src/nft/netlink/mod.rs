@@ -2,8 +2,8 @@
 //!
 //! A transaction becomes one buffer, sent with one call, answered before that call returns; what the
 //! kernel refuses is mapped back to the operation by the message's sequence number and the offset in
-//! it. Everything `unsafe` of the crate is in this folder: `ffi` wraps libnftnl's objects,
-//! `batch` writes messages, `socket` sends them.
+//! it. Everything `unsafe` of the crate is in this folder, but for a call that sets the allocator
+//! (`host::memory`): `ffi` wraps libnftnl's objects, `batch` writes messages, `socket` sends them.
 
 mod affinity;
 mod batch;
