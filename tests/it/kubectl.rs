@@ -1,6 +1,6 @@
-//! What the pages tell operators to do to a cluster, done as it stands there: by the real kubectl,
-//! kustomize and Helm, against a real API server, on what the real kubeadm has made, with Kubernetes' own
-//! controllers.
+//! What the pages tell operators to do to a cluster, done as it stands there, in blocks and within
+//! sentences: by the real kubectl, kustomize and Helm, against a real API server, on what the real kubeadm
+//! has made, with Kubernetes' own controllers.
 //!
 //! Only the scheduler and the kubelets of two nodes are played: they bind pods, say that they are ready,
 //! and let them go. So what has to be in a pod is left out, and named ([`NEEDS_A_KUBELET`]).
@@ -28,47 +28,60 @@ const NODES: [&str; 2] = ["worker-1", "worker-2"];
 /// What the pages leave to who reads them, and what it is here.
 const CHOICES: [(&str, &str); 2] = [("REPOSITORY", "example/nftproxy"), ("TAG", "v9")];
 /// Lines with these words ask something of a pod, or of a node.
-const NEEDS_A_KUBELET: [&str; 4] = [" exec $POD ", " logs $POD", "/proxy/healthz", "curl http://"];
-/// Blocks for a cluster that are not run, by what they begin with, and why.
-const NOT_RUN: [(&str, &str); 1] =
-    [("{ printf 'apiVersion: monitoring.coreos.com", "its kind is made by the operator")];
+const NEEDS_A_KUBELET: [&str; 5] =
+    [" exec ", " logs $POD", " logs POD", "/proxy/healthz", "curl http://"];
+/// Blocks and commands for a cluster that are not run, by what they begin with, and why.
+const NOT_RUN: [(&str, &str); 2] = [
+    ("{ printf 'apiVersion: monitoring.coreos.com", "its kind is made by the operator"),
+    ("kubectl -n kube-system edit clusterconfig k0s", "its kind is made by k0s"),
+];
+/// What the API server says that has found the pod, and has no kubelet to ask for its log.
+const NO_KUBELET: &str = "no preferred addresses found";
 /// The configuration of a new cluster, as kubeadm takes it.
 const KUBEADM: &str = "apiVersion: kubeadm.k8s.io/v1beta4\nkind: InitConfiguration\n\
     localAPIEndpoint: { advertiseAddress: ADDRESS, bindPort: PORT }\n---\n\
     apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\nkubernetesVersion: VERSION\n\
     controlPlaneEndpoint: ADDRESS:PORT\nnetworking: { podSubnet: 10.244.0.0/16 }\n";
 
-/// The blocks of the pages that are for a cluster, and which of them were run.
+/// What in the pages is for a cluster, and which of it was run.
 struct Pages {
     blocks: Vec<String>,
-    run: Mutex<BTreeSet<usize>>,
+    /// Commands within sentences.
+    commands: BTreeSet<String>,
+    run: Mutex<BTreeSet<String>>,
 }
 
 impl Pages {
     fn read() -> Self {
-        let mut blocks = Vec::new();
-        for page in ["install", "migrate", "roll-back", "observe"] {
-            let text = fs::read_to_string(root().join(format!("deploy/docs/{page}.md"))).unwrap();
-            let mut block = String::new();
+        let (mut blocks, mut commands) = (Vec::new(), BTreeSet::new());
+        for page in crate::docs::pages() {
+            let text = fs::read_to_string(page).unwrap();
+            let (mut block, mut sentences, mut is_session) = (String::new(), String::new(), false);
             for line in text.lines().chain([""]) {
+                is_session ^= line.starts_with("```");
                 match line.strip_prefix("    ") {
                     Some(line) => block += &format!("{line}\n"),
                     None => blocks.push(std::mem::take(&mut block)),
                 }
+                if !is_session && !line.starts_with("    ") {
+                    sentences += &format!("{} ", line.trim_start_matches("```").trim());
+                }
             }
+            let quoted = sentences.split('`').skip(1).step_by(2);
+            commands.extend(quoted.filter(|s| s.starts_with("kubectl ")).map(str::to_owned));
         }
         let is_run = ["kubectl ", "helm ", "kubeadm.k8s.io"];
         blocks.retain(|block| is_run.iter().any(|words| block.contains(words)));
-        Self { blocks, run: Mutex::default() }
+        assert!(blocks.len() > 10 && commands.len() > 20, "{blocks:#?} {commands:#?}");
+        Self { blocks, commands, run: Mutex::default() }
     }
 
     /// The block that begins so, but for what needs a kubelet.
     fn block(&self, beginning: &str) -> String {
-        let mut found =
-            self.blocks.iter().enumerate().filter(|(_, block)| block.starts_with(beginning));
-        let (number, block) = found.next().unwrap_or_else(|| panic!("no block {beginning:?}"));
+        let mut found = self.blocks.iter().filter(|block| block.starts_with(beginning));
+        let block = found.next().unwrap_or_else(|| panic!("no block {beginning:?}"));
         assert!(found.next().is_none(), "there are two of {beginning:?}");
-        self.run.lock().unwrap().insert(number);
+        self.run.lock().unwrap().insert(block.clone());
         let mut block: String = block
             .split_inclusive('\n')
             .filter(|line| !NEEDS_A_KUBELET.iter().any(|words| line.contains(words)))
@@ -79,13 +92,28 @@ impl Pages {
         block
     }
 
+    /// A command within a sentence.
+    fn command<'a>(&self, command: &'a str) -> &'a str {
+        assert!(self.commands.contains(command), "no {command:?}");
+        self.run.lock().unwrap().insert(command.to_owned());
+        command
+    }
+
+    /// Whether a block or command is to be run, and was not yet.
+    fn is_open(&self, text: &str) -> bool {
+        let left_out = NOT_RUN.iter().any(|(beginning, _)| text.starts_with(beginning));
+        !left_out && !self.run.lock().unwrap().contains(text)
+    }
+
     /// Nothing was forgotten.
     fn all_were_run(&self) {
-        let run = self.run.lock().unwrap();
-        for (number, block) in self.blocks.iter().enumerate() {
-            let left_out = NOT_RUN.iter().any(|(beginning, _)| block.starts_with(beginning));
-            assert_ne!(run.contains(&number), left_out, "run, or named in NOT_RUN: {block}");
+        for (beginning, _) in NOT_RUN {
+            let mut all = self.blocks.iter().chain(&self.commands);
+            assert!(all.any(|text| text.starts_with(beginning)), "it is gone: {beginning}");
         }
+        let mut all = self.blocks.iter().chain(&self.commands);
+        let open = all.find(|text| self.is_open(text));
+        assert_eq!(open, None, "run, or named in NOT_RUN");
     }
 }
 
@@ -144,6 +172,15 @@ impl Desk {
             pods.filter(|pod| pod["status"]["phase"] == "Running").filter_map(label).collect();
         names.sort();
         names
+    }
+
+    /// The pod of nftproxy that runs on the first node.
+    fn pod(&self) -> String {
+        let listed = self.does(
+            "kubectl -n kube-system get pod -o name -l app.kubernetes.io/name=nftproxy \
+             --field-selector spec.nodeName=$NODE",
+        );
+        listed.trim().strip_prefix("pod/").expect("there is one").to_owned()
     }
 
     fn has(&self, proxies: [&str; 2]) {
@@ -290,6 +327,7 @@ fn a_cluster_is_migrated_rolled_back_and_installed_as_the_pages_say() {
                 takes_the_configuration(&pages, &desk);
                 made_by_kubeadm(cluster, &desk);
                 migrate(&pages, &desk);
+                look_after(&pages, &desk);
                 roll_back(&pages, &desk);
                 install(&pages, &desk);
             }));
@@ -315,7 +353,7 @@ fn migrate(pages: &Pages, desk: &Desk) {
     assert_eq!(desk.does(image), "example/nftproxy:v9");
     // The pod is found.
     desk.does(&(pages.block("POD=$(kubectl -n kube-system get pod -o name -l app.kubernetes.io/name=nftproxy --field") + "test -n \"$POD\"\n"));
-    the_plugin_finds_the_pod(desk);
+    the_plugin_finds_the_pod(pages, desk);
 
     desk.does(&pages.block("kubectl label node $NODE nftproxy.dev/node=prepare --overwrite"));
     desk.has(["kube-proxy", "kube-proxy"]);
@@ -349,7 +387,7 @@ fn kubeadm_keeps_kube_proxy_away(pages: &Pages, desk: &Desk) {
     let made = "kubectl -n kube-system get daemonset kube-proxy --ignore-not-found -o name";
     desk.does(upgrade);
     assert_eq!(desk.does(made).trim(), "daemonset.apps/kube-proxy");
-    desk.does("kubectl -n kube-system delete daemonset kube-proxy");
+    desk.does(pages.command("kubectl -n kube-system delete daemonset kube-proxy"));
     desk.does(&pages.block("kubectl -n kube-system get configmap kubeadm-config -o yaml"));
     desk.does(upgrade);
     assert_eq!(desk.does(made), "");
@@ -357,7 +395,7 @@ fn kubeadm_keeps_kube_proxy_away(pages: &Pages, desk: &Desk) {
 
 /// kubectl runs the plugin, which runs the command in the pod of the node. Only `exec` is an answer that is
 /// made up: it says what it was asked.
-fn the_plugin_finds_the_pod(desk: &Desk) {
+fn the_plugin_finds_the_pod(pages: &Pages, desk: &Desk) {
     let kubectl = control_plane::find("kubectl").unwrap();
     let fake = desk.folder.path().join("fake");
     fs::create_dir(&fake).unwrap();
@@ -368,20 +406,52 @@ fn the_plugin_finds_the_pod(desk: &Desk) {
     fs::write(fake.join("kubectl"), script).unwrap();
     let with_fake =
         |command: &str| format!("chmod +x fake/kubectl\nexport PATH=$PWD/fake:$PATH\n{command}\n");
-    let pod = desk.does(
-        "kubectl -n kube-system get pod -o name -l app.kubernetes.io/name=nftproxy \
-         --field-selector spec.nodeName=$NODE",
-    );
-    let pod = pod.trim().strip_prefix("pod/").unwrap();
-    let asked = desk.does(&with_fake("kubectl nftproxy --node $NODE explain 10.96.0.10:80"));
-    let expected = format!(
-        "--namespace=kube-system exec {pod} --container=nftproxy -- /nftproxy explain 10.96.0.10:80\n"
-    );
-    assert_eq!(asked, expected);
+    let pod = desk.pod();
+    for (command, arguments) in [
+        ("kubectl nftproxy --node NODE explain …", "explain 10.96.0.10:80"),
+        ("kubectl nftproxy --node NODE diff", "diff"),
+        ("kubectl nftproxy --node NODE list", "list"),
+    ] {
+        let command = pages.command(command).replace("explain …", arguments);
+        let asked = desk.does(&with_fake(&command.replace("NODE", NODES[0])));
+        let expected = format!(
+            "--namespace=kube-system exec {pod} --container=nftproxy -- /nftproxy {arguments}\n"
+        );
+        assert_eq!(asked, expected);
+    }
+    pages.command("kubectl nftproxy --node NODE …");
     let nowhere = desk.output(&with_fake("kubectl nftproxy --node worker-2 list"));
     let said = String::from_utf8_lossy(&nowhere.stderr);
     assert_eq!(nowhere.status.code(), Some(2), "{said}");
     assert!(said.contains("no pod of nftproxy runs on node worker-2"), "{said}");
+}
+
+/// What the pages say within sentences, most of it to look at what is wrong, while nftproxy runs on every node.
+fn look_after(pages: &Pages, desk: &Desk) {
+    desk.does(&pages.block("kubectl -n kube-system get pods -l").replace("NODE", NODES[0]));
+    let open: Vec<_> = pages.commands.iter().filter(|command| pages.is_open(command)).collect();
+    for command in open {
+        if command.contains("kube-proxy") {
+            // It is there again in what follows.
+            continue;
+        }
+        desk.does("kubectl -n kube-system rollout status daemonset/nftproxy");
+        desk.has(["nftproxy", "nftproxy"]);
+        let mut filled = pages.command(command).to_owned();
+        let pod = desk.pod();
+        let names = [("NODE", NODES[0]), ("POD", &pod), ("NAMESPACE", "default"), ("NAME", "web")];
+        for (name, is) in names {
+            filled = filled.replace(name, is);
+        }
+        if !command.contains(" logs ") {
+            desk.does(&filled);
+            continue;
+        }
+        let output = desk.output(&filled);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains(NO_KUBELET), "{filled}: {}: {said}", output.status);
+    }
+    desk.has(["nftproxy", "nftproxy"]);
 }
 
 fn roll_back(pages: &Pages, desk: &Desk) {
@@ -413,13 +483,12 @@ fn install(pages: &Pages, desk: &Desk) {
     desk.does("helm uninstall nftproxy --namespace kube-system --wait");
     // A cluster without kube-proxy.
     desk.does("kubectl label nodes --all nftproxy.dev/node-");
-    desk.does("kubectl -n kube-system delete daemonset/kube-proxy");
+    desk.does(pages.command("kubectl -n kube-system get pods -l component=kube-proxy"));
+    let both = "kubectl -n kube-system delete daemonset/kube-proxy configmap/kube-proxy";
+    desk.does(pages.command(both));
     desk.has(["", ""]);
     desk.does(&pages.block("kubectl apply -k deploy/kustomize/overlays/cluster"));
-    desk.does(
-        &(pages.block("kubectl -n kube-system rollout status daemonset/nftproxy\nPOD")
-            + "test -n \"$POD\"\n"),
-    );
+    desk.does(&pages.block("kubectl -n kube-system rollout status daemonset/nftproxy\nkubectl"));
     desk.has(["nftproxy", "nftproxy"]);
     desk.does("kubectl delete -k deploy/kustomize/overlays/cluster");
     desk.has(["", ""]);
