@@ -4,7 +4,7 @@
 //! endpoints matter to it only where several Services name one frontend (an external IP, say). The
 //! older one keeps it, whatever order they were seen in, and the next takes over when it goes. One that
 //! has nobody to answer steps back for one that has: a Service that could be reached is never shadowed
-//! by one that could not (`SEMANTICS.md` row 102).
+//! by one that could not.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;

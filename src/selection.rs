@@ -2,7 +2,7 @@
 //!
 //! Pure: the Service port, its policies, the slices of its Service and the node in, two sorted lists
 //! out. The result does not depend on the order slices arrived in, so that every node and every
-//! restart sees the same lists. The rules are those of kube-proxy (`SEMANTICS.md` section 2): the
+//! restart sees the same lists. The rules are those of kube-proxy: the
 //! *cluster* list serves whoever may reach any endpoint, and topology hints narrow it; the *local* list
 //! serves traffic under a Local policy, which hints never touch. In either, endpoints that are
 //! terminating but still serving stand in when none is ready.
@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn the_lists_are_those_of_the_compatibility_reference() {
-        // (endpoints, cluster, local, any); the numbers are rows of SEMANTICS.md section 11.
+        // (endpoints, cluster, local, any); the numbers are rows of `tests/scenario-comparison.md`.
         type Case<'a> = (&'a [&'a str], &'a [u8], &'a [u8], bool);
         let cases: &[Case<'_>] = &[
             (&["L r s", "r s"], &[1, 2], &[1], true),    // 1, 26, 57

@@ -1,6 +1,6 @@
 //! What to look for among the flows, and the judgement on one of them.
 //!
-//! The rule is that of kube-proxy (`SEMANTICS.md` section 6.1): a flow to a frontend stays while the
+//! The rule is that of kube-proxy: a flow to a frontend stays while the
 //! endpoint that answers it is serving, whatever policies would choose for a new flow now. Beyond it,
 //! flows of a frontend that lost all its endpoints are stale as well, those of node ports included;
 //! and a node port is one on an address it is served on, so that a pod's flow to the same port

@@ -330,7 +330,7 @@ impl<'a, 'b> Objects<'a, 'b> {
         u16::try_from(backends.len()).expect("bounded by MAX_BACKENDS")
     }
 
-    /// Everything a frontend needs, as the table in `SEMANTICS.md` section 2 says.
+    /// Everything a frontend needs.
     fn frontend(&mut self, kind: FrontendKind, policy: TrafficPolicy) {
         let [mut dispatch, for_cluster, for_local] = self.verdicts;
         let serving = self.serving;

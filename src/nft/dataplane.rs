@@ -5,7 +5,7 @@
 //!   number of backends that the new one no longer has, or (kernels before 6.12.48, 6.16.8, 6.17) met
 //!   an element between its removal and its replacement. So the dispatch looks up twice, and every
 //!   selection ends with a second draw that is slot 0, which a frontend with backends always has.
-//!   (Measured: `DESIGN.md` section 2.)
+//!   (`tests/it/flips.rs` would see it.)
 //! - *Checks after translation.* No-endpoint and ClusterIP checks run in the filter hooks at priority
 //!   0, behind nat: they only see packets that were not translated.
 //! - *Nothing for what is not asked for.* Source ranges are a second step of the dispatch, not a hook

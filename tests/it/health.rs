@@ -1,5 +1,5 @@
 //! Health of the proxy, the node and single Services, as probes and load balancers see it. Numbers
-//! are rows of SEMANTICS.md section 11.
+//! are rows of `tests/scenario-comparison.md`.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener};

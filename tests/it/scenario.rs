@@ -1,4 +1,4 @@
-//! The scenario table of the compatibility reference (`SEMANTICS.md`, section 11), at the packet.
+//! Who reaches whom, row by row of a table of scenarios (`tests/scenario-comparison.md`), at the packet.
 //!
 //! One runner asks every row of any proxy: of nftproxy always, and on demand of the real kube-proxy
 //! too, which shows what was only read about it. A proxy is started once for each configuration, with

@@ -271,3 +271,28 @@ fn the_top_level_is_fixed() {
         assert!(known, "{name} does not belong at the top level");
     }
 }
+
+#[test]
+fn files_that_comments_and_pages_name_are_there() {
+    let code = ["src", "tests"].into_iter().flat_map(rust_files);
+    let pages = crate::docs::pages().into_iter();
+    let pages = pages.map(|page| (page.clone(), fs::read_to_string(page).unwrap()));
+    let tops = ["src/", "tests/", "deploy/", "templates/", "snapshots/"];
+    let mut named = 0;
+    for (path, text) in code.chain(pages) {
+        let is_code = path.extension().is_some_and(|extension| extension == "rs");
+        let lines = text.lines().filter(|line| !is_code || line.trim_start().starts_with("//"));
+        for quoted in lines.flat_map(|line| line.split('`').skip(1).step_by(2)) {
+            let file = quoted.split(' ').next().unwrap();
+            let is_page = quoted.rsplit_once('.').is_some_and(|(_, ending)| ending == "md");
+            if !is_page && !tops.iter().any(|top| file.starts_with(top)) {
+                continue;
+            }
+            let places = [root().to_owned(), path.parent().unwrap().to_owned()];
+            let there = places.iter().any(|place| place.join(file).exists());
+            assert!(there, "{}: there is no {file}", path.display());
+            named += 1;
+        }
+    }
+    assert!(named > 50, "{named}");
+}

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use super::{Entry, UnknownName};
 use crate::model::Protocol;
 
-/// A named set or map. What each is for: `DESIGN.md` section 2.
+/// A named set or map. The rules that ask them, line by line: `deploy/docs/ruleset.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum SetName {
