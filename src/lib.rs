@@ -15,16 +15,21 @@
 //!   → nft::text (templates/, snapshots)  |  nft::netlink (one batch) → kernel
 //! ```
 //!
+//! One thread goes that way, `program`: it says when, and `reconcile` what is committed. What the kernel
+//! refuses of an object is set aside by `quarantine`; what others change in the tables is put right by
+//! `drift`.
+//!
 //! Beside that way, `conntrack` removes UDP flows that a commit left without their endpoint, and
 //! `takeover` what kube-proxy left on the node. `account` keeps what health checks and metrics tell of
-//! the last commit: `status` hands it on to `server`, which answers by the rules of `health`. What an
-//! operator asks of the running program goes by `recent` (the last batches), `journal` (the last lines of
-//! the log) and `inspect` (a copy of the state), and is put into words by `commands`.
+//! the last commit, and `connections` what the kernel counted: `status` hands it on to `server`, which
+//! answers by the rules of `health`. What an operator asks of the running program goes by `recent` (the
+//! last batches), `journal` (the last lines of the log) and `inspect` (a copy of the state), and is put
+//! into words by `commands`.
 //!
 //! Read the modules in that order. Rings, checked by `tests/it/tidy.rs`: `model` knows nothing but
 //! plain values; everything from `state` to `nft::transaction` is pure (no I/O, clock, randomness or
 //! Kubernetes type); `watch`, `nft::netlink`, `conntrack`, `host` and `server` each touch one outside
-//! thing; `reconcile`, `status`, `app`, `config` and `cli` wire them up.
+//! thing; `reconcile`, `program`, `status`, `app`, `config` and `cli` wire them up.
 
 pub mod model;
 

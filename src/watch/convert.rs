@@ -1,4 +1,4 @@
-//! Kubernetes objects to the model: the only file that knows what a Kubernetes object looks like.
+//! Kubernetes objects to the model: the only place where it is known what their fields mean.
 //!
 //! Every function is total. An object that is not for a proxy becomes `None`, silently; a part that
 //! makes no sense is left out and named in a [`Problem`], and the rest of the object counts. The API

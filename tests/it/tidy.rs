@@ -139,9 +139,12 @@ const RINGS: [Ring; 4] = [
     // Adapters: one foreign vocabulary each, no sockets, files or clocks.
     Ring {
         files: &[
-            "src/watch/convert.rs",
+            "src/watch/convert",
+            "src/nft/json.rs",
             "src/nft/text.rs",
             "src/nft/netlink/encode.rs",
+            "src/nft/netlink/lower.rs",
+            "src/nft/netlink/userdata.rs",
             "src/conntrack/message.rs",
         ],
         banned: &[
