@@ -9,6 +9,7 @@ mod service;
 mod slice;
 mod text;
 
+use std::collections::HashSet;
 use std::fmt::Display;
 use std::num::NonZeroU16;
 
@@ -152,6 +153,41 @@ fn port_name_fault(name: &str) -> Option<&'static str> {
         1..=63 => name_fault(name),
         _ => Some("is longer than 63 characters"),
     }
+}
+
+/// What a port of a Service and one of a slice have in common: number and protocol, if they are some and no
+/// earlier port has the same name and protocol.
+fn port<'a>(
+    name: &'a str,
+    number: i32,
+    protocol: Option<&str>,
+    field: impl Fn(&str) -> String,
+    names: &mut HashSet<(&'a str, Protocol)>,
+    problems: &mut Findings,
+) -> Option<(u16, Protocol)> {
+    if let Some(fault) = port_name_fault(name) {
+        problems.add(field("name"), format_args!("{} {fault}; the port is skipped", shown(name)));
+        return None;
+    }
+    let Some(valid) = port_number(number) else {
+        problems.add(field("port"), NotAPort(number, "the port is skipped"));
+        return None;
+    };
+    let Some(known) = self::protocol(protocol) else {
+        problems.add(field("protocol"), NotAProtocol(protocol));
+        return None;
+    };
+    if !names.insert((name, known)) {
+        problems.add(
+            field("name"),
+            format_args!(
+                "an earlier port has the name {} and protocol {known}, too; this one is skipped",
+                shown(name)
+            ),
+        );
+        return None;
+    }
+    Some((valid.get(), known))
 }
 
 fn networks(

@@ -8,8 +8,8 @@ use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 
 use super::text::{address, address_fault};
 use super::{
-    Findings, NotAPort, NotAProtocol, PROXY_NAME_LABEL, SCHEDULER_ANNOTATION, annotation,
-    has_label, name_of, networks, port_name_fault, port_number, protocol, shown,
+    Findings, NotAPort, PROXY_NAME_LABEL, SCHEDULER_ANNOTATION, annotation, has_label, name_of,
+    networks, port_number, shown,
 };
 use crate::model::{
     self, Family, Kind, Problem, Scheduler, ServicePort, SessionAffinity, TrafficPolicy,
@@ -215,30 +215,9 @@ fn service_ports(spec: &ServiceSpec, problems: &mut Findings) -> Vec<ServicePort
     for (i, port) in listed.iter().enumerate() {
         let field = |of: &str| format!("spec.ports[{i}].{of}");
         let name = port.name.as_deref().unwrap_or_default();
-        if let Some(fault) = port_name_fault(name) {
-            problems
-                .add(field("name"), format_args!("{} {fault}; the port is skipped", shown(name)));
-            continue;
-        }
-        let Some(number) = port_number(port.port).map(NonZeroU16::get) else {
-            problems.add(field("port"), NotAPort(port.port, "the port is skipped"));
-            continue;
-        };
-        let Some(protocol) = protocol(port.protocol.as_deref()) else {
-            problems.add(field("protocol"), NotAProtocol(port.protocol.as_deref()));
-            continue;
-        };
-        if !names.insert((name, protocol)) {
-            problems.add(
-                field("name"),
-                format_args!(
-                    "an earlier port has the name {} and protocol {protocol}, too; this one is \
-                     skipped",
-                    shown(name)
-                ),
-            );
-            continue;
-        }
+        let protocol = port.protocol.as_deref();
+        let known = super::port(name, port.port, protocol, field, &mut names, problems);
+        let Some((number, protocol)) = known else { continue };
         if !numbers.insert((number, protocol)) {
             problems.add(
                 field("port"),

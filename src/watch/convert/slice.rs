@@ -2,15 +2,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
-use std::num::NonZeroU16;
 
 use k8s_openapi::api::discovery::v1::{self as discovery, EndpointSlice};
 
 use super::text::{address, address_fault, name_fault};
-use super::{
-    Findings, HEADLESS_LABEL, NotAPort, NotAProtocol, WEIGHTS_ANNOTATION, annotation, has_label,
-    name_of, port_name_fault, port_number, protocol, shown,
-};
+use super::{Findings, HEADLESS_LABEL, WEIGHTS_ANNOTATION, annotation, has_label, name_of, shown};
 use crate::model::{self, Endpoint, Family, Hints, Kind, NamespacedName, Problem, SlicePort};
 
 /// Largest weight of an endpoint: each is an element in the kernel.
@@ -121,30 +117,9 @@ fn slice_ports(object: &EndpointSlice, problems: &mut Findings) -> Vec<SlicePort
         let (Some(name), Some(number @ (..=-1 | 1..))) = (port.name.as_deref(), port.port) else {
             continue;
         };
-        if let Some(fault) = port_name_fault(name) {
-            problems
-                .add(field("name"), format_args!("{} {fault}; the port is skipped", shown(name)));
-            continue;
-        }
-        let Some(number) = port_number(number).map(NonZeroU16::get) else {
-            problems.add(field("port"), NotAPort(number, "the port is skipped"));
-            continue;
-        };
-        let Some(protocol) = protocol(port.protocol.as_deref()) else {
-            problems.add(field("protocol"), NotAProtocol(port.protocol.as_deref()));
-            continue;
-        };
-        if !names.insert((name, protocol)) {
-            problems.add(
-                field("name"),
-                format_args!(
-                    "an earlier port has the name {} and protocol {protocol}, too; this one is \
-                     skipped",
-                    shown(name)
-                ),
-            );
-            continue;
-        }
+        let protocol = port.protocol.as_deref();
+        let known = super::port(name, number, protocol, field, &mut names, problems);
+        let Some((number, protocol)) = known else { continue };
         ports.push(SlicePort { name: name.into(), protocol, port: number });
     }
     ports
