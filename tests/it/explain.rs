@@ -11,7 +11,7 @@ use crate::net::{
     CLIENT, Daemon, GATEWAY, NODE, NODE_SECOND, Net, POD_A, POD_B, REMOTE, REMOTE_GATEWAY,
     in_netns, ip,
 };
-use crate::objects::{CLUSTER, Svc, slice};
+use crate::objects::{CLUSTER, Svc, addresses, slice};
 use crate::packets::{CIDRS, to};
 use crate::serve::{Outcome, echo_here, tcp_here, udp};
 
@@ -32,22 +32,12 @@ const EXTERNAL_IP: [&str; 2] = ["198.51.100.7", "fd00:198::7"];
 
 /// The manifests of `web` with these lines of spec, and these endpoints.
 fn web(spec: &[&str], who: &[&str]) -> String {
-    let addresses = |family: usize| -> Vec<&str> {
-        let address = |who: &&str| match *who {
-            "a" => ["10.244.1.5!", "fd00:10:244:1::5!"][family],
-            "b" => ["10.244.1.6!", "fd00:10:244:1::6!"][family],
-            "remote" => ["10.244.2.9", "fd00:10:244:2::9"][family],
-            "host" => ["192.0.2.10!", "fd00:192::10!"][family],
-            other => panic!("{other}"),
-        };
-        who.iter().map(address).collect()
-    };
     let ports = [("http", "TCP", 8080), ("dns", "UDP", 53)];
     let spec: Vec<&str> = [EXTERNAL].iter().chain(spec).copied().collect();
     CLUSTER.to_owned()
         + &Svc { spec: &spec, ..WEB }.yaml()
-        + &slice("web", "4", &ports, &addresses(0))
-        + &slice("web", "6", &ports, &addresses(1))
+        + &slice("web", "4", &ports, &addresses(who, 0))
+        + &slice("web", "6", &ports, &addresses(who, 1))
 }
 
 /// Somebody who dials.

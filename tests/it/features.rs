@@ -12,7 +12,7 @@ use crate::namespace::nft;
 use crate::net::{
     CLIENT, Daemon, GATEWAY, NODE, NODE_SECOND, Net, POD_B, REMOTE_GATEWAY, in_netns, wait_until,
 };
-use crate::objects::{CLUSTER, Svc, slice};
+use crate::objects::{CLUSTER, Svc, addresses, slice};
 use crate::packets::{CIDRS, HTTP, answered, many, one, run, to};
 use crate::serve::{Outcome, udp};
 
@@ -28,17 +28,7 @@ const EXTERNAL: &str = "externalIPs: [198.51.100.7, \"fd00:198::7\"]";
 
 /// Every endpoint of a list in both families, each as `a`, `b` or `remote`.
 fn endpoints(who: &[&str]) -> String {
-    let addresses = |family: usize| {
-        let address = |who: &&str| match *who {
-            "a" => ["10.244.1.5!", "fd00:10:244:1::5!"][family],
-            "b" => ["10.244.1.6!", "fd00:10:244:1::6!"][family],
-            "remote" => ["10.244.2.9", "fd00:10:244:2::9"][family],
-            "host" => ["192.0.2.10!", "fd00:192::10!"][family],
-            other => panic!("{other}"),
-        };
-        who.iter().map(address).collect::<Vec<_>>()
-    };
-    slice("web", "4", &HTTP, &addresses(0)) + &slice("web", "6", &HTTP, &addresses(1))
+    slice("web", "4", &HTTP, &addresses(who, 0)) + &slice("web", "6", &HTTP, &addresses(who, 1))
 }
 
 fn frontends(family: usize) -> [SocketAddr; 4] {

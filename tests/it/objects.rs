@@ -56,6 +56,19 @@ impl Svc<'_> {
     }
 }
 
+/// Endpoints of the test network in a family, as [`slice`] takes them: two pods of the node, one of another
+/// node, and the node itself.
+pub(crate) fn addresses(who: &[&str], family: usize) -> Vec<&'static str> {
+    let address = |who: &&str| match *who {
+        "a" => ["10.244.1.5!", "fd00:10:244:1::5!"][family],
+        "b" => ["10.244.1.6!", "fd00:10:244:1::6!"][family],
+        "remote" => ["10.244.2.9", "fd00:10:244:2::9"][family],
+        "host" => ["192.0.2.10!", "fd00:192::10!"][family],
+        other => panic!("{other}"),
+    };
+    who.iter().map(address).collect()
+}
+
 /// An EndpointSlice in YAML. An endpoint is an address, with a `!` if it is on `node-1`, and after a
 /// blank the conditions that are true (`ready serving terminating`); without any they are unset.
 pub(crate) fn slice(

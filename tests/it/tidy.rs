@@ -35,33 +35,32 @@ fn code(text: &str) -> &str {
 /// Files of a ring, and what must not appear in their code.
 struct Ring {
     files: &'static [&'static str],
-    banned: &'static [&'static str],
+    banned: &'static [&'static [&'static str]],
 }
+
+/// What leads out of the program, and the libraries that do.
+const OUTSIDE: [&str; 15] = [
+    "kube::",
+    "k8s_openapi",
+    "tokio",
+    "nftnl",
+    "mnl::",
+    "askama",
+    "tracing",
+    "std::fs",
+    "std::time",
+    "std::process",
+    "std::env",
+    "UdpSocket",
+    "TcpStream",
+    "TcpListener",
+    "rand::",
+];
 
 const RINGS: [Ring; 4] = [
     Ring {
         files: &["src/model/"],
-        banned: &[
-            "kube::",
-            "k8s_openapi",
-            "tokio",
-            "nftnl",
-            "mnl::",
-            "askama",
-            "tracing",
-            "std::fs",
-            "std::time",
-            "std::process",
-            "std::env",
-            "UdpSocket",
-            "TcpStream",
-            "TcpListener",
-            "rand::",
-            "crate::nft",
-            "crate::state",
-            "crate::watch",
-            "crate::ledger",
-        ],
+        banned: &[&OUTSIDE, &["crate::nft", "crate::state", "crate::watch", "crate::ledger"]],
     },
     Ring {
         files: &[
@@ -91,34 +90,22 @@ const RINGS: [Ring; 4] = [
             "src/nft/jhash.rs",
         ],
         banned: &[
-            "kube::",
-            "k8s_openapi",
-            "tokio",
-            "nftnl",
-            "mnl::",
-            "askama",
-            "tracing",
-            "std::fs",
-            "std::time",
-            "std::process",
-            "std::env",
-            "UdpSocket",
-            "TcpStream",
-            "TcpListener",
-            "rand::",
-            "libc::",
-            "nix::",
-            "crate::watch",
-            "crate::reconcile",
-            "crate::app",
-            "crate::host",
-            "netlink::",
+            &OUTSIDE,
+            &[
+                "libc::",
+                "nix::",
+                "crate::watch",
+                "crate::reconcile",
+                "crate::app",
+                "crate::host",
+                "netlink::",
+            ],
         ],
     },
     // Knows times, and not what time it is.
     Ring {
         files: &["src/health.rs"],
-        banned: &[
+        banned: &[&[
             "kube::",
             "k8s_openapi",
             "tokio",
@@ -134,7 +121,7 @@ const RINGS: [Ring; 4] = [
             "crate::nft",
             "crate::status",
             "crate::server",
-        ],
+        ]],
     },
     // Adapters: one foreign vocabulary each, no sockets, files or clocks.
     Ring {
@@ -147,7 +134,7 @@ const RINGS: [Ring; 4] = [
             "src/nft/netlink/userdata.rs",
             "src/conntrack/message.rs",
         ],
-        banned: &[
+        banned: &[&[
             "kube::",
             "tokio",
             "std::fs",
@@ -159,7 +146,7 @@ const RINGS: [Ring; 4] = [
             "TcpListener",
             "crate::reconcile",
             "crate::app",
-        ],
+        ]],
     },
 ];
 
@@ -175,7 +162,8 @@ fn each_ring_knows_only_what_it_may() {
                 matched = true;
                 for (number, line) in code(text).lines().enumerate() {
                     let line = line.split("//").next().unwrap();
-                    let found = ring.banned.iter().find(|word| line.contains(**word));
+                    let mut banned = ring.banned.iter().copied().flatten();
+                    let found = banned.find(|word| line.contains(**word));
                     assert!(
                         found.is_none(),
                         "{}:{}: {found:?} has no place in this ring",
