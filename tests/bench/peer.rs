@@ -414,6 +414,10 @@ impl Bench<'_> {
         let lags = std::thread::scope(|scope| {
             let lags = scope.spawn(|| self.changes(which, 2048, 1024, &stop));
             let writes = u64::from(u32::try_from(self.extent.storm.as_secs()).expect("a minute"));
+            let all = usize::try_from(writes * RATE).expect("few");
+            // What the proxy before it left would be no change.
+            let versions = all.div_ceil(self.cluster.services);
+            let first = 1 + if which == Which::Nftproxy { 0 } else { versions };
             self.runtime.block_on(async {
                 let start = tokio::time::Instant::now();
                 let changes = (0..writes * RATE).map(|change| {
@@ -425,7 +429,7 @@ impl Bench<'_> {
                         .await;
                         let change = usize::try_from(change).expect("few");
                         let index = change * 7919 % cluster.services;
-                        cluster.change(index, 1 + change / cluster.services).await;
+                        cluster.change(index, first + change / cluster.services).await;
                         written.fetch_add(1, Ordering::Relaxed);
                     }
                 });
