@@ -28,6 +28,8 @@ mod packets;
 mod proxy;
 #[path = "peer/report.rs"]
 mod report;
+#[path = "peer/requests.rs"]
+mod requests;
 
 use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -53,8 +55,14 @@ const RATE: u64 = 200;
 /// Services that are looked at to know when all are programmed.
 const SAMPLE: usize = 200;
 
+/// Services that requests with a connection each go to: several, as one has not ports enough for so many.
+const CALLED: usize = 64;
+
 /// The longest that a first sync may take.
 const PATIENCE: Duration = Duration::from_secs(600);
+
+/// The longest that one after a restart may take.
+const RESTART_PATIENCE: Duration = Duration::from_secs(180);
 
 /// How much is measured; nothing where it says 0.
 #[derive(Clone, Copy)]
@@ -241,6 +249,15 @@ impl Bench<'_> {
         ]
     }
 
+    /// Endpoints, and the Services that they are of.
+    fn called(&self) -> [Vec<SocketAddr>; 2] {
+        let called = 0..CALLED.min(self.cluster.services);
+        [
+            called.clone().map(|i| SocketAddrV4::new(endpoint_ip(i, 0), 8080).into()).collect(),
+            called.map(|i| SocketAddrV4::new(cluster_ip(i), 80).into()).collect(),
+        ]
+    }
+
     /// The least tables there can be, on nodes of their own.
     fn load_floor(&self) {
         for (node, random, masquerade) in
@@ -306,6 +323,11 @@ impl Bench<'_> {
             let to = to.map(SocketAddr::V4);
             [figures.direct, figures.by_service] =
                 throughput(self.field, to, stream_rounds, stream);
+            let another = SocketAddrV4::new(endpoint_ip(1, 0), 8080).into();
+            let [direct, by_service] = to;
+            let to = [direct, another, by_service];
+            figures.requests = requests::kept(self.field, to, stream_rounds, stream / 2);
+            figures.calls = requests::single(self.field, &self.called(), stream_rounds, stream / 2);
         }
 
         let before = proxy.wakeups();
@@ -351,7 +373,7 @@ impl Bench<'_> {
         let began = Instant::now();
         let proxy = Proxy::start(self.field, which, kubeconfig);
         while proxy.syncs().is_empty() {
-            if began.elapsed() > PATIENCE {
+            if began.elapsed() > RESTART_PATIENCE {
                 return [f64::NAN; 2];
             }
             std::thread::sleep(Duration::from_millis(5));

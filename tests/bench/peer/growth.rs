@@ -51,7 +51,7 @@ struct Curve {
     of: fn(&Figures) -> f64,
 }
 
-const CURVES: [Curve; 6] = [
+const CURVES: [Curve; 7] = [
     Curve { what: "process start → everything programmed", unit: "s", of: |f| f.ready },
     Curve { what: "first sync, by the proxy's own word", unit: "s", of: |f| f.first_sync },
     Curve {
@@ -62,6 +62,7 @@ const CURVES: [Curve; 6] = [
     Curve { what: "peak resident memory", unit: "MB", of: |f| f.peak_mb },
     Curve { what: "a new connection / floor table", unit: "×", of: |f| f.syn / f.floor },
     Curve { what: "bytes from the API server until then", unit: "MB", of: |f| f.start_bytes / 1e6 },
+    Curve { what: "restart with nothing to change, until synced", unit: "s", of: |f| f.restart },
 ];
 
 /// Measures all sizes; prints and writes the table behind each. Returns whether nftproxy did all it should.
@@ -162,7 +163,7 @@ fn markdown(sizes: &[Size]) -> String {
 /// Each figure against the number of Services, both axes logarithmic. A line joins the sizes that have the
 /// same number of endpoints for each.
 fn plot(path: &Path, sizes: &[Size]) -> Result<(), Box<dyn std::error::Error>> {
-    let root = SVGBackend::new(path, (1000, 960)).into_drawing_area();
+    let root = SVGBackend::new(path, (1000, 1280)).into_drawing_area();
     root.fill(&WHITE)?;
     let first = sizes.iter().map(|size| size.services).min().unwrap_or(1);
     let last = sizes.iter().map(|size| size.services).max().unwrap_or(10);
@@ -173,7 +174,7 @@ fn plot(path: &Path, sizes: &[Size]) -> Result<(), Box<dyn std::error::Error>> {
     for alike in by_endpoints.values_mut() {
         alike.sort_by_key(|size| size.services);
     }
-    for (area, (index, curve)) in root.split_evenly((3, 2)).iter().zip(CURVES.iter().enumerate()) {
+    for (area, (index, curve)) in root.split_evenly((4, 2)).iter().zip(CURVES.iter().enumerate()) {
         let points = |sizes: &[&Size], of_whom: OfWhom| -> Vec<(f64, f64)> {
             let point = |size: &&Size| (thousands(size.services), of_whom(size)[index]);
             sizes.iter().map(point).filter(|(_, y)| *y > 0.0).collect()

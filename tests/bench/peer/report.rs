@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
 
+use super::requests::{CLIENTS, KEPT};
+
 /// What was seen of one proxy. Times are in seconds but for `syn`, which is in microseconds.
 #[derive(Debug, Default)]
 pub(crate) struct Figures {
@@ -44,6 +46,11 @@ pub(crate) struct Figures {
     /// Gigabits a second to an endpoint, and to it by way of its Service.
     pub(crate) direct: f64,
     pub(crate) by_service: f64,
+    /// Requests a second over established connections: to an endpoint, to another one, and by way of a
+    /// Service. How far apart the first two are is noise.
+    pub(crate) requests: [f64; 3],
+    /// The same with a connection for each, to endpoints and by way of their Services.
+    pub(crate) calls: [f64; 2],
     pub(crate) wakeups: f64,
     /// Seconds from a start that finds everything as it is to the end of its sync, and the operations of that;
     /// NaN if it does not say how many.
@@ -67,6 +74,8 @@ impl Figures {
             start_bytes: f64::NAN,
             syn: f64::NAN,
             by_service: f64::NAN,
+            requests: [f64::NAN; 3],
+            calls: two,
             wakeups: f64::NAN,
             restart: f64::NAN,
             restart_operations: f64::NAN,
@@ -74,9 +83,10 @@ impl Figures {
         }
     }
 
-    /// Whether everything was programmed and every change seen.
+    /// Whether everything was programmed, every change seen, and nothing done again at a restart.
     pub(crate) fn works(&self) -> bool {
-        self.programmed > 0.99 && self.missed == 0
+        let again = self.restart_operations > 0.0;
+        self.programmed > 0.99 && self.missed == 0 && !again
     }
 }
 
@@ -110,98 +120,90 @@ impl Report {
 
     fn rows(&self) -> Vec<Row> {
         let (ours, peer) = (&self.ours, &self.peer);
-        let row = |what, unit, a: f64, b: f64, target| Row { what, unit, ours: a, peer: b, target };
+        let row = |what, unit, of: fn(&Figures) -> f64, target| Row {
+            what,
+            unit,
+            ours: of(ours),
+            peer: of(peer),
+            target,
+        };
         let lag = |what, of: fn(&Figures) -> f64, most: Option<(f64, &'static str)>| {
-            let target = most.map(|(most, said)| (said, of(ours) * 1e3 <= most));
-            row(what, "ms", of(ours) * 1e3, of(peer) * 1e3, target)
+            row(what, "ms", of, most.map(|(most, said)| (said, of(ours) <= most)))
+        };
+        let as_routed = |what, of: fn(&Figures) -> f64| {
+            row(what, "", of, Some(("1 within noise", of(ours) > 0.95)))
         };
         vec![
             row(
                 "process start → everything programmed",
                 "s",
-                ours.ready,
-                peer.ready,
+                |f| f.ready,
                 Some(("≥ 15× faster", peer.ready / ours.ready >= 15.0)),
             ),
             row(
                 "first sync, by the proxy's own word",
                 "s",
-                ours.first_sync,
-                peer.first_sync,
+                |f| f.first_sync,
                 Some(("≥ 100× faster", peer.first_sync / ours.first_sync >= 100.0)),
             ),
             lag(
                 "one endpoint more, acknowledged → packet, p50",
-                |f| f.change[0],
+                |f| f.change[0] * 1e3,
                 Some((10.0, "≤ 10 ms")),
             ),
-            lag("the same, p99", |f| f.change[1], Some((30.0, "≤ 30 ms"))),
-            lag("the same, another client told → packet, p50", |f| f.change_told[0], None),
-            lag("the same, p99", |f| f.change_told[1], None),
-            lag("acknowledged → packet under 200 changes/s, p50", |f| f.storm[0], None),
-            lag("the same, p99", |f| f.storm[1], Some((50.0, "≤ 50 ms"))),
-            lag("another client told → packet meanwhile, p50", |f| f.storm_told[0], None),
-            lag("the same, p99", |f| f.storm_told[1], None),
+            lag("the same, p99", |f| f.change[1] * 1e3, Some((30.0, "≤ 30 ms"))),
+            lag("the same, another client told → packet, p50", |f| f.change_told[0] * 1e3, None),
+            lag("the same, p99", |f| f.change_told[1] * 1e3, None),
+            lag("acknowledged → packet under 200 changes/s, p50", |f| f.storm[0] * 1e3, None),
+            lag("the same, p99", |f| f.storm[1] * 1e3, Some((50.0, "≤ 50 ms"))),
+            lag("another client told → packet meanwhile, p50", |f| f.storm_told[0] * 1e3, None),
+            lag("the same, p99", |f| f.storm_told[1] * 1e3, None),
             row(
                 "CPU meanwhile, of one core",
                 "%",
-                ours.storm_cpu * 100.0,
-                peer.storm_cpu * 100.0,
+                |f| f.storm_cpu * 100.0,
                 Some(("≤ 15 %", ours.storm_cpu <= 0.15)),
             ),
             row(
                 "peak resident memory",
                 "MB",
-                ours.peak_mb,
-                peer.peak_mb,
+                |f| f.peak_mb,
                 Some(("≤ 1/4", ours.peak_mb <= peer.peak_mb / 4.0)),
             ),
             row(
                 "a new connection through the node / floor table",
                 "",
-                ours.syn / ours.floor,
-                peer.syn / peer.floor,
+                |f| f.syn / f.floor,
                 Some(("≤ 1.10, < kube-proxy", {
                     let ratio = ours.syn / ours.floor;
                     ratio <= 1.1 && ratio < peer.syn / peer.floor
                 })),
             ),
+            as_routed("established TCP by ClusterIP / by routing", |f| f.by_service / f.direct),
+            as_routed("requests/s over established connections, the same", |f| {
+                f.requests[2] / f.requests[0]
+            }),
             row(
-                "established TCP by ClusterIP / by routing",
+                "requests/s with a connection for each, the same",
                 "",
-                ours.by_service / ours.direct,
-                peer.by_service / peer.direct,
-                Some(("1 within noise", ours.by_service / ours.direct > 0.95)),
+                |f| f.calls[1] / f.calls[0],
+                None,
             ),
             row(
                 "restart with nothing to change: process start → synced",
                 "s",
-                ours.restart,
-                peer.restart,
+                |f| f.restart,
                 Some(("≤ 1 s, ≤ 4 s for 5,000 × 50", ours.restart <= self.longest_restart())),
             ),
             row(
                 "operations of that",
                 "",
-                ours.restart_operations,
-                peer.restart_operations,
+                |f| f.restart_operations,
                 Some(("0", ours.restart_operations == 0.0)),
             ),
-            row("wake-ups a second when idle", "/s", ours.wakeups, peer.wakeups, None),
-            row(
-                "sent by the API server until the first sync",
-                "MB",
-                ours.start_bytes / 1e6,
-                peer.start_bytes / 1e6,
-                None,
-            ),
-            row(
-                "sent by the API server for one change",
-                "kB",
-                ours.change_bytes / 1e3,
-                peer.change_bytes / 1e3,
-                None,
-            ),
+            row("wake-ups a second when idle", "/s", |f| f.wakeups, None),
+            row("sent by the API server until the first sync", "MB", |f| f.start_bytes / 1e6, None),
+            row("sent by the API server for one change", "kB", |f| f.change_bytes / 1e3, None),
         ]
     }
 
@@ -241,7 +243,10 @@ impl Report {
              {}), in the storm by {} ({}): a change waits for several threads one after the other, each \
              as late as that. In the storm the API server took {:.0} and {:.0} changes a second. SYNs that \
              arrived, of one to every ClusterIP: {:.1} %, {:.1} %. Changes that no packet followed \
-             within 30 s: {}, {}.\n",
+             within 30 s: {}, {}. Requests of 64 bytes a second, {KEPT} at once over connections that stay, \
+             by routing to one endpoint, to another (noise) and by ClusterIP: nftproxy {:.0}, {:.0}, \
+             {:.0}; kube-proxy {:.0}, {:.0}, {:.0}. {CLIENTS} at once with a connection for each, by \
+             routing and by ClusterIP, which is masqueraded here, too: {:.0}, {:.0}; {:.0}, {:.0}.\n",
             self.ours.syn,
             self.ours.floor,
             self.ours.random,
@@ -267,6 +272,16 @@ impl Report {
             self.peer.programmed * 100.0,
             self.ours.missed,
             self.peer.missed,
+            self.ours.requests[0],
+            self.ours.requests[1],
+            self.ours.requests[2],
+            self.peer.requests[0],
+            self.peer.requests[1],
+            self.peer.requests[2],
+            self.ours.calls[0],
+            self.ours.calls[1],
+            self.peer.calls[0],
+            self.peer.calls[1],
         );
         text
     }

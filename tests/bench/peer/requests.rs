@@ -1,0 +1,142 @@
+//! Requests and answers: how many a second, over connections that stay and over a new one for each. The ways
+//! to an endpoint take turns, so that whatever else the machine does is the same for all.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use socket2::SockRef;
+
+use super::field::Field;
+use super::packets::quantile;
+
+/// A request, and an answer.
+const MESSAGE: [u8; 64] = [7; 64];
+
+/// Connections at once, each with a request under way.
+pub(crate) const KEPT: usize = 8;
+
+/// Clients at once that make a connection for each request.
+pub(crate) const CLIENTS: usize = 4;
+
+/// For how long the servers wait before they look whether they are still needed.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Requests a second over established connections, by way of each address.
+#[expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
+pub(crate) fn kept<const N: usize>(
+    field: &Field,
+    to: [SocketAddr; N],
+    rounds: u32,
+    each: Duration,
+) -> [f64; N] {
+    while_answered(field, N * KEPT, || {
+        let mut connections = to.map(|to| [to; KEPT].map(connect));
+        let mut seen = [const { Vec::new() }; N];
+        for _ in 0..rounds {
+            for (connections, seen) in connections.iter_mut().zip(&mut seen) {
+                let (mut answered, began) = (0, Instant::now());
+                while began.elapsed() < each {
+                    for connection in &mut *connections {
+                        connection.write_all(&MESSAGE).expect("a request");
+                    }
+                    for connection in &mut *connections {
+                        answer(connection);
+                        answered += 1;
+                    }
+                }
+                seen.push(f64::from(answered) / began.elapsed().as_secs_f64());
+            }
+        }
+        seen.map(|mut seen| quantile(&mut seen, 0.5))
+    })
+}
+
+/// Requests a second with a connection for each, by way of the addresses of each list. The node forgets the
+/// connections behind every turn: what it remembers of one way is not to be at the cost of the next.
+#[expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
+pub(crate) fn single<const N: usize>(
+    field: &Field,
+    to: &[Vec<SocketAddr>; N],
+    rounds: u32,
+    each: Duration,
+) -> [f64; N] {
+    let mut seen = [const { Vec::new() }; N];
+    for _ in 0..rounds {
+        for (to, seen) in to.iter().zip(&mut seen) {
+            let rate = while_answered(field, CLIENTS, || {
+                let began = Instant::now();
+                let client = |number: usize| {
+                    let (mut answered, mut to) = (0, to.iter().cycle().skip(number));
+                    while began.elapsed() < each {
+                        let mut connection = connect(*to.next().expect("there are some"));
+                        connection.write_all(&MESSAGE).expect("a request");
+                        answer(&mut connection);
+                        answered += 1;
+                    }
+                    answered
+                };
+                let answered: u32 = thread::scope(|scope| {
+                    let clients = (0..CLIENTS).map(|number| scope.spawn(move || client(number)));
+                    let clients = clients.collect::<Vec<_>>().into_iter();
+                    clients.map(|client| client.join().expect("a client ends")).sum()
+                });
+                f64::from(answered) / began.elapsed().as_secs_f64()
+            });
+            seen.push(rate);
+            field.output("node", &["conntrack", "-F"]);
+        }
+    }
+    seen.map(|mut seen| quantile(&mut seen, 0.5))
+}
+
+/// Runs `body` outside while the backends answer on port 8080, so many connections at once.
+fn while_answered<T: Send>(field: &Field, servers: usize, body: impl FnOnce() -> T + Send) -> T {
+    let needed = AtomicBool::new(true);
+    let listener = field.within("backends", || {
+        let listener = TcpListener::bind("0.0.0.0:8080").expect("a port of our own");
+        SockRef::from(&listener).set_read_timeout(Some(LOOK)).expect("a socket");
+        listener
+    });
+    thread::scope(|scope| {
+        for _ in 0..servers {
+            scope.spawn(|| serve(&listener, &needed));
+        }
+        let _until_here = Until(&needed);
+        field.within("outside", body)
+    })
+}
+
+/// A drop says that the servers are not needed any more: they would be waited for if the clients fail, too.
+struct Until<'a>(&'a AtomicBool);
+
+impl Drop for Until<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Serves one connection after the other.
+fn serve(listener: &TcpListener, needed: &AtomicBool) {
+    while needed.load(Ordering::Relaxed) {
+        let Ok((mut connection, _)) = listener.accept() else { continue };
+        connection.set_read_timeout(None).expect("a socket");
+        let mut message = MESSAGE;
+        while connection.read_exact(&mut message).is_ok() && connection.write_all(&message).is_ok()
+        {
+        }
+    }
+}
+
+fn connect(to: SocketAddr) -> TcpStream {
+    let connection = TcpStream::connect(to).expect("a connection");
+    connection.set_nodelay(true).expect("a socket");
+    connection
+}
+
+fn answer(connection: &mut TcpStream) {
+    let mut message = [0; MESSAGE.len()];
+    connection.read_exact(&mut message).expect("an answer");
+}
