@@ -20,7 +20,7 @@ use super::{Flags, Live, Loaded, Remark, Values, file, finish};
 const QUIET: Duration = Duration::from_millis(50);
 
 /// How often it is read without a notification.
-const POLL: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_secs(60);
 
 /// How often, when there are no notifications.
 const POLL_ONLY: Duration = Duration::from_secs(1);

@@ -8,6 +8,7 @@
 //! wire they are one list each, from the server's cache and compressed (`protobuf::list`), which costs it a
 //! fraction of a stream. A server without protobuf is asked for streams, and where it has none, for lists.
 
+mod beat;
 mod connect;
 mod incoming;
 mod outage;

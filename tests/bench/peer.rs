@@ -30,6 +30,8 @@ mod proxy;
 mod report;
 #[path = "peer/requests.rs"]
 mod requests;
+#[path = "../it/wakeups.rs"]
+mod wakeups;
 
 use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -70,6 +72,8 @@ struct Extent {
     changes: usize,
     storm: Duration,
     idle: Duration,
+    /// For how long wake-ups are counted.
+    rest: Duration,
     syn_rounds: u16,
     stream_rounds: u32,
     stream: Duration,
@@ -79,6 +83,7 @@ const FULL: Extent = Extent {
     changes: 100,
     storm: Duration::from_secs(60),
     idle: Duration::from_secs(20),
+    rest: Duration::from_secs(60),
     syn_rounds: 12,
     stream_rounds: 7,
     stream: Duration::from_millis(700),
@@ -88,6 +93,7 @@ const QUICK: Extent = Extent {
     changes: 5,
     storm: Duration::from_secs(5),
     idle: Duration::from_secs(2),
+    rest: Duration::from_secs(5),
     syn_rounds: 3,
     stream_rounds: 1,
     stream: Duration::from_millis(200),
@@ -98,6 +104,7 @@ const GROWTH: Extent = Extent {
     changes: 20,
     storm: Duration::ZERO,
     idle: Duration::from_secs(5),
+    rest: Duration::ZERO,
     syn_rounds: 4,
     stream_rounds: 0,
     stream: Duration::ZERO,
@@ -331,8 +338,8 @@ impl Bench<'_> {
         }
 
         let before = proxy.wakeups();
-        std::thread::sleep(self.extent.idle);
-        figures.wakeups = (proxy.wakeups() - before) / self.extent.idle.as_secs_f64();
+        std::thread::sleep(self.extent.rest);
+        figures.wakeups = (proxy.wakeups() - before) / self.extent.rest.as_secs_f64();
 
         let go_on = AtomicBool::new(false);
         let (lags, mut late) =

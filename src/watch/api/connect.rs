@@ -12,7 +12,7 @@ use hyper_rustls::{FixedServerNameResolver, HttpsConnector, HttpsConnectorBuilde
 use hyper_timeout::TimeoutConnector;
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper_util::rt::TokioExecutor;
 use kube::client::ConfigExt as _;
 use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::runtime::utils::Backoff as _;
@@ -22,6 +22,7 @@ use thiserror::Error;
 use tokio::time::{Instant, timeout};
 use tower::{BoxError, ServiceBuilder};
 
+use super::beat::OnBeat;
 use super::outage::{Report, locked};
 use super::place::{Place, is_watch};
 use super::protobuf::{AtOnce, in_protobuf};
@@ -37,9 +38,12 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(75);
 /// Credentials that are not believed are read again no more often than this.
 const RENEW_EVERY: Duration = Duration::from_secs(5);
 
-/// How often a connection in use is asked for a sign of life, and how long that is waited for: a watch may
-/// have nothing to say for long, and balancers cut what is silent for 20 s.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
+/// How often a connection in use is asked for a sign of life: a watch may have nothing to say for long, and
+/// balancers cut what is silent for 20 s.
+const ASKED_EVERY: Duration = Duration::from_secs(14);
+
+/// How long that is waited for. It is longer, by which [`OnBeat`] tells the two.
+const GIVEN_WITHIN: Duration = Duration::from_secs(16);
 
 /// So much of an answer can be under way or wait here. A server that has to wait with a list is rid of it after a
 /// minute, whole or not, and a node that is busy may take longer to read it.
@@ -221,9 +225,9 @@ fn direct(
     connector: TimeoutConnector<HttpsConnector<HttpConnector>>,
 ) -> kube::Result<Client> {
     let http = legacy::Client::builder(TokioExecutor::new())
-        .timer(TokioTimer::new())
-        .http2_keep_alive_interval(SIGN_OF_LIFE)
-        .http2_keep_alive_timeout(SIGN_OF_LIFE)
+        .timer(OnBeat::new(ASKED_EVERY))
+        .http2_keep_alive_interval(ASKED_EVERY)
+        .http2_keep_alive_timeout(GIVEN_WITHIN)
         .http2_initial_stream_window_size(WINDOW)
         .http2_initial_connection_window_size(WINDOW)
         .build(connector);

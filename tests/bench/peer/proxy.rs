@@ -112,12 +112,7 @@ clientConnection: {{kubeconfig: {}}}
 
     /// How often its threads went to sleep of their own accord.
     pub(crate) fn wakeups(&self) -> f64 {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id()));
-        let tasks = tasks.expect("the proxy runs").flatten();
-        tasks
-            .filter_map(|task| fs::read_to_string(task.path().join("status")).ok())
-            .map(|status| figure(&status, "voluntary_ctxt_switches:"))
-            .sum()
+        super::wakeups::so_far(self.child.id()).values().sum()
     }
 
     pub(crate) fn end(mut self) {

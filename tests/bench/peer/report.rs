@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::requests::{CLIENTS, KEPT};
+use super::wakeups::listed;
 
 /// What was seen of one proxy. Times are in seconds but for `syn`, which is in microseconds.
 #[derive(Debug, Default)]
@@ -201,7 +202,12 @@ impl Report {
                 |f| f.restart_operations,
                 Some(("0", ours.restart_operations == 0.0)),
             ),
-            row("wake-ups a second when idle", "/s", |f| f.wakeups, None),
+            row(
+                "wake-ups a second when idle",
+                "/s",
+                |f| f.wakeups,
+                Some(("≤ what is listed", ours.wakeups <= listed())),
+            ),
             row("sent by the API server until the first sync", "MB", |f| f.start_bytes / 1e6, None),
             row("sent by the API server for one change", "kB", |f| f.change_bytes / 1e3, None),
         ]
@@ -246,7 +252,8 @@ impl Report {
              within 30 s: {}, {}. Requests of 64 bytes a second, {KEPT} at once over connections that stay, \
              by routing to one endpoint, to another (noise) and by ClusterIP: nftproxy {:.0}, {:.0}, \
              {:.0}; kube-proxy {:.0}, {:.0}, {:.0}. {CLIENTS} at once with a connection for each, by \
-             routing and by ClusterIP, which is masqueraded here, too: {:.0}, {:.0}; {:.0}, {:.0}.\n",
+             routing and by ClusterIP, which is masqueraded here, too: {:.0}, {:.0}; {:.0}, {:.0}. What wakes \
+             nftproxy at rest is listed in `deploy/docs/observe.md`: {:.2} a second in all.\n",
             self.ours.syn,
             self.ours.floor,
             self.ours.random,
@@ -282,6 +289,7 @@ impl Report {
             self.ours.calls[1],
             self.peer.calls[0],
             self.peer.calls[1],
+            listed(),
         );
         text
     }
