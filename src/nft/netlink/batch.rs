@@ -3,8 +3,8 @@
 use std::ffi::c_char;
 
 use nftnl::NlMsg;
-use nftnl::nftnl_sys::{self as sys};
 
+use super::ffi::Room;
 use crate::nlmsg::{self, ACK, GENMSG, HEADER, NESTED, REQUEST, attributes, put};
 
 /// A batch being written.
@@ -34,16 +34,12 @@ impl Batch {
     pub(super) fn begin(mut buffer: Vec<u8>) -> Self {
         buffer.clear();
         let mut this = Self { bytes: buffer, index: Vec::new() };
-        this.write(None, |buffer, sequence| {
-            #[expect(unsafe_code, reason = "libnftnl writes the message")]
-            // SAFETY: `write` hands out room for the largest message.
-            let _ = unsafe { sys::nftnl_batch_begin(buffer, sequence) };
-        });
+        this.write(None, Room::begin_batch);
         this
     }
 
     /// One message outside of a batch: a request.
-    pub(super) fn single(build: impl FnOnce(*mut c_char, u32)) -> Vec<u8> {
+    pub(super) fn single(build: impl FnOnce(&mut Room, u32)) -> Vec<u8> {
         let mut this = Self { bytes: Vec::new(), index: Vec::new() };
         this.write(None, build);
         this.bytes
@@ -51,11 +47,7 @@ impl Batch {
 
     /// Ends it. The end message asks for an ack, which kernels from 6.10 on give.
     pub(super) fn finish(mut self) -> Self {
-        self.write(None, |buffer, sequence| {
-            #[expect(unsafe_code, reason = "libnftnl writes the message")]
-            // SAFETY: `write` hands out room for the largest message.
-            let _ = unsafe { sys::nftnl_batch_end(buffer, sequence) };
-        });
+        self.write(None, Room::end_batch);
         let end = self.index.last().expect("just written").start;
         self.set_flags(end, |flags| flags | ACK);
         self
@@ -63,27 +55,29 @@ impl Batch {
 
     /// Adds a message of nftnl's own types. They ask for an ack each, which is taken out again.
     pub(super) fn add(&mut self, operation: usize, message: &impl NlMsg, kind: nftnl::MsgType) {
-        self.write(Some(operation), |buffer, sequence| {
+        self.write(Some(operation), |room, sequence| {
             #[expect(unsafe_code, reason = "nftnl writes into a raw buffer")]
-            // SAFETY: `write` hands out room for the largest message.
+            // SAFETY: there is room for the largest message.
             unsafe {
-                message.write(buffer.cast(), sequence, kind);
+                message.write(room.place().cast(), sequence, kind);
             }
         });
         let start = self.index.last().expect("just written").start;
         self.set_flags(start, |flags| flags & !ACK);
     }
 
-    /// Lets `build` write one message at the end of the buffer. `build` gets a pointer with room for
-    /// the largest message there is, and the sequence number to use.
+    /// Lets `build` write one message at the end of the buffer, with this sequence number.
     #[expect(unsafe_code, reason = "libnftnl writes into a raw buffer")]
-    pub(super) fn write(&mut self, operation: Option<usize>, build: impl FnOnce(*mut c_char, u32)) {
+    pub(super) fn write(&mut self, operation: Option<usize>, build: impl FnOnce(&mut Room, u32)) {
         let start = self.bytes.len();
         let room = nftnl::nft_nlmsg_maxsize() as usize;
         self.bytes.reserve(room);
         let sequence = self.next_sequence();
         let free = self.bytes.spare_capacity_mut().as_mut_ptr().cast::<c_char>();
-        build(free, sequence);
+        // SAFETY: reserved above. A header of length 0 would be found out below.
+        unsafe { free.write_bytes(0, HEADER) };
+        // SAFETY: reserved above, and the buffer is not touched before `build` is through.
+        build(&mut unsafe { Room::at(free) }, sequence);
         // SAFETY: `build` wrote a netlink message, whose header is its first 16 bytes.
         let header = unsafe { free.cast::<libc::nlmsghdr>().read_unaligned() };
         let len = (header.nlmsg_len as usize).next_multiple_of(4);

@@ -15,7 +15,7 @@ use self::elements::whole;
 use super::affinity;
 use super::batch::Batch;
 use super::encode::{hook, nfproto, set_flags};
-use super::ffi::{self, Chain, Generation, Rule, Set, Table};
+use super::ffi::{Chain, Generation, Header, Rule, Set, Table};
 use super::lower::lower;
 use super::socket::NetlinkSocket;
 use super::{OWNED, PERSIST, connections};
@@ -70,11 +70,9 @@ fn request(
     kind: libc::c_int,
     family: u16,
     flags: libc::c_int,
-    payload: impl FnOnce(*mut libc::nlmsghdr),
+    payload: impl FnOnce(Header<'_>),
 ) -> Vec<u8> {
-    Batch::single(|buffer, sequence| {
-        payload(ffi::header(buffer, kind, family, flags, sequence));
-    })
+    Batch::single(|room, sequence| payload(room.header(kind, family, flags, sequence)))
 }
 
 struct Dump<'a> {
@@ -136,11 +134,7 @@ impl Dump<'_> {
         let mut filter = Rule::new();
         filter.set_str(sys::NFTNL_RULE_TABLE, TABLE);
         let all = request(libc::NFT_MSG_GETRULE, nfproto(family), libc::NLM_F_DUMP, |header| {
-            #[expect(unsafe_code, reason = "libnftnl writes the request")]
-            // SAFETY: the header stands in a buffer from `Batch::write`.
-            unsafe {
-                filter.build(header);
-            }
+            filter.build(header);
         });
         self.run("list rules", &all, |message| {
             let Some(rule) = Rule::parse(message) else { return };
@@ -235,47 +229,25 @@ impl Dump<'_> {
 pub(super) fn sets_request(family: Family) -> Vec<u8> {
     let mut filter = Set::new();
     filter.set_str(sys::NFTNL_SET_TABLE, TABLE);
-    request(libc::NFT_MSG_GETSET, nfproto(family), libc::NLM_F_DUMP, |header| {
-        #[expect(unsafe_code, reason = "libnftnl writes the request")]
-        // SAFETY: the header stands in a buffer from `Batch::write`.
-        unsafe {
-            filter.build(header);
-        }
-    })
+    request(libc::NFT_MSG_GETSET, nfproto(family), libc::NLM_F_DUMP, |header| filter.build(header))
 }
 
 /// Asks for our table alone.
 pub(super) fn table_request(family: Family) -> Vec<u8> {
     let mut table = Table::new();
     table.set_str(sys::NFTNL_TABLE_NAME, TABLE);
-    request(libc::NFT_MSG_GETTABLE, nfproto(family), libc::NLM_F_ACK, |header| {
-        #[expect(unsafe_code, reason = "libnftnl writes the request")]
-        // SAFETY: the header stands in a buffer from `Batch::write`.
-        unsafe {
-            table.build(header);
-        }
-    })
+    request(libc::NFT_MSG_GETTABLE, nfproto(family), libc::NLM_F_ACK, |header| table.build(header))
 }
 
 /// Asks for a set alone.
 pub(super) fn set_request(family: Family, mut set: Set) -> Vec<u8> {
-    request(libc::NFT_MSG_GETSET, nfproto(family), libc::NLM_F_ACK, |header| {
-        #[expect(unsafe_code, reason = "libnftnl writes the request")]
-        // SAFETY: the header stands in a buffer from `Batch::write`.
-        unsafe {
-            set.build(header);
-        }
-    })
+    request(libc::NFT_MSG_GETSET, nfproto(family), libc::NLM_F_ACK, |header| set.build(header))
 }
 
 /// Asks for the elements of a set.
 pub(super) fn elements_request(family: Family, mut filter: Set) -> Vec<u8> {
     request(libc::NFT_MSG_GETSETELEM, nfproto(family), libc::NLM_F_DUMP, |header| {
-        #[expect(unsafe_code, reason = "libnftnl writes the request")]
-        // SAFETY: the header stands in a buffer from `Batch::write`.
-        unsafe {
-            filter.build_elements(header);
-        }
+        filter.build_elements(header);
     })
 }
 

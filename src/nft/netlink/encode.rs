@@ -7,7 +7,7 @@ use nftnl::{ChainType, Hook, MsgType, Policy, ProtoFamily};
 
 use super::affinity;
 use super::batch::{Batch, Message};
-use super::ffi::{self, Set, Table, c_string};
+use super::ffi::{Set, Table, c_string};
 use super::lower::lower;
 use super::{connections, userdata};
 use crate::model::Family;
@@ -83,14 +83,9 @@ fn add_table(batch: &mut Batch, index: usize, family: Family, flags: u32) {
     table.set_str(sys::NFTNL_TABLE_NAME, TABLE);
     table.set_u32(sys::NFTNL_TABLE_FLAGS, flags);
     table.set_data(sys::NFTNL_TABLE_USERDATA, &userdata::table(LAYOUT));
-    batch.write(Some(index), |buffer, sequence| {
+    batch.write(Some(index), |room, sequence| {
         let kind = libc::NFT_MSG_NEWTABLE;
-        let header = ffi::header(buffer, kind, nfproto(family), libc::NLM_F_CREATE, sequence);
-        #[expect(unsafe_code, reason = "libnftnl writes the message")]
-        // SAFETY: the header stands in a buffer from `Batch::write`.
-        unsafe {
-            table.build(header);
-        }
+        table.build(room.header(kind, nfproto(family), libc::NLM_F_CREATE, sequence));
     });
 }
 
@@ -147,13 +142,8 @@ pub(super) fn set_message(
     kind: libc::c_int,
     flags: libc::c_int,
 ) {
-    batch.write(Some(index), |buffer, sequence| {
-        let header = ffi::header(buffer, kind, nfproto(family), flags, sequence);
-        #[expect(unsafe_code, reason = "libnftnl writes the message")]
-        // SAFETY: the header stands in a buffer from `Batch::write`.
-        unsafe {
-            set.build(header);
-        }
+    batch.write(Some(index), |room, sequence| {
+        set.build(room.header(kind, nfproto(family), flags, sequence));
     });
 }
 

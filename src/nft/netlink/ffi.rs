@@ -7,9 +7,12 @@
 #![expect(unsafe_code, reason = "this module is the boundary to libnftnl")]
 
 use std::ffi::{CStr, CString, c_char, c_void};
+use std::marker::PhantomData;
 use std::ptr::NonNull;
 
 use nftnl::nftnl_sys as sys;
+
+use crate::nlmsg::{GENMSG, HEADER, number};
 
 /// An allocation of libnftnl failed: it is a few bytes, so the system is at its end.
 fn allocated<T>(pointer: *mut T) -> NonNull<T> {
@@ -25,11 +28,63 @@ fn attr(attribute: u32) -> u16 {
     u16::try_from(attribute).expect("libnftnl's attributes are small numbers")
 }
 
-/// A received message as libnftnl takes it. Messages start at multiples of four in a receive buffer
-/// that is aligned for more.
-fn header_of(message: &[u8]) -> *const libc::nlmsghdr {
-    message.as_ptr().cast()
+/// A received message as libnftnl takes it, if it is as long as its header says. Messages start at
+/// multiples of four in a receive buffer that is aligned for more.
+#[expect(clippy::cast_ptr_alignment, reason = "it is looked at")]
+fn header_of(message: &[u8]) -> Option<*const libc::nlmsghdr> {
+    let length = u32::from_ne_bytes(number(message, 0)?) as usize;
+    let header = message.as_ptr().cast::<libc::nlmsghdr>();
+    let whole = (HEADER + GENMSG..=message.len()).contains(&length) && header.is_aligned();
+    whole.then_some(header)
 }
+
+/// Room for the largest message there is.
+pub(super) struct Room(*mut c_char);
+
+impl Room {
+    /// The room at this place.
+    ///
+    /// # Safety
+    /// As many bytes as the largest message has must be there to be written, for as long as this lives.
+    pub(super) unsafe fn at(place: *mut c_char) -> Self {
+        Self(place)
+    }
+
+    /// Its first byte, for a message that somebody else writes.
+    pub(super) fn place(&mut self) -> *mut c_char {
+        self.0
+    }
+
+    /// Writes the message that begins a batch.
+    pub(super) fn begin_batch(&mut self, sequence: u32) {
+        // SAFETY: there is room for the largest message.
+        let _ = unsafe { sys::nftnl_batch_begin(self.0, sequence) };
+    }
+
+    /// Writes the message that ends it.
+    pub(super) fn end_batch(&mut self, sequence: u32) {
+        // SAFETY: there is room for the largest message.
+        let _ = unsafe { sys::nftnl_batch_end(self.0, sequence) };
+    }
+
+    /// Writes the header of a message.
+    pub(super) fn header(
+        &mut self,
+        kind: libc::c_int,
+        family: u16,
+        flags: libc::c_int,
+        sequence: u32,
+    ) -> Header<'_> {
+        let kind = u16::try_from(kind).expect("message types are small numbers");
+        let flags = u16::try_from(flags).expect("flags are 16 bits");
+        // SAFETY: there is room for the largest message.
+        let header = unsafe { sys::nftnl_nlmsg_build_hdr(self.0, kind, family, flags, sequence) };
+        Header(header, PhantomData)
+    }
+}
+
+/// The header of a message that stands in a [`Room`], its payload still to come.
+pub(super) struct Header<'a>(*mut libc::nlmsghdr, PhantomData<&'a mut Room>);
 
 fn length(data: &[u8]) -> u32 {
     u32::try_from(data.len()).expect("attributes are short")
@@ -88,21 +143,18 @@ macro_rules! object {
             $(
                 /// Reads the object out of a netlink message, which must be complete.
                 pub(super) fn parse(message: &[u8]) -> Option<Self> {
+                    let header = header_of(message)?;
                     let this = Self::new();
-                    // SAFETY: the message was validated when it was received: as long as its header
-                    // says.
-                    let outcome = unsafe { sys::$parse(header_of(message), this.0.as_ptr()) };
+                    // SAFETY: the message is as long as its header says.
+                    let outcome = unsafe { sys::$parse(header, this.0.as_ptr()) };
                     (outcome >= 0).then_some(this)
                 }
             )?
             $(
                 /// Writes the object behind a message's header.
-                ///
-                /// # Safety
-                /// `header` must point to a netlink header with room for the largest message.
-                pub(super) unsafe fn build(&mut self, header: *mut libc::nlmsghdr) {
-                    // SAFETY: the object is live; the header is the caller's promise.
-                    unsafe { sys::$build(header, self.0.as_ptr()) };
+                pub(super) fn build(&mut self, header: Header<'_>) {
+                    // SAFETY: the object is live; behind the header there is room for the largest.
+                    unsafe { sys::$build(header.0, self.0.as_ptr()) };
                 }
             )?
             $(
@@ -207,19 +259,18 @@ impl Chain {
 
 impl Set {
     /// Writes the elements behind a message's header.
-    ///
-    /// # Safety
-    /// `header` must point to a netlink header with room for the largest message.
-    pub(super) unsafe fn build_elements(&mut self, header: *mut libc::nlmsghdr) {
-        // SAFETY: the object is live; the header is the caller's promise.
-        unsafe { sys::nftnl_set_elems_nlmsg_build_payload(header, self.0.as_ptr()) };
+    #[expect(clippy::needless_pass_by_value, reason = "a header has one payload")]
+    pub(super) fn build_elements(&mut self, header: Header<'_>) {
+        // SAFETY: the object is live; behind the header there is room for the largest.
+        unsafe { sys::nftnl_set_elems_nlmsg_build_payload(header.0, self.0.as_ptr()) };
     }
 
     /// Reads the elements of a message and hands each on.
     pub(super) fn parse_elements(message: &[u8], mut each: impl FnMut(ElementRef<'_>)) -> bool {
+        let Some(header) = header_of(message) else { return false };
         let this = Self::new();
-        // SAFETY: the message was validated when it was received.
-        if unsafe { sys::nftnl_set_elems_nlmsg_parse(header_of(message), this.0.as_ptr()) } < 0 {
+        // SAFETY: the message is as long as its header says.
+        if unsafe { sys::nftnl_set_elems_nlmsg_parse(header, this.0.as_ptr()) } < 0 {
             return false;
         }
         // SAFETY: the set is live as long as the iterator.
@@ -228,7 +279,7 @@ impl Set {
             // SAFETY: the iterator is live.
             let element = unsafe { sys::nftnl_set_elems_iter_next(iterator.as_ptr()) };
             let Some(element) = NonNull::new(element) else { break };
-            each(ElementRef(element, std::marker::PhantomData));
+            each(ElementRef(element, PhantomData));
         }
         // SAFETY: created above, destroyed once.
         unsafe { sys::nftnl_set_elems_iter_destroy(iterator.as_ptr()) };
@@ -276,7 +327,7 @@ pub(super) fn expression_text(expression: NonNull<sys::nftnl_expr>) -> String {
 /// An element of a dump.
 pub(super) struct ElementRef<'a>(
     NonNull<sys::nftnl_set_elem>,
-    std::marker::PhantomData<&'a sys::nftnl_set_elem>,
+    PhantomData<&'a sys::nftnl_set_elem>,
 );
 
 impl ElementRef<'_> {
@@ -319,20 +370,6 @@ impl ElementRef<'_> {
         copy[..len].copy_from_slice(unsafe { std::slice::from_raw_parts(data.cast(), len) });
         Some((copy, len))
     }
-}
-
-/// Writes a message header and hands it on for the payload.
-pub(super) fn header(
-    buffer: *mut c_char,
-    kind: libc::c_int,
-    family: u16,
-    flags: libc::c_int,
-    sequence: u32,
-) -> *mut libc::nlmsghdr {
-    let kind = u16::try_from(kind).expect("message types are small numbers");
-    let flags = u16::try_from(flags).expect("flags are 16 bits");
-    // SAFETY: callers pass what `Batch::write` hands out: room for the largest message.
-    unsafe { sys::nftnl_nlmsg_build_hdr(buffer, kind, family, flags, sequence) }
 }
 
 /// The type-length-value lists that nft keeps its own notes in.
