@@ -195,7 +195,7 @@ fn read(datagram: &[u8], answer: &mut Vec<u8>) -> Option<Result<(), Refused>> {
             continue;
         }
         let code = i32::from_ne_bytes(number(message, HEADER)?);
-        return Some(if code == 0 { Ok(()) } else { Err(Refused(-code)) });
+        return Some(if code == 0 { Ok(()) } else { Err(Refused(code.saturating_neg())) });
     }
     None
 }

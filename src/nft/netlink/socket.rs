@@ -221,7 +221,8 @@ fn answer(message: &[u8]) -> Option<Answer> {
     let original = HEADER + 4;
     let original_len = u32::from_ne_bytes(number(message, original)?) as usize;
     let sequence = u32::from_ne_bytes(number(message, original + 8)?);
-    let mut answer = Answer { sequence, errno: -errno, message: None, offset: None };
+    let mut answer =
+        Answer { sequence, errno: errno.saturating_neg(), message: None, offset: None };
     if flags(message) & HAS_TLVS != 0 {
         // Without CAPPED, the whole original message stands before the TLVs.
         let kept = if flags(message) & CAPPED == 0 { original_len } else { HEADER };
