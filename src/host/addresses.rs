@@ -15,6 +15,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 use tokio::sync::mpsc::WeakSender;
+use tracing::warn;
 
 use crate::model::{Event, Family, HostFacts, NodeFacts};
 
@@ -24,29 +25,47 @@ pub fn has_ipv6() -> bool {
     std::path::Path::new("/proc/net/if_inet6").exists()
 }
 
-/// Node facts as far as the host knows them.
+/// Node facts as far as the host tells them now.
 #[must_use]
 pub fn node_facts(name: &str) -> NodeFacts {
-    let HostFacts { addresses, interfaces } = host_facts();
+    let HostFacts { addresses, interfaces } = host_facts().unwrap_or_default();
     NodeFacts { name: name.to_owned(), addresses, interfaces, ..NodeFacts::default() }
 }
 
 /// Of each family the first global address of the interface with the default route, or else of the
 /// first interface that has one; and the addresses of all interfaces.
-fn host_facts() -> HostFacts {
-    let all = interface_addresses();
+fn host_facts() -> io::Result<HostFacts> {
+    let all = interface_addresses()?;
     let first = |family: Family| {
-        let default = default_interface(family);
+        let default = default_interface(family)?;
         let of_family = |(_, a): &&(String, IpAddr)| Family::of(*a) == family && is_global(*a);
         let preferred =
             all.iter().filter(of_family).find(|(interface, _)| Some(interface) == default.as_ref());
-        preferred.or_else(|| all.iter().find(of_family)).map(|(_, address)| *address)
+        let found = preferred.or_else(|| all.iter().find(of_family));
+        Ok(found.map(|(_, address)| *address))
     };
-    let addresses = Family::BOTH.into_iter().filter_map(first).collect();
+    let firsts: io::Result<Vec<_>> = Family::BOTH.into_iter().map(first).collect();
+    let addresses = firsts?.into_iter().flatten().collect();
     let mut interfaces: Vec<_> = all.into_iter().map(|(_, address)| address).collect();
     interfaces.sort_unstable();
     interfaces.dedup();
-    HostFacts { addresses, interfaces }
+    Ok(HostFacts { addresses, interfaces })
+}
+
+/// Reads until it can be: what cannot be read, for want of memory or of a descriptor, is not gone.
+fn read_at_last<T>(mut read: impl FnMut() -> io::Result<T>, pause: Duration) -> T {
+    let mut said = false;
+    loop {
+        match read() {
+            Ok(found) => return found,
+            Err(error) => {
+                if !std::mem::replace(&mut said, true) {
+                    warn!(%error, retry_in = ?pause, "the host's addresses cannot be read; those that are known stay");
+                }
+                std::thread::sleep(pause);
+            }
+        }
+    }
 }
 
 /// The host's addresses cannot be followed.
@@ -66,7 +85,7 @@ pub fn follow(events: &WeakSender<Event>) -> Result<(), FollowError> {
     let socket = address_changes().map_err(fail("open a netlink socket"))?;
     let mut known = None;
     loop {
-        let facts = host_facts();
+        let facts = read_at_last(host_facts, RETRY);
         if known.as_ref() != Some(&facts) {
             known = Some(facts.clone());
             let events = events.upgrade();
@@ -80,6 +99,9 @@ pub fn follow(events: &WeakSender<Event>) -> Result<(), FollowError> {
         while receive(&socket, MsgFlags::MSG_DONTWAIT).is_ok() {}
     }
 }
+
+/// How long after a failure the addresses are read again.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Changes often come several at a time.
 const SETTLE: Duration = Duration::from_millis(20);
@@ -115,33 +137,35 @@ fn is_global(address: IpAddr) -> bool {
 }
 
 /// Addresses by interface, in the system's order.
-fn interface_addresses() -> Vec<(String, IpAddr)> {
-    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
-    interfaces
-        .filter_map(|interface| {
-            let address = interface.address?;
-            let address = address
-                .as_sockaddr_in()
-                .map(|v4| IpAddr::V4(v4.ip()))
-                .or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))?;
-            Some((interface.interface_name, address))
-        })
-        .collect()
+fn interface_addresses() -> io::Result<Vec<(String, IpAddr)>> {
+    let found = nix::ifaddrs::getifaddrs()?.filter_map(|interface| {
+        let address = interface.address?;
+        let address = address
+            .as_sockaddr_in()
+            .map(|v4| IpAddr::V4(v4.ip()))
+            .or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))?;
+        Some((interface.interface_name, address))
+    });
+    Ok(found.collect())
 }
 
 /// The interface of the default route with the lowest metric.
-fn default_interface(family: Family) -> Option<String> {
+fn default_interface(family: Family) -> io::Result<Option<String>> {
     let path = match family {
         Family::V4 => "/proc/net/route",
         Family::V6 => "/proc/net/ipv6_route",
     };
-    let routes = fs::read_to_string(path).ok()?;
+    let routes = match fs::read_to_string(path) {
+        // A host without the family.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        routes => routes?,
+    };
     let parse = |line| match family {
         Family::V4 => ipv4_default(line),
         Family::V6 => ipv6_default(line),
     };
     let defaults: BTreeMap<u32, String> = routes.lines().filter_map(parse).collect();
-    defaults.into_values().next()
+    Ok(defaults.into_values().next())
 }
 
 /// `Iface Destination Gateway Flags RefCnt Use Metric Mask …`, numbers in hex but for the metric.
@@ -166,6 +190,13 @@ fn ipv6_default(line: &str) -> Option<(u32, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_that_cannot_be_read_are_read_again_and_not_taken_for_gone() {
+        let mut answers = vec![Ok(7), Err(Errno::ENFILE.into()), Err(Errno::ENOMEM.into())];
+        assert_eq!(read_at_last(|| answers.pop().unwrap(), Duration::ZERO), 7);
+        assert!(answers.is_empty());
+    }
 
     #[test]
     fn default_routes_are_told_from_others() {
