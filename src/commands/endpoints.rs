@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::text::count;
 use crate::model::{Endpoint, Family, Service, ServicePort};
 use crate::nft::element::Backend;
-use crate::selection::{Selection, Uses, select};
+use crate::selection::{Candidate, Selection, Uses, select};
 use crate::state::State;
 
 /// An endpoint of a port.
@@ -90,6 +90,7 @@ pub(super) fn endpoints(
 
 fn row(endpoint: &Endpoint, port: u16, chosen: &Selection) -> EndpointRow {
     let backend = Backend { address: endpoint.address, port };
+    let is_in = |list: &[Candidate]| list.binary_search_by_key(&backend, |c| c.backend).is_ok();
     let hints = endpoint.hints.as_ref();
     EndpointRow {
         endpoint: std::net::SocketAddr::new(endpoint.address, port).to_string(),
@@ -99,8 +100,8 @@ fn row(endpoint: &Endpoint, port: u16, chosen: &Selection) -> EndpointRow {
         local: endpoint.local,
         weight: endpoint.weight,
         zones: hints.map_or_else(Vec::new, |h| h.zones.iter().map(ToString::to_string).collect()),
-        serves_cluster: chosen.cluster.iter().any(|c| c.backend == backend),
-        serves_local: chosen.local.iter().any(|c| c.backend == backend),
+        serves_cluster: is_in(&chosen.cluster),
+        serves_local: is_in(&chosen.local),
         connections: None,
         backend,
     }
