@@ -6,11 +6,11 @@
 
 mod decode;
 mod follow;
+mod held;
 
-use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, Metadata};
+use std::fs;
 use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -19,10 +19,11 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-use self::decode::{Contents, Fault, SIZE_LIMIT, decode, label, refused};
+use self::decode::{Fault, SIZE_LIMIT, decode, label, refused};
 use self::follow::{Follower, Touched};
+use self::held::{Changes, Held, ManifestFile, Stamp};
 use super::log;
-use crate::model::{Event, Kind, NamespacedName, Problem};
+use crate::model::{Event, Kind, Problem};
 
 /// How often a directory that disappeared is looked for.
 const LOOK_FOR_DIRECTORY: Duration = Duration::from_secs(1);
@@ -40,54 +41,6 @@ pub enum ManifestError {
     },
 }
 
-/// An object, wherever it is written.
-type Key = (Kind, NamespacedName);
-
-/// What tells one state of a file from another without reading it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
-    device: u64,
-    inode: u64,
-    size: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-}
-
-impl Stamp {
-    fn of(metadata: &Metadata) -> Self {
-        Self {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            size: metadata.size(),
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
-            changed: (metadata.ctime(), metadata.ctime_nsec()),
-        }
-    }
-}
-
-/// A file, and what of it is in force.
-#[derive(Debug, Default)]
-struct ManifestFile {
-    stamp: Option<Stamp>,
-    /// Its objects, by its last good state.
-    objects: BTreeMap<Key, Option<Event>>,
-    ignored: usize,
-    /// What was said about it.
-    problems: Vec<Problem>,
-    /// Whether its present state does not count.
-    broken: bool,
-}
-
-/// What a look at the directory brought.
-#[derive(Debug, Default)]
-struct Changes {
-    events: Vec<Event>,
-    /// Problems that were not there before.
-    problems: Vec<Problem>,
-    /// Files that count again.
-    mended: Vec<String>,
-}
-
 /// The manifests of one directory, or one of its files.
 #[derive(Debug)]
 pub struct Manifests {
@@ -98,11 +51,8 @@ pub struct Manifests {
     /// The one file of it that counts, if `path` is a file.
     only: Option<OsString>,
     node_name: String,
-    files: BTreeMap<OsString, ManifestFile>,
-    /// Which files hold an object; the first one's counts.
-    claims: BTreeMap<Key, BTreeSet<OsString>>,
-    /// Which of them were reported as second ones.
-    doubled: BTreeMap<Key, BTreeSet<OsString>>,
+    /// What was read of it.
+    held: Held,
     /// Which directory was read: device and inode.
     identity: Option<(u64, u64)>,
 }
@@ -117,9 +67,7 @@ impl Manifests {
             path,
             only: None,
             node_name,
-            files: BTreeMap::new(),
-            claims: BTreeMap::new(),
-            doubled: BTreeMap::new(),
+            held: Held::default(),
             identity: None,
         }
     }
@@ -142,12 +90,12 @@ impl Manifests {
         }
         tracing::info!(
             path = %self.path.display(),
-            files = self.files.len(),
+            files = self.held.files.len(),
             objects = events.len() - 2 * Kind::ALL.len(),
-            ignored = self.files.values().map(|file| file.ignored).sum::<usize>(),
+            ignored = self.held.files.values().map(|file| file.ignored).sum::<usize>(),
             "read the manifests"
         );
-        if self.files.is_empty() {
+        if self.held.files.is_empty() {
             tracing::warn!(
                 path = %self.path.display(),
                 "there is no file *.yaml, *.yml or *.json: no Service is served"
@@ -233,7 +181,7 @@ impl Manifests {
     /// How many files do not count in their present state; each was reported.
     #[must_use]
     pub fn refused(&self) -> usize {
-        self.files.values().filter(|file| file.broken).count()
+        self.held.files.values().filter(|file| file.broken).count()
     }
 
     /// Looks at the directory and reads what changed. An error means that nothing is known about
@@ -244,14 +192,14 @@ impl Manifests {
 
         let mut fresh: BTreeMap<OsString, Option<ManifestFile>> = BTreeMap::new();
         for (name, stamp) in &listed {
-            let known = self.files.get(name);
+            let known = self.held.files.get(name);
             let same = known.is_some_and(|file| file.stamp == *stamp);
             if touched.held.contains(name) || (same && !touched.changed.contains(name)) {
                 continue;
             }
             fresh.insert(name.clone(), Some(self.look_into(name, *stamp)));
         }
-        for name in self.files.keys() {
+        for name in self.held.files.keys() {
             if !listed.contains_key(name) && !touched.held.contains(name) {
                 fresh.insert(name.clone(), None);
             }
@@ -261,7 +209,7 @@ impl Manifests {
             return Err(io::Error::other("it was replaced while it was read"));
         }
         self.identity = Some(identity);
-        Ok(self.replace(fresh))
+        Ok(self.held.replace(fresh))
     }
 
     /// The files that count. One without a stamp cannot be looked at, and reading it will say why.
@@ -297,7 +245,7 @@ impl Manifests {
     /// Reads a file. One that does not count keeps the objects it had.
     fn look_into(&self, name: &OsStr, stamp: Option<Stamp>) -> ManifestFile {
         let shown = label(name);
-        let known = self.files.get(name);
+        let known = self.held.files.get(name);
         let had_objects = known.is_some_and(|file| !file.objects.is_empty());
         let read = read_file(&self.dir.join(name)).and_then(|bytes| {
             // `> file` is the first half of many ways to write one.
@@ -320,110 +268,6 @@ impl Manifests {
                 broken: true,
             },
         }
-    }
-
-    /// Puts new states of files in force, all at once, so that an object that moved from one file
-    /// to another never goes.
-    fn replace(&mut self, fresh: BTreeMap<OsString, Option<ManifestFile>>) -> Changes {
-        let mut changes = Changes::default();
-        let mut keys: BTreeSet<Key> = BTreeSet::new();
-        for (name, file) in &fresh {
-            let old = self.files.get(name);
-            keys.extend(old.into_iter().chain(file).flat_map(|file| file.objects.keys().cloned()));
-        }
-        let before: Vec<Option<Event>> = keys.iter().map(|key| self.in_force(key)).collect();
-
-        for (name, file) in fresh {
-            if let Some(old) = self.files.get(&name) {
-                for key in old.objects.keys() {
-                    if let Some(claims) = self.claims.get_mut(key) {
-                        claims.remove(&name);
-                    }
-                }
-            }
-            let Some(file) = file else {
-                self.files.remove(&name);
-                continue;
-            };
-            for key in file.objects.keys() {
-                self.claims.entry(key.clone()).or_default().insert(name.clone());
-            }
-            let old = self.files.get(&name);
-            let said = old.map(|old| old.problems.as_slice()).unwrap_or_default();
-            changes.problems.extend(file.problems.iter().filter(|p| !said.contains(p)).cloned());
-            if old.is_some_and(|old| old.broken) && !file.broken {
-                changes.mended.push(label(&name));
-            }
-            self.files.insert(name, file);
-        }
-
-        for (key, before) in keys.into_iter().zip(before) {
-            let now = self.in_force(&key);
-            self.report_doubles(&key, &mut changes.problems);
-            match now {
-                now if now == before => {}
-                Some(event) => changes.events.push(event),
-                None => changes.events.push(Event::Gone(key.0, key.1)),
-            }
-        }
-        changes
-    }
-
-    /// What the first file that holds an object says about it.
-    fn in_force(&self, key: &Key) -> Option<Event> {
-        let first = self.claims.get(key)?.first()?;
-        self.files.get(first)?.objects.get(key)?.clone()
-    }
-
-    /// Says that an object is in several files, once for each file that does not count.
-    fn report_doubles(&mut self, key: &Key, problems: &mut Vec<Problem>) {
-        let claims = self.claims.get(key).filter(|claims| !claims.is_empty());
-        let Some(claims) = claims else {
-            self.claims.remove(key);
-            self.doubled.remove(key);
-            return;
-        };
-        let mut names = claims.iter();
-        let Some(first) = names.next() else { return };
-        let others: BTreeSet<OsString> = names.cloned().collect();
-        if others.is_empty() {
-            self.doubled.remove(key);
-            return;
-        }
-        let said = self.doubled.get(key);
-        for other in others.iter().filter(|other| said.is_none_or(|said| !said.contains(*other))) {
-            problems.push(Problem {
-                object: format!("{}, {} {}", label(other), key.0, key.1),
-                field: String::new(),
-                message: format!(
-                    "is in {}, too, and that one counts; this one takes over when that one goes",
-                    label(first)
-                ),
-            });
-        }
-        self.doubled.insert(key.clone(), others);
-    }
-}
-
-impl ManifestFile {
-    /// A file that counts. Of an object it holds twice, the first one does.
-    fn good(contents: Contents) -> Self {
-        let Contents { objects, mut problems, ignored } = contents;
-        let mut by_key = BTreeMap::new();
-        for object in objects {
-            let key = (object.kind, object.name);
-            match by_key.entry(key) {
-                Entry::Vacant(entry) => {
-                    entry.insert(object.event);
-                }
-                Entry::Occupied(entry) => problems.push(Problem {
-                    object: format!("{} {}", entry.key().0, entry.key().1),
-                    field: String::new(),
-                    message: "is twice in one file; the first one counts".to_owned(),
-                }),
-            }
-        }
-        Self { stamp: None, objects: by_key, ignored, problems, broken: false }
     }
 }
 

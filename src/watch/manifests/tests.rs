@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::symlink;
 
 use super::*;
-use crate::model::{EndpointSlice, Protocol};
+use crate::model::{EndpointSlice, NamespacedName, Protocol};
 
 /// A directory of manifests, and what reads it.
 struct Case {
