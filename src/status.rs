@@ -99,10 +99,16 @@ impl Status {
     /// Reads how many connections there were, if they are counted.
     pub fn look_at_connections(&self) {
         let mut connections = held(&self.connections);
-        if !held(&self.counting).on {
-            return;
-        }
-        let found = read_counters();
+        let found = {
+            let counting = held(&self.counting);
+            match (counting.on, counting.served.is_empty()) {
+                (true, _) => None,
+                // They are no longer counted: there is nothing, and what was told goes.
+                (false, false) => Some(Counters { complete: true, ..Counters::default() }),
+                (false, true) => return,
+            }
+        };
+        let found = found.map_or_else(read_counters, Ok);
         // Behind the reading: what began meanwhile is known then, and what ended still is.
         let served = std::mem::take(&mut held(&self.counting).served);
         for (service, served) in served {

@@ -303,6 +303,12 @@ fn counting_is_switched_live() {
     // What was counted in the earlier times may have been told as well.
     let sum: u64 = accepted.values().sum();
     wait_until("it to be told", || counted(&scrape(&net)).values().sum::<u64>() >= sum);
+    switch(false);
+    wait_until("nobody's connections to be told", || {
+        let families = scrape(&net);
+        let told = ["nftproxy_service_connections_total", "nftproxy_endpoint_connections_total"];
+        told.iter().all(|name| families.get(*name).is_none_or(|family| family.samples.is_empty()))
+    });
 }
 
 #[test]
