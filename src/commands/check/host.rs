@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::Finding;
 use crate::model::Family;
 
-/// The oldest kernel that the tests have run on.
+/// The oldest kernel that the present layout of the tables was tested on: `tests/kernels/README.md`.
 const TESTED: (u32, u32) = (6, 1);
 
 /// Where the files are.
