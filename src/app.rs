@@ -288,7 +288,7 @@ fn follow_config(flags: Flags, loaded: Loaded, live: watch::Sender<Live>) -> Res
 fn follow_host(events: WeakSender<Event>) -> Result<(), RunError> {
     let thread = std::thread::Builder::new().name("host".into()).spawn(move || {
         if let Err(error) = host::follow(&events) {
-            warn!(%error, "node ports stay on the addresses that the host had at start");
+            warn!(%error, "node ports stay on the addresses that the host has now");
         }
     });
     thread.map(drop).map_err(|source| RunError::System { step: "start a thread", source })
