@@ -125,3 +125,40 @@ pub struct Change {
     /// Wanted.
     pub to: Option<Value>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nft::element::Key;
+    use crate::nft::names::List;
+    use crate::nft::text;
+
+    #[test]
+    fn what_takes_something_is_told_behind_a_minus_and_what_brings_something_behind_a_plus() {
+        let family = Family::V4;
+        let map = AffinityName { port: "default/web/tcp".parse().unwrap(), list: List::Cluster };
+        let name = ChainName::NatInput;
+        let key = Key::NodePort(crate::model::Protocol::Tcp, 30080);
+        let id = ElementId { family, set: SetName::NoEndpointNodeports, key };
+        let chain = || Box::new(dataplane::chain(name.clone(), family, &Options::default()));
+        for (op, begins) in [
+            (Op::AddTable(family), "+ add table"),
+            (Op::DeleteTable(family), "- delete table"),
+            (Op::AddSet(family, SetName::Services), "+ add map"),
+            (Op::AddAffinity(family, map.clone()), "+ add map"),
+            (Op::DeleteAffinity(family, map.clone()), "- delete map"),
+            (Op::Forget(family, map.clone(), Box::default()), "- delete element"),
+            (Op::AddCounters(family), "+ add set"),
+            (Op::DeleteCounters(family), "- delete set"),
+            (Op::AddChain(family, chain()), "+ add chain"),
+            (Op::AddRules(family, chain()), "+ add rule"),
+            (Op::FlushChain(family, name.to_string()), "- flush chain"),
+            (Op::DeleteChain(family, name.to_string()), "- delete chain"),
+            (Op::AddElement(id, Value::Drop), "+ add element"),
+            (Op::DeleteElement(id, Value::Drop), "- delete element"),
+        ] {
+            let lines = text::change(&op);
+            assert!(!lines.is_empty() && lines.iter().all(|l| l.starts_with(begins)), "{lines:?}");
+        }
+    }
+}
