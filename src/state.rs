@@ -419,3 +419,6 @@ fn unnamed<T>(known: &BTreeMap<NamespacedName, Known<T>>, listing: u32) -> Vec<N
     let old = known.iter().filter(|(_, known)| known.listing != listing);
     old.map(|(name, _)| name.clone()).collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -88,18 +88,6 @@ impl Elements {
     pub fn iter(&self) -> std::slice::Iter<'_, (ElementId, Value)> {
         self.0.iter()
     }
-
-    /// How many there are.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Whether there are none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
 }
 
 /// Of several values for one key, the last one counts.
@@ -447,6 +435,52 @@ mod tests {
         let mut wanted = vec![10, 96, 0, 10, 6, 0, 0, 0, 0, 80, 0, 0];
         wanted.extend(3_u32.to_ne_bytes());
         assert_eq!(key.bytes().as_slice(), wanted);
+    }
+
+    #[test]
+    fn a_value_is_as_long_as_what_it_maps_to() {
+        let backend = Backend { address: [10, 244, 0, 1].into(), port: 8080 };
+        for (family, set, length) in [
+            (Family::V4, SetName::Endpoints, 8),
+            (Family::V6, SetName::NodeportEndpoints, 20),
+            (Family::V6, SetName::Services, 0),
+            (Family::V6, SetName::Hairpin, 0),
+        ] {
+            assert_eq!(data_len(family, set), length);
+        }
+        let bytes = backend.bytes();
+        assert_eq!(bytes.as_slice(), [10, 244, 0, 1, 0x1f, 0x90, 0, 0]);
+        assert_eq!(Backend::from_bytes(Family::V4, bytes.as_slice()), Some(backend));
+        assert_eq!(Backend::from_bytes(Family::V6, bytes.as_slice()), None);
+    }
+
+    #[test]
+    fn elements_from_one_on_begin_with_it() {
+        let id = |port| {
+            let key = Key::NodePort(Protocol::Tcp, port);
+            ElementId { family: Family::V4, set: SetName::Nodeports, key }
+        };
+        let elements: Elements =
+            [3, 1, 2].map(|port| (id(port), Value::Drop)).into_iter().collect();
+        for (first, ports) in [(0, vec![1, 2, 3]), (2, vec![2, 3]), (4, vec![])] {
+            let found: Vec<_> = elements.from(&id(first)).iter().map(|(id, _)| *id).collect();
+            assert_eq!(found, ports.into_iter().map(id).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_range_is_written_as_what_it_is() {
+        let range = |first: [u8; 4], last: [u8; 4]| Key::Range(first.into(), last.into());
+        for (key, text) in [
+            (range([10, 0, 0, 1], [10, 0, 0, 1]), "10.0.0.1"),
+            (range([10, 0, 0, 0], [10, 0, 255, 255]), "10.0.0.0/16"),
+            (range([10, 0, 0, 1], [10, 0, 0, 2]), "10.0.0.1-10.0.0.2"),
+        ] {
+            assert_eq!(key.to_string(), text);
+        }
+        let key = Key::Frontend([10, 96, 0, 10].into(), Protocol::Tcp, 80);
+        let id = ElementId { family: Family::V4, set: SetName::Services, key };
+        assert_eq!(id.to_string(), "ip services: 10.96.0.10 . tcp . 80");
     }
 
     #[test]

@@ -57,12 +57,6 @@ impl PortName {
         format!("{service}/{protocol}{slash}{port}").parse().ok()
     }
 
-    /// The name.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
     /// The protocol, which is part of the name.
     #[must_use]
     pub fn protocol(&self) -> Protocol {
@@ -202,6 +196,18 @@ mod tests {
     }
 
     #[test]
+    fn there_is_no_chain_for_no_backend_and_none_for_more_than_there_are_slots() {
+        let select = |n| {
+            let (entry, list) = (Entry::Address, List::Cluster);
+            ChainName::Select(Selection { entry, list, pick: Pick::Random, n })
+        };
+        assert_eq!(select(1).for_one_less(), None);
+        assert_eq!(select(2).for_one_less(), Some(select(1)));
+        assert_eq!(select(2).for_one_more(), Some(select(3)));
+        assert_eq!(select(u16::MAX).for_one_more(), None);
+    }
+
+    #[test]
     fn names_of_others_are_unknown() {
         for name in [
             "",
@@ -226,6 +232,10 @@ mod tests {
             "internal-2",
             "round-robin-2",
             "affinity/a/b/tcp",
+            "sticky-lb-2//b/tcp",
+            "sticky-lb-2/a//tcp",
+            "sticky-lb-2/a/b/icmp/http",
+            "sticky-lb-2/a/b/tcp/http/x",
         ] {
             assert_eq!(name.parse::<ChainName>(), Err(UnknownName), "{name:?}");
         }

@@ -94,20 +94,14 @@ impl Transaction {
         self.ops.extend(built.map(|(family, chain)| Op::AddRules(family, chain)));
     }
 
-    /// Removes what is no longer wanted, then adds what is new.
+    /// Removes what is no longer wanted or is to be another, then adds what is new.
     pub(crate) fn change_elements(&mut self, changes: &[(ElementId, Change)]) {
-        self.ops.extend(changes.iter().filter_map(|(id, change)| match change {
-            Change { from: Some(value), to } if to.as_ref() != Some(value) => {
-                Some(Op::DeleteElement(*id, value.clone()))
-            }
-            _ => None,
-        }));
-        self.ops.extend(changes.iter().filter_map(|(id, change)| match change {
-            Change { from, to: Some(value) } if from.as_ref() != Some(value) => {
-                Some(Op::AddElement(*id, value.clone()))
-            }
-            _ => None,
-        }));
+        let from = |(id, change): &(ElementId, Change)| Some((*id, change.from.clone()?));
+        let to = |(id, change): &(ElementId, Change)| Some((*id, change.to.clone()?));
+        let removed = changes.iter().filter_map(from);
+        self.ops.extend(removed.map(|(id, value)| Op::DeleteElement(id, value)));
+        let added = changes.iter().filter_map(to);
+        self.ops.extend(added.map(|(id, value)| Op::AddElement(id, value)));
     }
 
     /// Empties chains, then removes them: they may refer to each other until then.
@@ -117,7 +111,7 @@ impl Transaction {
     }
 }
 
-/// What an element was and is to be; None where it does not exist.
+/// What an element was and is to be, which is another; None where it does not exist.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Change {
     /// In the kernel.
