@@ -387,10 +387,26 @@ mod tests {
             (connections.former.len(), connections.seen.as_ref().unwrap().len()),
             (400, 200)
         );
+        connections.limit(400);
+        assert_eq!(connections.former.len(), 400);
         connections.limit(200);
         assert_eq!((connections.former.len(), connections.seen.is_some()), (0, true));
         connections.limit(199);
         assert_eq!(connections.seen, None, "told from the next complete reading on");
+    }
+
+    #[test]
+    fn further_endpoints_than_are_told_one_by_one_count_for_their_port() {
+        let mut connections = Connections::new(Some(&all(&[])));
+        connections.serve(&name("web"), service("web", 1, &[]));
+        let connection = |host: usize| {
+            let address = std::net::Ipv4Addr::from(u32::try_from(host).unwrap()).into();
+            (Connection { backend: Backend { address, port: 8080 }, ..to(1, 5) }, 1)
+        };
+        let counters: Vec<_> = (0..=MAX_ENDPOINTS).map(connection).collect();
+        let reading = connections.read(&all(&counters));
+        assert_eq!((reading.endpoints.len(), reading.left_out), (MAX_ENDPOINTS, 1));
+        assert_eq!(reading.ports.into_values().sum::<u64>(), counters.len() as u64);
     }
 
     proptest! {

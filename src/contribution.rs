@@ -114,3 +114,6 @@ pub struct Lists {
     /// Backends on this node, for traffic under a Local policy.
     pub local: Slots,
 }
+
+#[cfg(test)]
+mod tests;

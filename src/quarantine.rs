@@ -93,3 +93,51 @@ fn is_of_the_system(errno: i32) -> bool {
     use libc::{EACCES, EAGAIN, EINTR, EMFILE, ENOBUFS, ENOMEM, EPERM};
     [EACCES, EAGAIN, EINTR, EMFILE, ENOBUFS, ENOMEM, EPERM].contains(&errno)
 }
+
+#[cfg(test)]
+mod tests {
+    use libc::{EBUSY, ENOMEM};
+
+    use super::*;
+
+    #[test]
+    fn one_that_is_taken_up_again_is_news_only_if_it_is_refused_for_another_reason() {
+        let mut quarantine = Quarantine::default();
+        let node = Contributor::Node;
+        assert!(quarantine.is_empty());
+        assert!(quarantine.put(&node, "busy".into()));
+        assert!(!quarantine.put(&node, "busy".into()));
+        assert!(quarantine.put(&node, "full".into()));
+        for all in [false, true] {
+            assert!(quarantine.contains(&node) && quarantine.len() == 1);
+            if all {
+                assert_eq!(quarantine.release_all(), [Contributor::Node]);
+            } else {
+                quarantine.release(&node);
+            }
+            assert_eq!((quarantine.contains(&node), quarantine.len()), (false, 0));
+            assert!(!quarantine.is_empty(), "nothing was accepted yet");
+            assert!(!quarantine.put(&node, "full".into()));
+        }
+        assert_eq!(quarantine.iter().collect::<Vec<_>>(), [&node]);
+        assert_eq!(quarantine.settle(), [], "it is left out");
+        quarantine.release(&node);
+        assert_eq!(quarantine.settle(), [node]);
+        assert!(quarantine.is_empty());
+    }
+
+    #[test]
+    fn what_is_of_the_system_is_tried_as_a_whole_and_again_if_it_hits_too_many() {
+        let refused = |errno| Refusal { op: None, errno, message: None };
+        let of_system = [refused(ENOMEM), refused(ENOMEM)];
+        let mut quarantine = Quarantine::default();
+        for _ in 0..2 {
+            assert!(!quarantine.blames_the_system(&[refused(ENOMEM), refused(EBUSY)], 1));
+            let tries = [1; 3].map(|count| quarantine.blames_the_system(&of_system, count));
+            assert_eq!(tries, [true, true, false]);
+            assert!(!quarantine.blames_the_system(&of_system, MAX_SET_ASIDE));
+            assert!(quarantine.blames_the_system(&of_system, MAX_SET_ASIDE + 1));
+            quarantine.settle();
+        }
+    }
+}

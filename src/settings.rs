@@ -152,4 +152,19 @@ mod tests {
         let some = NodePortAddresses::Ranges(ranges("10.1.0.0/16"));
         assert_eq!(served(some, Family::V4), Some(vec![addresses[2]]));
     }
+
+    #[test]
+    fn pods_are_told_by_their_ranges_in_the_families_that_have_some() {
+        use Detector::{LocalPods, None};
+        let told = |ranges: &[&str]| {
+            let ranges = ranges.iter().map(|range| range.parse().unwrap()).collect();
+            let detect_local = DetectLocal::ClusterCidr(ranges);
+            let settings = Settings { detect_local, ..Settings::default() };
+            settings.options(&NodeFacts::default()).detect_local
+        };
+        assert_eq!(told(&[]), [None, None]);
+        assert_eq!(told(&["10.244.0.0/16"]), [LocalPods, None]);
+        assert_eq!(told(&["fd00:10:244::/56"]), [None, LocalPods]);
+        assert_eq!(told(&["10.244.0.0/16", "fd00:10:244::/56"]), [LocalPods, LocalPods]);
+    }
 }

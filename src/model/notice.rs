@@ -56,3 +56,15 @@ impl Notice {
         Self { service, topic, part: String::new(), standing }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_follows_from_objects_alone_is_the_same_on_every_node() {
+        use Topic::{Conflict, HealthCheck, Invalid, Partly, Refused};
+        assert!([Conflict, Partly, Invalid].into_iter().all(Topic::is_of_all_nodes));
+        assert!(![Refused, HealthCheck].into_iter().any(Topic::is_of_all_nodes));
+    }
+}

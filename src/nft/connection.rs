@@ -92,4 +92,12 @@ mod tests {
         bytes.push(0);
         assert_eq!(Connection::from_bytes(Family::V4, &bytes), None);
     }
+
+    #[test]
+    fn connections_are_counted_where_either_family_has_the_set() {
+        let set = Some(CounterSet { handle: (1, 2), pairs: 0 });
+        for (sets, is_on) in [([None, None], false), ([set, None], true), ([None, set], true)] {
+            assert_eq!(Counters { sets, ..Counters::default() }.is_on(), is_on);
+        }
+    }
 }

@@ -509,3 +509,22 @@ fn remembered(shape: &Shape<'_>) -> [Rule; 2] {
     node_port.push(Jump(ChainName::AffinityRecordNodeport));
     [Rule::new(address), Rule::new(node_port)]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Loopback::{Guarded, NodePorts, Untouched};
+
+    #[test]
+    fn loopback_stays_guarded_while_it_is_routed_because_of_what_was() {
+        for (now, before, routed, after) in [
+            (Untouched, Untouched, true, Untouched),
+            (Untouched, NodePorts, true, Guarded),
+            (Untouched, Guarded, true, Guarded),
+            (Untouched, NodePorts, false, Untouched),
+            (NodePorts, Untouched, false, NodePorts),
+            (NodePorts, Guarded, true, NodePorts),
+        ] {
+            assert_eq!(now.after(before, routed), after, "{now:?} after {before:?}");
+        }
+    }
+}

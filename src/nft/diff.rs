@@ -147,6 +147,8 @@ pub fn diff(loaded: &Loaded, wanted: Ruleset) -> Transaction {
 mod tests {
     use super::*;
     use crate::nft::dataplane::Options;
+    use crate::nft::element::Backend;
+    use crate::nft::names::{AffinityName, List};
 
     #[test]
     fn a_table_that_cannot_be_adopted_is_replaced_and_it_is_said_why() {
@@ -204,5 +206,43 @@ mod tests {
         }
         let chains = ops.iter().filter(|op| matches!(op, Op::AddChain(..))).count();
         assert_eq!(chains, 2, "one of each family: {ops:#?}");
+    }
+
+    #[test]
+    fn clients_of_backends_that_went_meanwhile_are_forgotten_and_maps_nobody_claims_removed_first()
+    {
+        let backend = |host| Backend { address: [10, 244, 0, host].into(), port: 8080 };
+        let map = |service: &str| AffinityName {
+            port: format!("default/{service}/tcp").parse().unwrap(),
+            list: List::Cluster,
+        };
+        let held = [
+            (map("gone"), [backend(1)].into()),
+            (map("less"), [backend(1), backend(2)].into()),
+            (map("same"), [backend(1), backend(2)].into()),
+        ];
+        let table = LoadedTable {
+            comment: Some(LAYOUT.to_owned()),
+            affinities: held.into(),
+            ..LoadedTable::default()
+        };
+        let keep = |hosts: &[u8]| hosts.iter().copied().map(backend).collect::<Box<[_]>>();
+        let wanted = Ruleset {
+            affinities: [
+                ((Family::V4, map("less")), keep(&[2, 3])),
+                ((Family::V4, map("new")), keep(&[1])),
+                ((Family::V4, map("same")), keep(&[1, 2, 3])),
+            ]
+            .into(),
+            ..Ruleset::default()
+        };
+        let ops = diff(&Loaded { tables: [(Family::V4, table)].into() }, wanted).ops;
+        assert!(ops.contains(&Op::AddAffinity(Family::V4, map("new"))));
+        let [.., deleted, forgotten] = &ops[..] else { panic!("{ops:?}") };
+        assert_eq!(*deleted, Op::DeleteAffinity(Family::V4, map("gone")));
+        assert_eq!(*forgotten, Op::Forget(Family::V4, map("less"), keep(&[2, 3])));
+        let of_maps =
+            |op: &&Op| matches!(op, Op::AddAffinity(..) | Op::DeleteAffinity(..) | Op::Forget(..));
+        assert_eq!(ops.iter().filter(of_maps).count(), 3);
     }
 }

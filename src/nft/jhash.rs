@@ -79,4 +79,10 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn every_slot_comes_up() {
+        let slots = (0..=u8::MAX).map(|last| slot([10, 244, 1, last].into(), 7, 0x6e66_7470));
+        assert_eq!(slots.collect::<std::collections::BTreeSet<_>>(), (0..7).collect());
+    }
 }

@@ -276,11 +276,12 @@ mod tests {
 
     #[test]
     fn an_interface_is_told_as_it_is_written() {
-        for (text, name) in [
-            ("eth0", InterfaceName::Whole("eth0".into())),
-            ("veth*", InterfaceName::Prefix("veth".into())),
-            ("*", InterfaceName::Prefix("".into())),
+        for (text, name, compared) in [
+            ("eth0", InterfaceName::Whole("eth0".into()), "eth0"),
+            ("veth*", InterfaceName::Prefix("veth".into()), "veth"),
+            ("*", InterfaceName::Prefix("".into()), ""),
         ] {
+            assert_eq!(name.as_str(), compared);
             assert_eq!(InterfaceName::from(text.to_owned()), name);
             assert_eq!(String::from(name), text);
         }

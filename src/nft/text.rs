@@ -371,4 +371,13 @@ mod tests {
             assert!(change(op).iter().all(|line| line.starts_with("- ")), "{:?}", change(op));
         }
     }
+
+    #[test]
+    fn the_tables_of_both_families_follow_each_other() {
+        let rules = Ruleset::default();
+        let [four, six] = Family::BOTH.map(|family| table(&rules, family));
+        assert!(four.contains("table ip nftproxy") && six.contains("table ip6 nftproxy"));
+        assert_eq!(ruleset(&rules), format!("{four}\n{six}"));
+        assert_eq!(tables(&rules, &[Family::V6]), six);
+    }
 }

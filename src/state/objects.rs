@@ -182,3 +182,67 @@ impl Objects {
         stored.unwrap_or(name).clone()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{name, service, slice};
+    use super::*;
+    use crate::model::Family;
+
+    #[test]
+    fn nothing_is_kept_under_a_name_that_nothing_has() {
+        let mut objects = Objects::default();
+        objects.put_slice(slice("a-1", "a", &[80]), 1);
+        objects.put_slice(slice("a-2", "a", &[80]), 1);
+        assert_eq!(objects.take_slice(&name("a-1")), Some(name("a")));
+        assert_eq!(objects.take_slice(&name("a-1")), None);
+        assert_eq!(objects.slices().count(), 1, "the other one is there still");
+        assert_eq!(objects.take_slice(&name("a-2")), Some(name("a")));
+        assert!(objects.by_service.is_empty() && objects.owners.is_empty());
+        // A Service stays without its slices, and slices without their Service.
+        objects.put_service(service("b", 1, &[80]), 1);
+        objects.put_slice(slice("b-1", "b", &[80]), 1);
+        objects.take_slice(&name("b-1")).unwrap();
+        objects.tidy(&name("b"));
+        assert!(objects.service(&name("b")).is_some());
+        objects.put_slice(slice("b-1", "b", &[80]), 1);
+        assert_eq!(objects.take_service(&name("b")).unwrap().name, name("b"));
+        assert!(objects.take_service(&name("b")).is_none());
+        objects.tidy(&name("b"));
+        assert_eq!(objects.slices().count(), 1);
+        objects.take_slice(&name("b-1")).unwrap();
+        assert!(objects.by_service.is_empty());
+    }
+
+    #[test]
+    fn the_numbering_of_a_service_that_is_gone_stays_until_its_elements_are() {
+        let mut objects = Objects::default();
+        let web = service("web", 1, &[80]);
+        objects.put_slice(slice("web-1", "web", &[80]), 1);
+        objects.put_service(web.clone(), 1);
+        let slots = &mut objects.holding(&name("web")).unwrap().slots;
+        slots.lists(Family::V4, &web.ports[0]);
+        objects.take_service(&name("web")).unwrap();
+        objects.take_slice(&name("web-1")).unwrap();
+        assert!(!objects.by_service[&name("web")].slots.is_empty());
+        objects.tidy(&name("web"));
+        assert!(objects.by_service.is_empty());
+    }
+
+    #[test]
+    fn a_slice_is_found_by_its_name_among_others_of_its_service() {
+        let mut objects = Objects::default();
+        for (text, ports) in [("web-2", [2]), ("web-3", [3]), ("web-1", [1])] {
+            objects.put_slice(slice(text, "web", &ports), 1);
+        }
+        objects.put_slice(slice("web-2", "web", &[4]), 1);
+        for (text, port) in [("web-1", "1"), ("web-2", "4"), ("web-3", "3")] {
+            assert_eq!(*objects.slice(&name(text)).unwrap().ports[0].name, *port, "{text}");
+            *objects.slice_listing(&name(text)).unwrap() = 2;
+        }
+        assert_eq!(objects.slice_count(), 3);
+        assert_eq!(objects.unnamed_slices(2), []);
+        assert_eq!(objects.unnamed_slices(3), ["web-1", "web-2", "web-3"].map(name));
+        assert_eq!(objects.slice(&name("web-4")), None);
+    }
+}

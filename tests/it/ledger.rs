@@ -1,7 +1,9 @@
 //! Any order of events with the same final objects ends in the same table as a fresh start, every
 //! transaction on the way is one the kernel accepts, and a restart finds nothing to do.
 
+mod affinity;
 mod changes;
+mod told;
 
 use std::collections::BTreeMap;
 

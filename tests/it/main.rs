@@ -37,6 +37,7 @@ mod host;
 mod hostile;
 mod http;
 mod inside;
+mod interpret;
 mod kubectl;
 mod ledger;
 mod live;

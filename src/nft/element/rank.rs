@@ -72,3 +72,48 @@ impl ElementId {
         rank.number
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+    use crate::model::Family;
+    use crate::nft::element::Backend;
+    use crate::nft::names::SetName;
+
+    /// All the order there is, so that none of these is compared by itself.
+    #[test]
+    fn numbers_tell_elements_of_ipv4_apart_and_have_their_order() {
+        use Protocol::{Tcp, Udp};
+        use SetName::{AffinityNodeportBackends, Endpoints, Hairpin, NodeportEndpoints, Services};
+        let ip = |last| IpAddr::V4(Ipv4Addr::new(10, 0, 0, last));
+        let of_backend =
+            |last| Key::NodePortBackend(Tcp, 1, Backend { address: ip(last), port: 8080 });
+        let keys = [
+            (Services, Key::Frontend(ip(1), Tcp, 80)),
+            (Services, Key::Frontend(ip(1), Tcp, 81)),
+            (Services, Key::Frontend(ip(1), Udp, 80)),
+            (Services, Key::Frontend(ip(2), Tcp, 80)),
+            (Endpoints, Key::Slot(ip(1), Tcp, 80, 0)),
+            (Endpoints, Key::Slot(ip(1), Tcp, 80, 1)),
+            (Endpoints, Key::Slot(ip(1), Tcp, 80, 0x100)),
+            (Endpoints, Key::Slot(ip(2), Tcp, 80, 0)),
+            (NodeportEndpoints, Key::NodePortSlot(Tcp, 1, 0)),
+            (NodeportEndpoints, Key::NodePortSlot(Tcp, 1, 1)),
+            (NodeportEndpoints, Key::NodePortSlot(Tcp, 2, 0)),
+            (Hairpin, Key::Pair(ip(1), ip(1))),
+            (Hairpin, Key::Pair(ip(1), ip(2))),
+            (Hairpin, Key::Pair(ip(2), ip(1))),
+            (AffinityNodeportBackends, of_backend(1)),
+            (AffinityNodeportBackends, of_backend(2)),
+        ];
+        let id = |(set, key)| ElementId { family: Family::V4, set, key };
+        let ids = keys.map(id);
+        assert!(ids.is_sorted());
+        assert!(ids.is_sorted_by(|a, b| a.rank() < b.rank()), "{:x?}", ids.map(|id| id.rank()));
+        // Of IPv6, as far as the number goes.
+        let six = ElementId { family: Family::V6, ..ids[0] };
+        assert!(ids.iter().all(|id| id.rank() < six.rank()));
+    }
+}

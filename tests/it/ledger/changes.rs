@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use nftproxy::model::{Event, Family, Kind, Protocol, Scheduler, Service, SessionAffinity};
+use nftproxy::model::{Event, Family, Kind, Protocol, Scheduler, Service};
 use nftproxy::nft::dataplane::Options;
 use nftproxy::nft::element::{Backend, ElementId, Key, Value};
 use nftproxy::nft::fake::{Failure, FakeKernel};
@@ -41,41 +41,6 @@ fn an_endpoint_more_is_two_elements_and_its_replacement_one() {
     // The first goes: the last takes its slot.
     assert_eq!(ops(&mut proxy, &["10.0.0.4", "10.0.0.3"]), 5);
     assert_eq!(ops(&mut proxy, &["10.0.0.3", "10.0.0.4"]), 0);
-}
-
-/// A packet that was on its way when the backend went may remember it afterwards.
-#[test]
-fn clients_of_a_backend_that_went_are_forgotten_at_once_and_once_more() {
-    let with = |name: &str, last: u8, endpoints: &[&str]| {
-        let address = format!("10.96.0.{last}");
-        let service = Service {
-            session_affinity: SessionAffinity::ClientIp { timeout: 10 },
-            ..service(name, &[&address], &[port("", Protocol::Tcp, 80, 0)])
-        };
-        let slice = slice(name, "4", &[("", Protocol::Tcp, 8080)], endpoints);
-        [Event::Service(service), Event::EndpointSlice(slice)]
-    };
-    let mut proxy = Proxy::new(state(), FakeKernel::default());
-    let web = with("web", 12, &["10.0.0.1", "10.0.0.2"]);
-    web.into_iter().chain(all_listed()).for_each(|event| proxy.observe(event));
-    committed(&mut proxy);
-    // How many maps were told to forget by what was applied last.
-    let forgotten = |proxy: &mut Proxy<FakeKernel>| {
-        let last = proxy.kernel_mut().applied.last().unwrap();
-        last.ops.iter().filter(|op| matches!(op, Op::Forget(..))).count()
-    };
-    // As many as before: no chain is left over. One less, and one more: there is.
-    let others =
-        [(&["10.0.0.1", "10.0.0.3"][..], 1), (&["10.0.0.1"], 1), (&["10.0.0.1", "10.0.0.2"], 0)];
-    for (endpoints, meanwhile) in others {
-        with("web", 12, endpoints).into_iter().for_each(|event| proxy.observe(event));
-        proxy.commit().unwrap();
-        assert_eq!(forgotten(&mut proxy), meanwhile, "{endpoints:?}");
-        assert!(proxy.has_idle());
-        proxy.collect_idle().unwrap();
-        assert_eq!(forgotten(&mut proxy), meanwhile, "{endpoints:?}");
-        assert!(!proxy.has_idle());
-    }
 }
 
 #[test]
@@ -405,4 +370,25 @@ fn a_maglev_service_has_the_whole_table_and_each_endpoint_its_share() {
     assert_eq!(shares.len(), 3);
     assert_eq!(shares.values().sum::<i32>(), 2039);
     assert!(shares.values().all(|share| (679..=680).contains(share)), "{shares:?}");
+}
+
+/// A pod of this node that can be given itself, by either Service.
+#[test]
+fn an_element_that_two_services_ask_for_goes_with_the_last_one() {
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    let other = service("other", &["10.96.0.11"], &[port("", Protocol::Tcp, 80, 0)]);
+    let others = slice("other", "4", &[("", Protocol::Tcp, 80)], &["10.0.0.1!"]);
+    let others = [Event::Service(other), Event::EndpointSlice(others)];
+    web(&["10.0.0.1!"]).into_iter().chain(others).for_each(|event| proxy.observe(event));
+    all_listed().for_each(|event| proxy.observe(event));
+    committed(&mut proxy);
+    let pairs = |proxy: &mut Proxy<FakeKernel>| {
+        proxy.kernel_mut().elements().filter(|(id, _)| id.set == SetName::Hairpin).count()
+    };
+    assert_eq!(pairs(&mut proxy), 1);
+    for (gone, left) in [("web", 1), ("other", 0)] {
+        proxy.observe(Event::Gone(Kind::Service, name(gone)));
+        committed(&mut proxy);
+        assert_eq!(pairs(&mut proxy), left);
+    }
 }
