@@ -33,9 +33,6 @@ use crate::state::State;
 /// How often a commit reads back the tables because their elements were others than it was told.
 const MAX_READINGS: usize = 5;
 
-/// From so many objects on, a list that loses most of them is worth a word.
-const SUSPICIOUS: usize = 10;
-
 /// The proxy of one node, without time.
 #[derive(Debug)]
 pub struct Proxy<K> {
@@ -123,8 +120,7 @@ impl<K: Kernel> Proxy<K> {
         self.take_in(event);
         if let Some((kind, before)) = listed {
             let after = self.state.count(kind);
-            // It may be so, and then it counts; or a server was restored from an old backup.
-            if before >= SUSPICIOUS && after < before / 2 {
+            if blame::is_suspicious(before, after) {
                 warn!(%kind, before, after, "a new list names less than half of what was known; what it does not name is removed");
             }
         }

@@ -13,6 +13,15 @@ use crate::nft::kernel::{Kernel, Refusal};
 use crate::nft::text;
 use crate::nft::transaction::{Op, Transaction};
 
+/// From so many objects on, a list that loses most of them is worth a word.
+const SUSPICIOUS: usize = 10;
+
+/// Whether a list that leaves so many of the objects that there were is worth one. It may be so, and then
+/// it counts; or a server was restored from an old backup.
+pub(super) fn is_suspicious(before: usize, after: usize) -> bool {
+    before >= SUSPICIOUS && after < before / 2
+}
+
 impl<K: Kernel> Proxy<K> {
     /// Whose operations were refused, each with the first of them. Nobody's, if the table itself was
     /// refused: everything in it is refused along with it.
@@ -158,4 +167,16 @@ fn about(topic: Topic, problems: &[Problem]) -> Vec<String> {
         field => format!("{field}: {}", problem.message),
     };
     problems.iter().filter(of_topic).map(said).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_that_loses_more_than_half_of_many_is_worth_a_word() {
+        assert!(is_suspicious(10, 4) && is_suspicious(100, 0) && is_suspicious(31, 14));
+        assert!(!is_suspicious(9, 0) && !is_suspicious(10, 5) && !is_suspicious(31, 15));
+        assert!(!is_suspicious(100, 100) && !is_suspicious(10, 20));
+    }
 }
