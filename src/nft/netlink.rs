@@ -39,7 +39,7 @@ use self::socket::{Answer, NetlinkSocket};
 use super::dataplane::Options;
 use super::element::Backend;
 use super::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
-use super::names::AffinityName;
+use super::names::{AffinityName, TABLE};
 use super::transaction::{Op, Transaction};
 use crate::model::Family;
 
@@ -99,7 +99,7 @@ impl NetlinkKernel {
     /// Encodes a transaction without sending it, for benches that time the kernel alone.
     #[must_use]
     pub fn encode(transaction: &Transaction) -> Vec<u8> {
-        encode::batch(transaction, Batch::begin(Vec::new()), 0).finish().bytes
+        encode::batch(transaction, Batch::begin(TABLE, Vec::new()), 0).finish().bytes
     }
 
     /// Sends a batch made by [`Self::encode`].
@@ -145,7 +145,7 @@ impl Kernel for NetlinkKernel {
         if transaction.is_empty() {
             return Ok(Applied::default());
         }
-        let begun = Batch::begin(std::mem::take(&mut self.buffer));
+        let begun = Batch::begin(TABLE, std::mem::take(&mut self.buffer));
         let mut batch = encode::batch(transaction, begun, self.table_flags()).finish();
         let mut outcome = Ok(Applied { messages: batch.messages(), bytes: batch.bytes.len() });
         // A transaction that only forgets has no messages but its begin and end.

@@ -32,9 +32,9 @@ const FLAGS: libc::c_int = libc::NFT_SET_MAP | libc::NFT_SET_TIMEOUT | libc::NFT
 
 const DATA: [KeyField; 2] = [KeyField::Address, KeyField::Port];
 
-fn named(name: &AffinityName) -> Set {
+fn named(table: &str, name: &AffinityName) -> Set {
     let mut set = Set::new();
-    set.set_str(sys::NFTNL_SET_TABLE, TABLE);
+    set.set_str(sys::NFTNL_SET_TABLE, table);
     set.set_str(sys::NFTNL_SET_NAME, &name.to_string());
     set
 }
@@ -44,7 +44,7 @@ fn data_len(family: Family) -> u32 {
 }
 
 pub(super) fn add(batch: &mut Batch, index: usize, family: Family, name: &AffinityName) {
-    let mut set = named(name);
+    let mut set = named(batch.table, name);
     set.set_u32(sys::NFTNL_SET_ID, index.try_into().unwrap_or(u32::MAX));
     set.set_u32(sys::NFTNL_SET_FLAGS, FLAGS.cast_unsigned());
     set.set_u32(sys::NFTNL_SET_KEY_TYPE, data_type(&[KeyField::Address], family));
@@ -59,7 +59,8 @@ pub(super) fn add(batch: &mut Batch, index: usize, family: Family, name: &Affini
 }
 
 pub(super) fn delete(batch: &mut Batch, index: usize, family: Family, name: &AffinityName) {
-    set_message(batch, index, family, named(name), libc::NFT_MSG_DELSET, 0);
+    let set = named(batch.table, name);
+    set_message(batch, index, family, set, libc::NFT_MSG_DELSET, 0);
 }
 
 /// Whether a map of the kernel is defined as [`add`] would.
@@ -122,7 +123,7 @@ fn entries(
     name: &AffinityName,
     mut each: impl FnMut(&[u8], Backend),
 ) -> Result<(), LoadError> {
-    let request = dump::elements_request(family, named(name));
+    let request = dump::elements_request(family, named(TABLE, name));
     let outcome = socket.dump(&request, |message| {
         Set::parse_elements(message, |element| {
             if let Some((key, key_len)) = element.get_data::<16>(sys::NFTNL_SET_ELEM_KEY)
@@ -165,7 +166,7 @@ pub(super) fn forget(
         if stale.is_empty() {
             return Ok(0);
         }
-        let mut batch = Batch::begin(Vec::new());
+        let mut batch = Batch::begin(TABLE, Vec::new());
         for keys in stale.chunks(ENTRIES) {
             let keys = keys.iter().map(Vec::as_slice);
             delete_keys(&mut batch, family, &name.to_string(), keys);

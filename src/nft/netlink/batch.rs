@@ -5,10 +5,13 @@ use std::ffi::c_char;
 use nftnl::NlMsg;
 
 use super::ffi::Room;
+use crate::nft::names::TABLE;
 use crate::nlmsg::{self, ACK, GENMSG, HEADER, NESTED, REQUEST, attributes, put};
 
 /// A batch being written.
 pub(super) struct Batch {
+    /// The table that its operations are about.
+    pub(super) table: &'static str,
     pub(super) bytes: Vec<u8>,
     /// Of each message: where it starts, and the (first) operation it carries, if any.
     index: Vec<Position>,
@@ -30,17 +33,17 @@ const NFTABLES: u16 = 10;
 const FIRST_SEQUENCE: u32 = 1;
 
 impl Batch {
-    /// Starts a batch in a buffer, which is cleared.
-    pub(super) fn begin(mut buffer: Vec<u8>) -> Self {
+    /// Starts a batch about a table, in a buffer, which is cleared.
+    pub(super) fn begin(table: &'static str, mut buffer: Vec<u8>) -> Self {
         buffer.clear();
-        let mut this = Self { bytes: buffer, index: Vec::new() };
+        let mut this = Self { table, bytes: buffer, index: Vec::new() };
         this.write(None, Room::begin_batch);
         this
     }
 
     /// One message outside of a batch: a request.
     pub(super) fn single(build: impl FnOnce(&mut Room, u32)) -> Vec<u8> {
-        let mut this = Self { bytes: Vec::new(), index: Vec::new() };
+        let mut this = Self { table: TABLE, bytes: Vec::new(), index: Vec::new() };
         this.write(None, build);
         this.bytes
     }

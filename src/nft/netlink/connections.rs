@@ -23,15 +23,15 @@ use crate::nlmsg::{GENMSG, HEADER, attributes, find};
 
 const FLAGS: libc::c_int = libc::NFT_SET_TIMEOUT | libc::NFT_SET_EVAL;
 
-fn named() -> Set {
+fn named(table: &str) -> Set {
     let mut set = Set::new();
-    set.set_str(sys::NFTNL_SET_TABLE, TABLE);
+    set.set_str(sys::NFTNL_SET_TABLE, table);
     set.set_str(sys::NFTNL_SET_NAME, CONNECTIONS);
     set
 }
 
 pub(super) fn add(batch: &mut Batch, index: usize, family: Family) {
-    let mut set = named();
+    let mut set = named(batch.table);
     set.set_u32(sys::NFTNL_SET_ID, index.try_into().unwrap_or(u32::MAX));
     set.set_u32(sys::NFTNL_SET_FLAGS, FLAGS.cast_unsigned());
     set.set_u32(sys::NFTNL_SET_KEY_TYPE, data_type(&CONNECTION, family));
@@ -43,7 +43,8 @@ pub(super) fn add(batch: &mut Batch, index: usize, family: Family) {
 }
 
 pub(super) fn delete(batch: &mut Batch, index: usize, family: Family) {
-    set_message(batch, index, family, named(), libc::NFT_MSG_DELSET, 0);
+    let set = named(batch.table);
+    set_message(batch, index, family, set, libc::NFT_MSG_DELSET, 0);
 }
 
 /// Whether a set of this name is defined as [`add`] would.
@@ -90,7 +91,7 @@ impl ReadCounters {
         let mut counters = Counters { complete: true, ..Counters::default() };
         for (number, family) in Family::BOTH.into_iter().enumerate() {
             let Some(handle) = handles[number] else { continue };
-            let request = dump::elements_request(family, named());
+            let request = dump::elements_request(family, named(TABLE));
             let before = counters.connections.len();
             let outcome = self.socket.dump_while(
                 &request,
@@ -120,7 +121,7 @@ impl ReadCounters {
         let mut handles = [None; 2];
         for (handle, family) in handles.iter_mut().zip(Family::BOTH) {
             let table = self.handle(&dump::table_request(family), TABLE_HANDLE)?;
-            let set = self.handle(&dump::set_request(family, named()), SET_HANDLE)?;
+            let set = self.handle(&dump::set_request(family, named(TABLE)), SET_HANDLE)?;
             *handle = table.zip(set);
         }
         Ok(handles)

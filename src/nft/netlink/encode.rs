@@ -12,7 +12,7 @@ use super::lower::lower;
 use super::{connections, userdata};
 use crate::model::Family;
 use crate::nft::element::{Bytes, ElementId, Key, Value, data_len, key_len};
-use crate::nft::names::{ChainName, DataType, KeyField, LAYOUT, SetName, TABLE};
+use crate::nft::names::{ChainName, DataType, KeyField, LAYOUT, SetName};
 use crate::nft::rule::{self, BaseKind, Chain};
 use crate::nft::transaction::{Op, Transaction};
 
@@ -32,7 +32,10 @@ pub(super) fn batch(transaction: &Transaction, mut batch: Batch, table_flags: u3
         let mut later = others;
         match op {
             Op::AddTable(family) => add_table(&mut batch, index, *family, table_flags),
-            Op::DeleteTable(family) => batch.add(index, &table(*family), MsgType::Del),
+            Op::DeleteTable(family) => {
+                let table = table(&batch, *family);
+                batch.add(index, &table, MsgType::Del);
+            }
             Op::AddSet(family, set) => add_set(&mut batch, index, *family, *set),
             Op::AddAffinity(family, name) => affinity::add(&mut batch, index, *family, name),
             Op::DeleteAffinity(family, name) => affinity::delete(&mut batch, index, *family, name),
@@ -43,13 +46,13 @@ pub(super) fn batch(transaction: &Transaction, mut batch: Batch, table_flags: u3
             Op::AddChain(family, chain) => add_chain(&mut batch, index, *family, chain),
             Op::AddRules(family, chain) => add_rules(&mut batch, index, *family, chain),
             Op::FlushChain(family, name) => {
-                let table = table(*family);
+                let table = table(&batch, *family);
                 let chain = nftnl::Chain::new(c_string(name), &table);
                 // A removal that names no rule removes all of the chain.
                 batch.add(index, &nftnl::Rule::new(&chain), MsgType::Del);
             }
             Op::DeleteChain(family, name) => {
-                let table = table(*family);
+                let table = table(&batch, *family);
                 batch.add(index, &nftnl::Chain::new(c_string(name), &table), MsgType::Del);
             }
             Op::AddElement(..) | Op::DeleteElement(..) => {
@@ -74,13 +77,14 @@ fn proto_family(family: Family) -> ProtoFamily {
     }
 }
 
-fn table(family: Family) -> nftnl::Table {
-    nftnl::Table::new(c_string(TABLE), proto_family(family))
+/// The table that a batch is about.
+fn table(batch: &Batch, family: Family) -> nftnl::Table {
+    nftnl::Table::new(c_string(batch.table), proto_family(family))
 }
 
 fn add_table(batch: &mut Batch, index: usize, family: Family, flags: u32) {
     let mut table = Table::new();
-    table.set_str(sys::NFTNL_TABLE_NAME, TABLE);
+    table.set_str(sys::NFTNL_TABLE_NAME, batch.table);
     table.set_u32(sys::NFTNL_TABLE_FLAGS, flags);
     table.set_data(sys::NFTNL_TABLE_USERDATA, &userdata::table(LAYOUT));
     batch.write(Some(index), |room, sequence| {
@@ -112,7 +116,7 @@ pub(super) fn data_type(fields: &[KeyField], family: Family) -> u32 {
 
 fn add_set(batch: &mut Batch, index: usize, family: Family, name: SetName) {
     let mut set = Set::new();
-    set.set_str(sys::NFTNL_SET_TABLE, TABLE);
+    set.set_str(sys::NFTNL_SET_TABLE, batch.table);
     set.set_str(sys::NFTNL_SET_NAME, name.as_str());
     // Named sets are referred to by name; the number only has to be there.
     set.set_u32(sys::NFTNL_SET_ID, index.try_into().unwrap_or(u32::MAX));
@@ -159,7 +163,7 @@ pub(super) fn hook(hook: rule::Hook) -> Hook {
 }
 
 fn add_chain(batch: &mut Batch, index: usize, family: Family, chain: &Chain) {
-    let table = table(family);
+    let table = table(batch, family);
     let mut message = nftnl::Chain::new(c_string(&chain.name.to_string()), &table);
     if let Some(base) = chain.base {
         message.set_hook(hook(base.hook), base.priority);
@@ -173,7 +177,7 @@ fn add_chain(batch: &mut Batch, index: usize, family: Family, chain: &Chain) {
 }
 
 fn add_rules(batch: &mut Batch, index: usize, family: Family, chain: &Chain) {
-    let table = table(family);
+    let table = table(batch, family);
     let parent = nftnl::Chain::new(c_string(&chain.name.to_string()), &table);
     for rule in &chain.rules {
         let mut message = nftnl::Rule::new(&parent);
@@ -220,9 +224,10 @@ fn elements(batch: &mut Batch, index: usize, ops: &[Op]) -> usize {
     };
     let mut name = Text::default();
     let mut sent = 0;
+    let table = batch.table;
     let mut message = batch.message(kind, nfproto(id.family), flags);
     message.string(attribute::LIST_SET, id.set.as_str());
-    message.string(attribute::LIST_TABLE, TABLE);
+    message.string(attribute::LIST_TABLE, table);
     let list = message.nest(attribute::LIST_ELEMENTS);
     for change in ops.iter().map_while(change) {
         let fits = || message.len_of(&list) + ELEMENT <= ELEMENTS;
@@ -314,9 +319,10 @@ pub(super) fn delete_keys<'a>(
     set: &str,
     keys: impl IntoIterator<Item = &'a [u8]>,
 ) {
+    let table = batch.table;
     let mut message = batch.message(libc::NFT_MSG_DELSETELEM, nfproto(family), 0);
     message.string(attribute::LIST_SET, set);
-    message.string(attribute::LIST_TABLE, TABLE);
+    message.string(attribute::LIST_TABLE, table);
     let list = message.nest(attribute::LIST_ELEMENTS);
     for key in keys {
         let entry = message.nest(attribute::LIST_ELEMENT);

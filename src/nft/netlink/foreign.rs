@@ -125,7 +125,7 @@ impl NetlinkKernel {
 
     /// Removes, all of it or nothing.
     pub fn remove_foreign(&mut self, ops: &[ForeignOp]) -> Result<(), ApplyError> {
-        let mut batch = Batch::begin(Vec::new());
+        let mut batch = Batch::begin(TABLE, Vec::new());
         for (index, op) in ops.iter().enumerate() {
             let kind = match op {
                 ForeignOp::DeleteTable(_) => libc::NFT_MSG_DELTABLE,

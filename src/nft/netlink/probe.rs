@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use super::{Batch, NetlinkKernel, encode, send};
 use crate::model::{Family, Protocol};
 use crate::nft::kernel::{ApplyError, Refusal};
-use crate::nft::names::{AffinityName, ChainName, List, PortName, SetName, TABLE};
+use crate::nft::names::{AffinityName, ChainName, List, PortName, SetName};
 use crate::nft::rule::{Base, BaseKind, Chain, Hook, Rule, Selector, SlotSource, Statement};
 use crate::nft::transaction::{Op, Transaction};
 
@@ -202,7 +202,7 @@ pub enum ProbeError {
     Accepted,
 }
 
-/// A table of the same length as [`TABLE`], under which ours are not touched.
+/// A table under which ours are not touched.
 const SCRATCH: &str = "nftprobe";
 
 impl NetlinkKernel {
@@ -218,8 +218,8 @@ impl NetlinkKernel {
             }
         }
         ops.push(Op::DeleteChain(Family::V4, "impossible".into()));
-        let mut batch = encode::batch(&Transaction { ops }, Batch::begin(Vec::new()), 0).finish();
-        rename_table(&mut batch.bytes);
+        let batch =
+            encode::batch(&Transaction { ops }, Batch::begin(SCRATCH, Vec::new()), 0).finish();
         match send(&mut self.socket, &batch) {
             Err(ApplyError::Refused { refusals }) => missing(&asked, &refusals),
             Err(error) => Err(ProbeError::Ask(error)),
@@ -232,23 +232,9 @@ impl NetlinkKernel {
 
     fn remove_scratch(&mut self) {
         let ops = Family::BOTH.map(Op::DeleteTable).into();
-        let mut batch = encode::batch(&Transaction { ops }, Batch::begin(Vec::new()), 0).finish();
-        rename_table(&mut batch.bytes);
+        let batch =
+            encode::batch(&Transaction { ops }, Batch::begin(SCRATCH, Vec::new()), 0).finish();
         drop(send(&mut self.socket, &batch));
-    }
-}
-
-/// Puts the scratch table's name in the place of ours, which is written with its NUL in every message.
-fn rename_table(bytes: &mut [u8]) {
-    let (ours, scratch) = (format!("{TABLE}\0"), format!("{SCRATCH}\0"));
-    assert_eq!(ours.len(), scratch.len(), "no length in the messages changes");
-    let mut at = 0;
-    while at + ours.len() <= bytes.len() {
-        let window = &mut bytes[at..at + ours.len()];
-        if window == ours.as_bytes() {
-            window.copy_from_slice(scratch.as_bytes());
-        }
-        at += 1;
     }
 }
 
