@@ -7,11 +7,13 @@
 //! came from is set aside ([`crate::quarantine`]) and everything else is committed.
 
 mod blame;
+mod send;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use tracing::{debug, info, warn};
 
+use self::send::{apply, put_up, take_down};
 use crate::account::{Account, count_elements};
 use crate::conntrack::{Serving, Sweep};
 use crate::contribution::{Contribution, Contributor};
@@ -24,7 +26,7 @@ use crate::nft::element::{ElementId, Key};
 use crate::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded};
 use crate::nft::names::{LAYOUT, LAYOUTS};
 use crate::nft::ruleset::Ruleset;
-use crate::nft::transaction::{Op, Transaction};
+use crate::nft::transaction::Op;
 use crate::quarantine::{MAX_SET_ASIDE, Quarantine};
 use crate::recent::Trace;
 use crate::settings::Settings;
@@ -345,6 +347,8 @@ impl<K: Kernel> Proxy<K> {
             let staged = self.stage_all();
             let ruleset = staged.ruleset(self.options.clone());
             let elements = count_elements(ruleset.elements.iter().map(|(id, _)| id));
+            let up =
+                put_up(&mut self.kernel, &mut loaded, || staged.ruleset(self.options.clone()))?;
             let mut transaction = diff(&loaded, ruleset);
             match apply(&mut self.kernel, &mut transaction) {
                 Ok(done) => {
@@ -357,7 +361,8 @@ impl<K: Kernel> Proxy<K> {
                     let mut ledger = Ledger::default();
                     ledger.accept(staged);
                     self.ledger = Some(ledger);
-                    self.in_doubt = false;
+                    let gone = take_down(&mut self.kernel, &loaded.stand_ins);
+                    self.in_doubt = gone.is_err();
                     self.state.settle();
                     self.let_go();
                     self.account.set_elements(elements);
@@ -365,7 +370,8 @@ impl<K: Kernel> Proxy<K> {
                     if done.operations > 0 {
                         self.serving.look_again();
                     }
-                    return Ok(Committed { set_aside, adopted: true, ..done });
+                    let applied = up + done.applied + gone?;
+                    return Ok(Committed { applied, set_aside, adopted: true, ..done });
                 }
                 Err(CommitError::Apply { source: ApplyError::Refused { refusals }, .. }) => {
                     // New chains may be there already.
@@ -461,44 +467,6 @@ fn frontend_of(id: &ElementId) -> Option<Frontend> {
         Key::NodePort(protocol, port) => Some(Frontend::NodePort(id.family, protocol, port)),
         _ => None,
     }
-}
-
-/// Sends a transaction. New chains, and sets they need, go first, as one of their own: a packet keeps
-/// the generation of rules it began with, in which a chain made later is empty, but its lookups see
-/// the elements of the new one. If it meets one that leads to a chain of the same transaction, it
-/// falls through. Nothing refers to the chains yet, so that the change itself is still one
-/// transaction.
-fn apply<K: Kernel>(
-    kernel: &mut K,
-    transaction: &mut Transaction,
-) -> Result<Committed, CommitError> {
-    let operations = transaction.ops.len();
-    let mut send = |transaction: &Transaction| {
-        if transaction.is_empty() {
-            return Ok(Applied::default());
-        }
-        kernel.apply(transaction).map_err(|source| CommitError::Apply { operations, source })
-    };
-    let unused = |op: &&Op| {
-        matches!(
-            op,
-            Op::AddSet(..)
-                | Op::AddAffinity(..)
-                | Op::AddCounters(_)
-                | Op::AddChain(..)
-                | Op::AddRules(..)
-        )
-    };
-    let ahead = transaction.ops.iter().take_while(unused).count();
-    let ahead = Transaction { ops: transaction.ops.drain(..ahead).collect() };
-    let first = send(&ahead);
-    if first.is_err() {
-        transaction.ops.splice(..0, ahead.ops);
-    }
-    let (first, then) = (first?, send(transaction)?);
-    let applied =
-        Applied { messages: first.messages + then.messages, bytes: first.bytes + then.bytes };
-    Ok(Committed { operations, applied, adopted: false, set_aside: 0 })
 }
 
 /// Says what start-up found in the kernel under our name.

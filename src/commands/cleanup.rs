@@ -8,7 +8,7 @@ use crate::host;
 use crate::model::Family;
 use crate::nft::dataplane::LOOPBACK_GUARD;
 use crate::nft::kernel::{ApplyError, Kernel as _};
-use crate::nft::names::TABLE;
+use crate::nft::names::{STAND_IN, TABLE};
 use crate::nft::netlink::NetlinkKernel;
 use crate::nft::transaction::{Op, Transaction};
 use crate::takeover::{self, Purpose};
@@ -20,11 +20,21 @@ pub fn own() -> Result<(), CommandError> {
     let guarded = kernel.has_rule(Family::V4, LOOPBACK_GUARD).unwrap_or(false);
     let mut errors = Vec::new();
     for family in Family::BOTH {
-        match kernel.apply(&Transaction { ops: vec![Op::DeleteTable(family)] }) {
+        let deletion = Transaction { ops: vec![Op::DeleteTable(family)] };
+        match kernel.apply(&deletion) {
             Ok(_) => info!("removed table {family} {TABLE}"),
             Err(error) if is_absent(&error) => info!("there is no table {family} {TABLE}"),
             Err(error) => {
                 error!("cannot remove table {family} {TABLE}: {error}");
+                errors.push(error);
+            }
+        }
+        // It is there only if an upgrade was killed half way.
+        match kernel.apply_to_stand_in(&deletion) {
+            Ok(_) => info!("removed table {family} {STAND_IN}"),
+            Err(error) if is_absent(&error) => {}
+            Err(error) => {
+                error!("cannot remove table {family} {STAND_IN}: {error}");
                 errors.push(error);
             }
         }

@@ -3,6 +3,14 @@
 //! A table that is ours is adopted: only the difference is sent, and an unchanged restart sends
 //! nothing. A table of our name that is not ours, or has another layout, is replaced within the same
 //! transaction, so that there is no moment without rules.
+//!
+//! There are packets without them all the same, if few: those that are in the midst of a hook. The
+//! kernel hooks the new table's chains in while it prepares the transaction, in front of the old ones of
+//! the same priority. A packet that comes to the new chain before the commit, where it is still empty,
+//! and to the old one behind it, where the rules or the elements they look up are gone, is translated by
+//! neither; nor is one that came to the hook before it had the new chain, and to the old one behind the
+//! commit. So a second table stands in: [`stand_in`] makes it, of everything that is wanted, before
+//! the other is replaced, and it goes when every packet that may need it has passed.
 
 use std::collections::BTreeMap;
 
@@ -53,6 +61,37 @@ pub fn foreign(table: &LoadedTable) -> Option<Foreign> {
 /// The operations that turn `loaded` into `wanted`.
 #[must_use]
 pub fn diff(loaded: &Loaded, wanted: Ruleset) -> Transaction {
+    changes(loaded, wanted, &Family::BOTH)
+}
+
+/// The families whose table is replaced as a whole.
+pub fn replaced(loaded: &Loaded) -> impl Iterator<Item = Family> + '_ {
+    loaded.tables.iter().filter(|(_, table)| foreign(table).is_some()).map(|(family, _)| *family)
+}
+
+/// The operations that make the tables that stand in while those of these families are replaced; one
+/// that an earlier try left is made anew.
+///
+/// Their chains come behind the tables' own, of whichever layout: what is remembered of clients is in
+/// those, as long as they have it, and connections are counted there alone.
+#[must_use]
+pub fn stand_in(loaded: &Loaded, mut wanted: Ruleset, families: &[Family]) -> Transaction {
+    wanted.options.counters = false;
+    // One that is there carries no comment, so to speak.
+    let left = loaded.stand_ins.iter().map(|family| (*family, LoadedTable::default()));
+    let left = Loaded { tables: left.collect(), ..Loaded::default() };
+    let mut transaction = changes(&left, wanted, families);
+    for op in &mut transaction.ops {
+        if let Op::AddChain(_, chain) = op
+            && let Some(base) = &mut chain.base
+        {
+            base.priority += 1;
+        }
+    }
+    transaction
+}
+
+fn changes(loaded: &Loaded, wanted: Ruleset, families: &[Family]) -> Transaction {
     let mut transaction = Transaction::default();
     let mut held: BTreeMap<Family, &BTreeMap<ElementId, Value>> = BTreeMap::new();
     let mut chains = Vec::new();
@@ -60,7 +99,7 @@ pub fn diff(loaded: &Loaded, wanted: Ruleset) -> Transaction {
     let mut leftover = Vec::new();
     let mut last = Vec::new();
 
-    for family in Family::BOTH {
+    for &family in families {
         let found = loaded.tables.get(&family);
         let adopted = found.filter(|table| foreign(table).is_none());
         if found.is_some() && adopted.is_none() {
@@ -128,7 +167,9 @@ pub fn diff(loaded: &Loaded, wanted: Ruleset) -> Transaction {
             transaction.ops.push(Op::DeleteElement(id, value.clone()));
         }
     }
-    let missing = wanted.elements.into_iter().filter(|(id, value)| holds(id) != Some(value));
+    let missing = wanted.elements.into_iter();
+    let missing =
+        missing.filter(|(id, value)| families.contains(&id.family) && holds(id) != Some(value));
     // Made in the place of the list, which is most of what there is.
     let added: Vec<Op> = missing.map(|(id, value)| Op::AddElement(id, value)).collect();
     if transaction.ops.len() < added.len() {
@@ -147,7 +188,7 @@ pub fn diff(loaded: &Loaded, wanted: Ruleset) -> Transaction {
 mod tests {
     use super::*;
     use crate::nft::dataplane::Options;
-    use crate::nft::element::Backend;
+    use crate::nft::element::{Backend, Key};
     use crate::nft::names::{AffinityName, List};
 
     #[test]
@@ -174,7 +215,8 @@ mod tests {
             ),
         ] {
             assert_eq!(foreign(&table).unwrap().to_string(), why);
-            let loaded = Loaded { tables: [(Family::V4, table)].into() };
+            let loaded = Loaded { tables: [(Family::V4, table)].into(), ..Loaded::default() };
+            assert_eq!(replaced(&loaded).collect::<Vec<_>>(), [Family::V4]);
             let wanted = Ruleset { options: Options::default(), ..Ruleset::default() };
             let ops = diff(&loaded, wanted).ops;
             let first = &ops[..2];
@@ -194,7 +236,8 @@ mod tests {
         let comment = Some(LAYOUT.to_owned());
         let table =
             LoadedTable { comment, sets: sets.into(), chains: states, ..LoadedTable::default() };
-        let loaded = Loaded { tables: Family::BOTH.map(|family| (family, table.clone())).into() };
+        let tables = Family::BOTH.map(|family| (family, table.clone())).into();
+        let loaded = Loaded { tables, ..Loaded::default() };
         let ops = diff(&loaded, wanted).ops;
         for family in Family::BOTH {
             let at = |wanted: &Op| ops.iter().position(|op| op == wanted);
@@ -236,7 +279,8 @@ mod tests {
             .into(),
             ..Ruleset::default()
         };
-        let ops = diff(&Loaded { tables: [(Family::V4, table)].into() }, wanted).ops;
+        let ops =
+            diff(&Loaded { tables: [(Family::V4, table)].into(), ..Loaded::default() }, wanted).ops;
         assert!(ops.contains(&Op::AddAffinity(Family::V4, map("new"))));
         let [.., deleted, forgotten] = &ops[..] else { panic!("{ops:?}") };
         assert_eq!(*deleted, Op::DeleteAffinity(Family::V4, map("gone")));
@@ -244,5 +288,44 @@ mod tests {
         let of_maps =
             |op: &&Op| matches!(op, Op::AddAffinity(..) | Op::DeleteAffinity(..) | Op::Forget(..));
         assert_eq!(ops.iter().filter(of_maps).count(), 3);
+    }
+
+    #[test]
+    fn what_stands_in_is_a_whole_table_whose_chains_come_later() {
+        let options = Options { counters: true, ..Options::default() };
+        let element = |family| {
+            let key = Key::Port(80);
+            (ElementId { family, set: SetName::Nodeports, key }, Value::Drop)
+        };
+        let elements = Family::BOTH.map(element).into_iter().collect();
+        let wanted = Ruleset { options, elements, ..Ruleset::default() };
+        let whole = diff(&Loaded::default(), wanted.clone()).ops;
+        let loaded = Loaded { stand_ins: [Family::V6].into(), ..Loaded::default() };
+        for (family, left) in [(Family::V4, false), (Family::V6, true)] {
+            let mut ops = stand_in(&loaded, wanted.clone(), &[family]).ops;
+            if left {
+                assert_eq!(ops.remove(0), Op::DeleteTable(family));
+            }
+            let mut later = 0;
+            for op in &mut ops {
+                if let Op::AddChain(_, chain) = op
+                    && let Some(base) = &mut chain.base
+                {
+                    later += 1;
+                    base.priority -= 1;
+                }
+            }
+            assert_eq!(later, 7, "all but those that count");
+            let counts = |op: &Op| match op {
+                Op::AddCounters(_) => true,
+                Op::AddChain(_, chain) | Op::AddRules(_, chain) => {
+                    ChainName::COUNTING.contains(&chain.name)
+                }
+                _ => false,
+            };
+            let is_of = |op: &Op| format!("{op:?}").contains(&format!("{family:?}"));
+            let of_family: Vec<_> = whole.iter().filter(|op| is_of(op) && !counts(op)).collect();
+            assert_eq!(ops.iter().collect::<Vec<_>>(), of_family);
+        }
     }
 }

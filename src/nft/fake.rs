@@ -19,6 +19,8 @@ use crate::model::Family;
 /// One family's table.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Table {
+    /// Whether it is of another layout.
+    foreign: bool,
     sets: BTreeSet<SetName>,
     chains: BTreeMap<String, (Chain, Vec<Rule>)>,
     elements: BTreeMap<ElementId, Value>,
@@ -32,6 +34,8 @@ struct Table {
 #[derive(Clone, Debug, Default)]
 pub struct FakeKernel {
     tables: BTreeMap<Family, Table>,
+    /// Those that stand in.
+    stand_ins: BTreeMap<Family, Table>,
     /// Every transaction that was applied, in order.
     pub applied: Vec<Transaction>,
     /// How the next transactions fail.
@@ -78,6 +82,16 @@ impl FakeKernel {
     /// Takes an element away behind the program's back.
     pub fn tamper(&mut self, id: &ElementId) -> bool {
         self.tables.get_mut(&id.family).is_some_and(|table| table.elements.remove(id).is_some())
+    }
+
+    /// Makes the tables those of another layout.
+    pub fn estrange(&mut self) {
+        self.tables.values_mut().for_each(|table| table.foreign = true);
+    }
+
+    /// The elements that tables hold which stand in.
+    pub fn elements_of_stand_ins(&self) -> impl Iterator<Item = (&ElementId, &Value)> {
+        self.stand_ins.values().flat_map(|table| &table.elements)
     }
 
     /// Holds a client to a backend, as a packet would.
@@ -255,7 +269,7 @@ impl Kernel for FakeKernel {
                 (name.clone(), state)
             });
             let table = LoadedTable {
-                comment: Some(LAYOUT.into()),
+                comment: (!table.foreign).then(|| LAYOUT.into()),
                 ownership: Ownership::Right,
                 sets: table
                     .sets
@@ -270,10 +284,27 @@ impl Kernel for FakeKernel {
             };
             loaded.tables.insert(family, table);
         }
+        loaded.stand_ins = self.stand_ins.keys().copied().collect();
         Ok(loaded)
     }
 
     fn apply(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+        self.commit(transaction, |kernel| &mut kernel.tables)
+    }
+
+    fn apply_to_stand_in(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+        self.commit(transaction, |kernel| &mut kernel.stand_ins)
+    }
+
+    fn let_packets_pass(&mut self) {}
+}
+
+impl FakeKernel {
+    fn commit(
+        &mut self,
+        transaction: &Transaction,
+        tables_of: impl Fn(&mut Self) -> &mut BTreeMap<Family, Table>,
+    ) -> Result<Applied, ApplyError> {
         let failure = (!self.fail.is_empty()).then(|| self.fail.remove(0));
         let broken = |step, errno| {
             Err(ApplyError::Socket { step, source: io::Error::from_raw_os_error(errno) })
@@ -286,7 +317,7 @@ impl Kernel for FakeKernel {
             Some(Failure::Send(errno)) => return broken("send the batch", errno),
             Some(Failure::Answer(_)) | None => {}
         }
-        let mut tables = self.tables.clone();
+        let mut tables = tables_of(self).clone();
         let refused = transaction.ops.iter().enumerate().filter_map(|(index, op)| {
             let errno = Self::perform(&mut tables, op).err()?;
             Some(Refusal { op: Some(index), errno, message: None })
@@ -295,7 +326,7 @@ impl Kernel for FakeKernel {
         if !refusals.is_empty() {
             return Err(ApplyError::Refused { refusals });
         }
-        self.tables = tables;
+        *tables_of(self) = tables;
         self.applied.push(transaction.clone());
         if let Some(Failure::Answer(errno)) = failure {
             return broken("receive the answer", errno);

@@ -18,6 +18,13 @@ pub trait Kernel {
     /// Applies a transaction, all of it or nothing; then it forgets clients, which is repeated until it
     /// succeeds or is given up.
     fn apply(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError>;
+
+    /// The same for the table that stands in ([`super::diff::stand_in`]).
+    fn apply_to_stand_in(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError>;
+
+    /// Waits until every packet that is in a hook by now has left it: none of them may know what was just
+    /// committed.
+    fn let_packets_pass(&mut self);
 }
 
 /// What the kernel holds under our name; a family is absent if it has no table.
@@ -25,6 +32,8 @@ pub trait Kernel {
 pub struct Loaded {
     /// The tables that exist.
     pub tables: BTreeMap<Family, LoadedTable>,
+    /// Where there is one that stands in.
+    pub stand_ins: BTreeSet<Family>,
 }
 
 /// One table as found.
@@ -87,6 +96,14 @@ pub struct Applied {
     pub messages: usize,
     /// Their bytes.
     pub bytes: usize,
+}
+
+impl std::ops::Add for Applied {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { messages: self.messages + other.messages, bytes: self.bytes + other.bytes }
+    }
 }
 
 /// A transaction that did not take effect.

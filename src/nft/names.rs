@@ -21,6 +21,10 @@ use crate::model::{NamespacedName, Protocol};
 /// Name of the one table a family has.
 pub const TABLE: &str = "nftproxy";
 
+/// Name of a second table, which stands in while that one is replaced by one of another layout
+/// ([`super::diff::stand_in`]).
+pub const STAND_IN: &str = "nftproxy-stand-in";
+
 /// Comment on the table. It marks a table as ours and says which layout of sets, maps and chains is
 /// in it; a table without it, or with another number, is replaced as a whole at start-up.
 pub const LAYOUT: &str = "nftproxy layout 2";

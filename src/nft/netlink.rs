@@ -23,7 +23,8 @@ mod userdata;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
-use std::time::Instant;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
@@ -39,7 +40,7 @@ use self::socket::{Answer, NetlinkSocket};
 use super::dataplane::Options;
 use super::element::Backend;
 use super::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded, Refusal};
-use super::names::{AffinityName, TABLE};
+use super::names::{AffinityName, STAND_IN, TABLE};
 use super::transaction::{Op, Transaction};
 use crate::model::Family;
 
@@ -60,6 +61,10 @@ const OWNED: u32 = PERSIST | 2;
 
 /// Buffers up to this size are kept for the next commit.
 const KEPT_BUFFER: usize = 1 << 20;
+
+/// No packet takes as long through a hook, which is a matter of microseconds: not even if whoever sends it has
+/// to wait for a processor in between, as can be where the kernel is preemptible.
+const UNDER_WAY: Duration = Duration::from_millis(100);
 
 impl NetlinkKernel {
     /// Opens the socket. Needs `CAP_NET_ADMIN` in the namespace's user namespace.
@@ -142,11 +147,36 @@ impl Kernel for NetlinkKernel {
     }
 
     fn apply(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+        let outcome = self.commit(TABLE, self.table_flags(), transaction);
+        match &outcome {
+            Ok(_) => self.forget(transaction),
+            Err(refused) => self.give_up_owning(transaction, refused),
+        }
+        outcome
+    }
+
+    fn apply_to_stand_in(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+        self.commit(STAND_IN, 0, transaction)
+    }
+
+    fn let_packets_pass(&mut self) {
+        sleep(UNDER_WAY);
+    }
+}
+
+impl NetlinkKernel {
+    /// Sends a transaction about a table; one that it adds has these flags.
+    fn commit(
+        &mut self,
+        table: &'static str,
+        flags: u32,
+        transaction: &Transaction,
+    ) -> Result<Applied, ApplyError> {
         if transaction.is_empty() {
             return Ok(Applied::default());
         }
-        let begun = Batch::begin(TABLE, std::mem::take(&mut self.buffer));
-        let mut batch = encode::batch(transaction, begun, self.table_flags()).finish();
+        let begun = Batch::begin(table, std::mem::take(&mut self.buffer));
+        let mut batch = encode::batch(transaction, begun, flags).finish();
         let mut outcome = Ok(Applied { messages: batch.messages(), bytes: batch.bytes.len() });
         // A transaction that only forgets has no messages but its begin and end.
         if batch.messages() > 2
@@ -158,15 +188,9 @@ impl Kernel for NetlinkKernel {
             batch.bytes.clear();
             self.buffer = batch.bytes;
         }
-        match &outcome {
-            Ok(_) => self.forget(transaction),
-            Err(refused) => self.give_up_owning(transaction, refused),
-        }
         outcome
     }
-}
 
-impl NetlinkKernel {
     /// A kernel that knows no owned tables refuses them; the next try does without.
     fn give_up_owning(&mut self, transaction: &Transaction, error: &ApplyError) {
         let ApplyError::Refused { refusals } = error else { return };

@@ -294,6 +294,12 @@ mod tests {
                 _ => self.kernel.apply(transaction),
             }
         }
+
+        fn apply_to_stand_in(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+            self.kernel.apply_to_stand_in(transaction)
+        }
+
+        fn let_packets_pass(&mut self) {}
     }
 
     fn web() -> Event {

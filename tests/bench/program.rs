@@ -260,6 +260,12 @@ impl Kernel for Recorder {
         self.0.push(NetlinkKernel::encode(transaction));
         Ok(Applied::default())
     }
+
+    fn apply_to_stand_in(&mut self, _: &Transaction) -> Result<Applied, ApplyError> {
+        unreachable!("it has no tables to replace")
+    }
+
+    fn let_packets_pass(&mut self) {}
 }
 
 /// The same batches, encoded before, into another empty namespace.

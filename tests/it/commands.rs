@@ -245,10 +245,12 @@ fn cleanup_removes_our_tables_and_no_others() {
         let before = listed();
         let rendered = nftproxy(&[&["render", "--manifests", &path], &NODE[..]].concat());
         nft(&["-f", "-"], &rendered.out);
+        // As an upgrade leaves it that is killed half way.
+        nft(&["-f", "-"], "add table ip nftproxy-stand-in");
         let done = nftproxy(&["cleanup"]);
         assert_eq!(done.code, 0);
-        for family in ["ip", "ip6"] {
-            assert!(done.err.contains(&format!("removed table {family} nftproxy")), "{}", done.err);
+        for table in ["ip nftproxy", "ip6 nftproxy", "ip nftproxy-stand-in"] {
+            assert!(done.err.contains(&format!("removed table {table}\n")), "{}", done.err);
         }
         assert_eq!(listed(), before);
     });

@@ -59,6 +59,12 @@ impl<F: FnMut(&ElementId) -> Option<i32>> Kernel for Refusing<F> {
             Err(ApplyError::Refused { refusals })
         }
     }
+
+    fn apply_to_stand_in(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+        self.kernel.apply_to_stand_in(transaction)
+    }
+
+    fn let_packets_pass(&mut self) {}
 }
 
 fn of_service(id: &ElementId, n: u8) -> bool {

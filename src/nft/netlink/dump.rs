@@ -23,7 +23,7 @@ use crate::model::Family;
 use crate::nft::dataplane::{self, Options};
 use crate::nft::element::{ElementId, Value, data_len, key_len};
 use crate::nft::kernel::{ChainState, LoadError, Loaded, LoadedTable, Ownership, SetState};
-use crate::nft::names::{AffinityName, CONNECTIONS, ChainName, DataType, SetName, TABLE};
+use crate::nft::names::{AffinityName, CONNECTIONS, ChainName, DataType, STAND_IN, SetName, TABLE};
 use crate::nft::rule::{BaseKind, Chain as WantedChain};
 use nftnl::nftnl_sys as sys;
 
@@ -102,10 +102,12 @@ impl Dump<'_> {
             let mut found = None;
             let all = request(libc::NFT_MSG_GETTABLE, nfproto(family), libc::NLM_F_DUMP, |_| ());
             self.run("list tables", &all, |message| {
-                let table = Table::parse(message);
-                found = table
-                    .filter(|t| t.get_str(sys::NFTNL_TABLE_NAME).as_deref() == Some(TABLE))
-                    .or(found.take());
+                let Some(table) = Table::parse(message) else { return };
+                match table.get_str(sys::NFTNL_TABLE_NAME).as_deref() {
+                    Some(TABLE) => found = Some(table),
+                    Some(STAND_IN) => drop(loaded.stand_ins.insert(family)),
+                    _ => {}
+                }
             })?;
             let Some(table) = found else { continue };
             let mut content = LoadedTable {

@@ -281,6 +281,12 @@ impl Kernel for Refusing {
         let refusal = Refusal { op: Some(op), errno: libc::ENFILE, message: None };
         Err(ApplyError::Refused { refusals: vec![refusal] })
     }
+
+    fn apply_to_stand_in(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+        self.0.apply_to_stand_in(transaction)
+    }
+
+    fn let_packets_pass(&mut self) {}
 }
 
 #[test]
@@ -324,6 +330,12 @@ impl Kernel for Forgetful {
     fn apply(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
         self.0.apply(transaction)
     }
+
+    fn apply_to_stand_in(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+        self.0.apply_to_stand_in(transaction)
+    }
+
+    fn let_packets_pass(&mut self) {}
 }
 
 #[test]

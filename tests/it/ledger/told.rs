@@ -139,6 +139,10 @@ fn the_number_of_a_refused_operation_is_no_other_reason() {
             let refusal = Refusal { op: Some(op), errno: libc::EINVAL, message: None };
             Err(ApplyError::Refused { refusals: vec![refusal] })
         }
+        fn apply_to_stand_in(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+            self.0.apply_to_stand_in(transaction)
+        }
+        fn let_packets_pass(&mut self) {}
     }
     let mut proxy = Proxy::new(state(), Refusing(FakeKernel::default()));
     all_listed().for_each(|event| proxy.observe(event));
@@ -179,6 +183,12 @@ impl Kernel for Restless {
         assert!(!transaction.is_empty());
         Err(ApplyError::Refused { refusals: vec![refusal] })
     }
+
+    fn apply_to_stand_in(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+        self.kernel.apply_to_stand_in(transaction)
+    }
+
+    fn let_packets_pass(&mut self) {}
 }
 
 #[test]
@@ -236,4 +246,10 @@ impl Kernel for Counting {
         self.sent.push(Applied { messages, bytes: messages * 100 });
         Ok(Applied { messages, bytes: messages * 100 })
     }
+
+    fn apply_to_stand_in(&mut self, transaction: &Transaction) -> Result<Applied, ApplyError> {
+        self.kernel.apply_to_stand_in(transaction)
+    }
+
+    fn let_packets_pass(&mut self) {}
 }

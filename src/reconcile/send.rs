@@ -1,0 +1,97 @@
+//! How a change is sent, so that every packet meets the tables before it or those behind it.
+
+use std::collections::BTreeSet;
+
+use tracing::warn;
+
+use super::{CommitError, Committed};
+use crate::model::Family;
+use crate::nft::diff::{replaced, stand_in};
+use crate::nft::kernel::{Applied, ApplyError, Kernel, Loaded};
+use crate::nft::ruleset::Ruleset;
+use crate::nft::transaction::{Op, Transaction};
+
+/// Sends a transaction. New chains, and sets they need, go first, as one of their own: a packet keeps
+/// the generation of rules it began with, in which a chain made later is empty, but its lookups see
+/// the elements of the new one. If it meets one that leads to a chain of the same transaction, it
+/// falls through. Nothing refers to the chains yet, so that the change itself is still one
+/// transaction.
+pub(super) fn apply<K: Kernel>(
+    kernel: &mut K,
+    transaction: &mut Transaction,
+) -> Result<Committed, CommitError> {
+    let operations = transaction.ops.len();
+    let mut send = |transaction: &Transaction| {
+        if transaction.is_empty() {
+            return Ok(Applied::default());
+        }
+        kernel.apply(transaction).map_err(|source| CommitError::Apply { operations, source })
+    };
+    let unused = |op: &&Op| {
+        matches!(
+            op,
+            Op::AddSet(..)
+                | Op::AddAffinity(..)
+                | Op::AddCounters(_)
+                | Op::AddChain(..)
+                | Op::AddRules(..)
+        )
+    };
+    let ahead = transaction.ops.iter().take_while(unused).count();
+    let ahead = Transaction { ops: transaction.ops.drain(..ahead).collect() };
+    let first = send(&ahead);
+    if first.is_err() {
+        transaction.ops.splice(..0, ahead.ops);
+    }
+    let (first, then) = (first?, send(transaction)?);
+    Ok(Committed { operations, applied: first + then, adopted: false, set_aside: 0 })
+}
+
+/// Puts up tables that stand in for those that are replaced, if any is; behind it, every packet that comes to a
+/// hook meets them. Where the kernel has no room for both, the replacement does without: better a connection that
+/// is refused in that moment than a node that stays behind.
+pub(super) fn put_up<K: Kernel>(
+    kernel: &mut K,
+    loaded: &mut Loaded,
+    wanted: impl FnOnce() -> Ruleset,
+) -> Result<Applied, CommitError> {
+    let families: Vec<_> = replaced(loaded).collect();
+    if families.is_empty() {
+        return Ok(Applied::default());
+    }
+    match send_to_stand_in(kernel, &stand_in(loaded, wanted(), &families)) {
+        Ok(applied) => {
+            loaded.stand_ins.extend(families);
+            kernel.let_packets_pass();
+            Ok(applied)
+        }
+        Err(CommitError::Apply { source: ApplyError::Refused { refusals }, .. }) => {
+            let reason = &refusals[0];
+            warn!(%reason, "no second table stands in while the table is replaced");
+            Ok(Applied::default())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Takes them down, when the packets have passed that met what was replaced.
+pub(super) fn take_down<K: Kernel>(
+    kernel: &mut K,
+    families: &BTreeSet<Family>,
+) -> Result<Applied, CommitError> {
+    if families.is_empty() {
+        return Ok(Applied::default());
+    }
+    kernel.let_packets_pass();
+    let ops = families.iter().copied().map(Op::DeleteTable).collect();
+    send_to_stand_in(kernel, &Transaction { ops })
+}
+
+fn send_to_stand_in<K: Kernel>(
+    kernel: &mut K,
+    transaction: &Transaction,
+) -> Result<Applied, CommitError> {
+    let operations = transaction.ops.len();
+    let sent = kernel.apply_to_stand_in(transaction);
+    sent.map_err(|source| CommitError::Apply { operations, source })
+}
