@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use anstream::{AutoStream, ColorChoice};
 use tracing_subscriber::fmt::writer::MakeWriterExt as _;
 
 use crate::config::Log;
@@ -47,7 +48,8 @@ pub(super) fn start(log: Log, voice: Voice) -> Arc<Journal> {
         .with_target(false)
         // Nobody may read standard error any more, and to say so there would end the program.
         .log_internal_errors(false)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
+        // As for answers: on a terminal, unless NO_COLOR says no.
+        .with_ansi(AutoStream::choice(&std::io::stderr()) != ColorChoice::Never);
     if log.json {
         subscriber.json().init();
     } else {
