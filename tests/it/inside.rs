@@ -210,7 +210,7 @@ fn batches_are_told_with_their_causes_as_they_happen() {
     assert_eq!(repair["cause"], "repair", "{repair}");
     assert!(repair["author"].as_str().unwrap().starts_with("nft (process "), "{repair}");
     assert_eq!(repair["objects"], serde_json::json!(["Service default/web"]));
-    kill(Pid::from_raw(child.id().try_into().unwrap()), Signal::SIGINT).unwrap();
+    kill(Pid::from_raw(child.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
     child.wait().unwrap();
     // The page answers at once when there is something new, and in time when not.
     let newest = value(&net, "/debug/recent")["newest"].as_u64().unwrap();
