@@ -333,7 +333,7 @@ impl Bench<'_> {
             let another = SocketAddrV4::new(endpoint_ip(1, 0), 8080).into();
             let [direct, by_service] = to;
             let to = [direct, another, by_service];
-            figures.requests = requests::kept(self.field, to, stream_rounds, stream / 2);
+            figures.requests = requests::kept(self.field, to, stream_rounds, stream / 5);
             figures.calls = requests::single(self.field, &self.called(), stream_rounds, stream / 2);
         }
 
