@@ -1,6 +1,6 @@
 //! From events to commits: the state, the ledger and the kernel, tied together.
 //!
-//! Nothing here reads a clock, nor waits, but for packets to pass where a table is replaced ([`send`]);
+//! Nothing here reads a clock, nor waits, but for packets to pass where a table is replaced (`send`);
 //! when to commit is decided by [`crate::program`], which drives this, as do the benches and the packet
 //! tests. A commit that the kernel refuses is first answered by reading back what the kernel really holds
 //! and sending the difference: that cures every case in which someone else changed our tables. If an
