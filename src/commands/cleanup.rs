@@ -21,21 +21,18 @@ pub fn own() -> Result<(), CommandError> {
     let mut errors = Vec::new();
     for family in Family::BOTH {
         let deletion = Transaction { ops: vec![Op::DeleteTable(family)] };
-        match kernel.apply(&deletion) {
-            Ok(_) => info!("removed table {family} {TABLE}"),
-            Err(error) if is_absent(&error) => info!("there is no table {family} {TABLE}"),
-            Err(error) => {
-                error!("cannot remove table {family} {TABLE}: {error}");
-                errors.push(error);
-            }
-        }
-        // It is there only if an upgrade was killed half way.
-        match kernel.apply_to_stand_in(&deletion) {
-            Ok(_) => info!("removed table {family} {STAND_IN}"),
-            Err(error) if is_absent(&error) => {}
-            Err(error) => {
-                error!("cannot remove table {family} {STAND_IN}: {error}");
-                errors.push(error);
+        let outcomes =
+            [(TABLE, kernel.apply(&deletion)), (STAND_IN, kernel.apply_to_stand_in(&deletion))];
+        for (table, outcome) in outcomes {
+            match outcome {
+                Ok(_) => info!("removed table {family} {table}"),
+                // It is there only if an upgrade was killed half way.
+                Err(error) if is_absent(&error) && table == STAND_IN => {}
+                Err(error) if is_absent(&error) => info!("there is no table {family} {table}"),
+                Err(error) => {
+                    error!("cannot remove table {family} {table}: {error}");
+                    errors.push(error);
+                }
             }
         }
     }
