@@ -346,29 +346,37 @@ pub fn op(op: &Op) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Protocol;
+    use crate::nft::dataplane::{self, Options};
     use crate::nft::element::{ElementId, Key};
+    use crate::nft::names::{ChainName, List};
 
     #[test]
-    fn a_change_says_whether_something_comes_or_goes() {
-        let v4 = Family::V4;
-        let affinity = || "affinity/default/web/tcp/http".parse::<AffinityName>().unwrap();
-        let key = Key::Address([10, 96, 0, 10].into());
-        let id = ElementId { family: v4, set: SetName::ClusterIps, key };
-        let sets = [Op::AddSet(v4, SetName::Services), Op::AddElement(id, Value::None)];
-        let tables = [Op::AddTable(v4), Op::AddCounters(v4), Op::AddAffinity(v4, affinity())];
-        for op in sets.iter().chain(&tables) {
-            assert!(change(op).iter().all(|line| line.starts_with("+ add ")), "{:?}", change(op));
-        }
-        let emptied = [Op::FlushChain(v4, "lb-2".into()), Op::Forget(v4, affinity(), [].into())];
-        let gone = [
-            Op::DeleteTable(v4),
-            Op::DeleteCounters(v4),
-            Op::DeleteAffinity(v4, affinity()),
-            Op::DeleteChain(v4, "lb-2".into()),
-            Op::DeleteElement(id, Value::None),
-        ];
-        for op in emptied.iter().chain(&gone) {
-            assert!(change(op).iter().all(|line| line.starts_with("- ")), "{:?}", change(op));
+    fn what_takes_something_is_told_behind_a_minus_and_what_brings_something_behind_a_plus() {
+        let family = Family::V4;
+        let map = AffinityName { port: "default/web/tcp".parse().unwrap(), list: List::Cluster };
+        let name = ChainName::NatInput;
+        let key = Key::NodePort(Protocol::Tcp, 30080);
+        let id = ElementId { family, set: SetName::NoEndpointNodeports, key };
+        let chain = || Box::new(dataplane::chain(name.clone(), family, &Options::default()));
+        for (op, begins) in [
+            (Op::AddTable(family), "+ add table"),
+            (Op::DeleteTable(family), "- delete table"),
+            (Op::AddSet(family, SetName::Services), "+ add map"),
+            (Op::AddAffinity(family, map.clone()), "+ add map"),
+            (Op::DeleteAffinity(family, map.clone()), "- delete map"),
+            (Op::Forget(family, map.clone(), Box::default()), "- delete element"),
+            (Op::AddCounters(family), "+ add set"),
+            (Op::DeleteCounters(family), "- delete set"),
+            (Op::AddChain(family, chain()), "+ add chain"),
+            (Op::AddRules(family, chain()), "+ add rule"),
+            (Op::FlushChain(family, name.to_string()), "- flush chain"),
+            (Op::DeleteChain(family, name.to_string()), "- delete chain"),
+            (Op::AddElement(id, Value::Drop), "+ add element"),
+            (Op::DeleteElement(id, Value::Drop), "- delete element"),
+        ] {
+            let lines = change(&op);
+            assert!(!lines.is_empty() && lines.iter().all(|l| l.starts_with(begins)), "{lines:?}");
         }
     }
 
