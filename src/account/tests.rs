@@ -36,13 +36,12 @@ fn service(policies: [TrafficPolicy; 2]) -> Service {
 /// An endpoint in letters: `L` local, `r` ready, `s` serving, `t` terminating, `0` of no weight.
 fn slice(endpoints: &[(u8, &str)]) -> EndpointSlice {
     let endpoint = |&(host, words): &(u8, &str)| Endpoint {
-        address: [10, 244, 1, host].into(),
         ready: words.contains('r'),
         serving: words.contains('s'),
         terminating: words.contains('t'),
         local: words.contains('L'),
         weight: u16::from(!words.contains('0')),
-        hints: None,
+        ..Endpoint::new([10, 244, 1, host].into())
     };
     let port = |name: &str| SlicePort { name: name.into(), protocol: Protocol::Tcp, port: 8080 };
     EndpointSlice {

@@ -23,15 +23,7 @@ fn service(name: &str) -> Service {
 /// An endpoint on this node.
 fn endpoint(number: u16) -> Endpoint {
     let [high, low] = number.to_be_bytes();
-    Endpoint {
-        address: [10, 244, high, low].into(),
-        ready: true,
-        serving: true,
-        terminating: false,
-        local: true,
-        weight: 1,
-        hints: None,
-    }
+    Endpoint { local: true, ..Endpoint::new([10, 244, high, low].into()) }
 }
 
 fn asked(service: &Service, endpoints: Vec<Endpoint>) -> (Contribution, Vec<Problem>) {

@@ -60,6 +60,22 @@ pub struct Endpoint {
     pub hints: Option<Box<Hints>>,
 }
 
+impl Endpoint {
+    /// An endpoint on another node, of which nothing else is said.
+    #[must_use]
+    pub fn new(address: IpAddr) -> Self {
+        Self {
+            address,
+            ready: true,
+            serving: true,
+            terminating: false,
+            local: false,
+            weight: 1,
+            hints: None,
+        }
+    }
+}
+
 /// Topology hints of an endpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hints {

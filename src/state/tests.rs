@@ -26,21 +26,12 @@ pub(super) fn slice(text: &str, owner: &str, ports: &[u16]) -> EndpointSlice {
         protocol: Protocol::Tcp,
         port: 8000,
     };
-    let endpoint = Endpoint {
-        address: [10, 244, 0, 1].into(),
-        ready: true,
-        serving: true,
-        terminating: false,
-        local: false,
-        weight: 1,
-        hints: None,
-    };
     EndpointSlice {
         name: name(text),
         service: name(owner),
         family: Family::V4,
         ports: ports.iter().map(port).collect(),
-        endpoints: vec![endpoint],
+        endpoints: vec![Endpoint::new([10, 244, 0, 1].into())],
         last_change_trigger: None,
     }
 }

@@ -45,13 +45,8 @@ pub(crate) fn slice(
     addresses: &[&str],
 ) -> EndpointSlice {
     let endpoint = |text: &&str| Endpoint {
-        address: text.trim_end_matches('!').parse().unwrap(),
-        ready: true,
-        serving: true,
-        terminating: false,
         local: text.ends_with('!'),
-        weight: 1,
-        hints: None,
+        ..Endpoint::new(text.trim_end_matches('!').parse().unwrap())
     };
     let endpoints: Vec<_> = addresses.iter().map(endpoint).collect();
     EndpointSlice {

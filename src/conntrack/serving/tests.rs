@@ -173,13 +173,11 @@ fn new_node_port_addresses_are_swept_for_every_node_port() {
 #[test]
 fn serving_endpoints_are_those_that_answer_or_may_be_chosen() {
     let endpoint = |host, ready, serving| Endpoint {
-        address: IpAddr::from([10, 244, 1, host]),
         ready,
         serving,
         terminating: !ready,
         local: host == 1,
-        weight: 1,
-        hints: None,
+        ..Endpoint::new([10, 244, 1, host].into())
     };
     let slice = |family, port_name: &str| EndpointSlice {
         name: name("dns-1"),
@@ -220,15 +218,7 @@ fn of_a_service_its_own_udp_frontends_count() {
             vec![port("dns", Protocol::Udp, 53), port("dns-tcp", Protocol::Tcp, 53)],
         )
     };
-    let endpoint = |host| Endpoint {
-        address: IpAddr::from([10, 244, 1, host]),
-        ready: true,
-        serving: true,
-        terminating: false,
-        local: false,
-        weight: 1,
-        hints: None,
-    };
+    let endpoint = |host: u8| Endpoint::new([10, 244, 1, host].into());
     let slice = EndpointSlice {
         name: name("dns-1"),
         service: name("dns"),

@@ -118,13 +118,8 @@ impl Size {
     pub(crate) fn slice(self, index: usize, first: usize, count: usize) -> EndpointSlice {
         let base = index * (self.endpoints + 8);
         let endpoint = |n: usize| Endpoint {
-            address: address(Ipv4Addr::new(10, 128, 0, 1), base + n),
-            ready: true,
-            serving: true,
-            terminating: false,
             local: if self.mixed { n % 2 == 1 } else { n == 0 && index.is_multiple_of(100) },
-            weight: 1,
-            hints: None,
+            ..Endpoint::new(address(Ipv4Addr::new(10, 128, 0, 1), base + n))
         };
         let protocol = protocol(self.kind(index));
         EndpointSlice {

@@ -51,15 +51,7 @@ static MESSAGES: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
             service: name.clone(),
             family,
             ports: vec![SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }],
-            endpoints: vec![Endpoint {
-                address: address.parse().unwrap(),
-                ready: true,
-                serving: true,
-                terminating: false,
-                local: true,
-                weight: 1,
-                hints: None,
-            }],
+            endpoints: vec![Endpoint { local: true, ..Endpoint::new(address.parse().unwrap()) }],
             last_change_trigger: None,
         }));
     }
