@@ -166,11 +166,19 @@ impl Net {
         }
         ip_batch_in(&node, &beyond);
         ip_batch_in(&self.name("beyond"), "link set eth0 up\n");
-        // IPv6 addresses of a link that just came up are not usable at once.
+        // A link that just came up loses what is sent until the kernel has taken note, which takes long on a busy
+        // machine; nor are its IPv6 addresses usable at once.
         for short in NAMES {
+            let show = |what: &[&str]| {
+                let output = Command::new("ip").args(["-n", &self.name(short)]).args(what).output();
+                String::from_utf8(output.unwrap().stdout).unwrap()
+            };
+            wait_until("links to be up", || {
+                let shown = show(&["-o", "link", "show", "type", "veth"]);
+                !shown.is_empty() && shown.lines().all(|link| link.contains(" state UP "))
+            });
             wait_until("IPv6 addresses to be usable", || {
-                let show = ["-n", &self.name(short), "-6", "addr", "show", "tentative"];
-                Command::new("ip").args(show).output().unwrap().stdout.is_empty()
+                show(&["-6", "addr", "show", "tentative"]).is_empty()
             });
         }
     }
