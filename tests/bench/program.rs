@@ -20,11 +20,11 @@
 mod objects;
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use nftproxy::model::{EndpointSlice, Event, Kind, NodeFacts};
+use nftproxy::model::{Event, Kind, NodeFacts};
 use nftproxy::nft::dataplane::Options;
 use nftproxy::nft::kernel::{Applied, ApplyError, Kernel, LoadError, Loaded};
 use nftproxy::nft::netlink::NetlinkKernel;
@@ -34,7 +34,7 @@ use nftproxy::settings::Settings;
 use nftproxy::state::State;
 use nix::sched::{CloneFlags, unshare};
 
-use self::objects::Size;
+use self::objects::{Size, What};
 
 /// How often a small change is measured.
 const CHANGES: usize = 200;
@@ -118,9 +118,11 @@ fn namespace() -> NetlinkKernel {
 struct Run {
     sync: Duration,
     bytes: usize,
-    more: Vec<Duration>,
-    swapped: Vec<Duration>,
+    updates: Updates,
 }
+
+/// By what happened to which kind of Service.
+type Updates = BTreeMap<(&'static str, What), Vec<Took>>;
 
 fn measure(size: Size) {
     let mut run = Run::default();
@@ -131,42 +133,27 @@ fn measure(size: Size) {
     run.sync = began.elapsed();
     let (resident, peak) = (memory("VmRSS:"), memory("VmHWM:"));
 
-    let (mut more_allocations, mut swap_allocations) = (0, 0);
-    let mut by_kind = BTreeMap::<_, Vec<Took>>::new();
-    for (index, [more, less, swap]) in changes(size) {
-        let before = ALLOCATIONS.load(Ordering::Relaxed);
-        let more = timed(&mut proxy, Event::EndpointSlice(more));
-        run.more.push(more.time);
-        more_allocations = more_allocations.max(ALLOCATIONS.load(Ordering::Relaxed) - before);
-        let less = timed(&mut proxy, Event::EndpointSlice(less));
-        let before = ALLOCATIONS.load(Ordering::Relaxed);
-        let swap = timed(&mut proxy, Event::EndpointSlice(swap));
-        run.swapped.push(swap.time);
-        swap_allocations = swap_allocations.max(ALLOCATIONS.load(Ordering::Relaxed) - before);
-        if size.mixed {
-            let mut note =
-                |what, took| by_kind.entry((size.kind(index), what)).or_default().push(took);
-            for took in [more, less, swap] {
-                note("an endpoint more, less, another", took);
-            }
-            for (what, event) in size.service_changes(index) {
-                note(what, timed(&mut proxy, event));
-                if proxy.has_idle() {
-                    let collected = took(|| {
-                        proxy.collect_idle().expect("a collection");
-                    });
-                    note("what it left behind collected", collected);
-                }
-            }
-        }
-    }
+    let mut allocations = BTreeMap::<What, usize>::new();
+    update(&mut proxy, size, |_, kind, what, took| {
+        let most = allocations.entry(what).or_default();
+        *most = took.allocations.max(*most);
+        run.updates.entry((kind, what)).or_default().push(took);
+    });
     drop(proxy);
 
     let mut bare = bare(size);
     assert_eq!(run.bytes, bare.bytes, "the bare kernel gets the very same batch");
-    for times in [&mut run.more, &mut run.swapped, &mut bare.more, &mut bare.swapped] {
-        times.sort();
+    for took in run.updates.values_mut().chain(bare.updates.values_mut()) {
+        took.sort();
     }
+    let all = |run: &Run, what: What| {
+        let of = run.updates.iter().filter(|((_, is), _)| *is == what);
+        let mut all: Vec<_> = of.flat_map(|(_, took)| took).copied().collect();
+        all.sort();
+        all
+    };
+    let [more, bare_more] = [&run, &bare].map(|run| all(run, What::EndpointMore));
+    let [other, bare_other] = [&run, &bare].map(|run| all(run, What::EndpointOther));
     println!(
         "{:>10} | {:>9} {:>9} {:>5.2} {:>8} | {:>8} {:>8} {:>8} {:>6} | {:>8} {:>8} {:>6} | {:>7.1} {:>7.1}",
         size.to_string(),
@@ -174,51 +161,74 @@ fn measure(size: Size) {
         millis(bare.sync),
         run.sync.as_secs_f64() / bare.sync.as_secs_f64(),
         run.bytes,
-        millis(run.more[run.more.len() / 2]),
-        millis(bare.more[bare.more.len() / 2]),
-        millis(run.more[run.more.len() * 99 / 100]),
-        more_allocations,
-        millis(run.swapped[run.swapped.len() / 2]),
-        millis(bare.swapped[bare.swapped.len() / 2]),
-        swap_allocations,
+        millis(half(&more)),
+        millis(half(&bare_more)),
+        millis(more[more.len() * 99 / 100].time),
+        allocations[&What::EndpointMore],
+        millis(half(&other)),
+        millis(half(&bare_other)),
+        allocations[&What::EndpointOther],
         resident,
         peak,
     );
-    for ((kind, what), mut times) in by_kind {
-        times.sort();
-        let most = times.last().expect("there is one");
-        let runs = times.iter().map(|took| took.ran).max().expect("there is one");
-        println!(
-            "{:>10} | {kind}, {what}: p50 {}, at most {} ms, of which it ran {}; it never ran for more than {} ms; of {}",
-            "",
-            millis(times[times.len() / 2].time),
-            millis(most.time),
-            millis(most.ran),
-            millis(runs),
-            times.len(),
-        );
+    if size.mixed {
+        print_by_kind(&run.updates, &bare.updates);
     }
 }
 
-/// In one Service after the other: one endpoint more, one less, one in the place of another.
-fn changes(size: Size) -> impl Iterator<Item = (usize, [EndpointSlice; 3])> {
-    let Size { services, endpoints, .. } = size;
-    // Of a mixture, all.
-    let count = if size.mixed { services } else { CHANGES.min(services) };
-    (0..count).map(move |change| {
-        let index = change * services / count;
-        let slices = [(0, endpoints + 1), (0, endpoints), (1, endpoints)];
-        (index, slices.map(|(first, count)| size.slice(index, first, count)))
-    })
+/// What half of them took at most.
+fn half(sorted: &[Took]) -> Duration {
+    sorted[sorted.len() / 2].time
+}
+
+/// Of each kind of Service: half of the updates took no more than the first number, the bare kernel no more than
+/// the second for the same, and no update more than the third.
+fn print_by_kind(updates: &Updates, bare: &Updates) {
+    println!("\n| kind of Service | {} |", What::ALL.map(|what| what.to_string()).join(" | "));
+    println!("| --- |{}", " ---: |".repeat(What::ALL.len()));
+    for kind in updates.keys().map(|(kind, _)| *kind).collect::<BTreeSet<_>>() {
+        let cells = What::ALL.map(|what| {
+            let Some(took) = updates.get(&(kind, what)) else { return String::new() };
+            let most = took.last().expect("there is one");
+            let bare = half(&bare[&(kind, what)]);
+            format!("{:.2} ({:.2}) {:.2}", ms(half(took)), ms(bare), ms(most.time))
+        });
+        println!("| {kind} | {} |", cells.join(" | "));
+    }
+    let most = updates.values().flatten().map(|took| took.ran).max().expect("there is one");
+    println!("\nNone of them ran for more than {} ms.", millis(most));
+}
+
+/// Does to one Service after the other what can happen to it, and tells of each. Of a mixture, to all.
+fn update<K: Kernel>(
+    proxy: &mut Proxy<K>,
+    size: Size,
+    mut note: impl FnMut(&mut Proxy<K>, &'static str, What, Took),
+) {
+    let count = if size.mixed { size.services } else { CHANGES.min(size.services) };
+    for change in 0..count {
+        let index = change * size.services / count;
+        for (what, event) in size.changes(index) {
+            let done = timed(proxy, event);
+            note(proxy, size.kind(index), what, done);
+            if size.mixed && proxy.has_idle() {
+                let took = took(|| {
+                    proxy.collect_idle().expect("a collection");
+                });
+                note(proxy, size.kind(index), What::Collected, took);
+            }
+        }
+    }
 }
 
 /// What an update took.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Took {
     time: Duration,
     /// Of which this thread ran, in the program or in the kernel. Where the two differ, it waited, or others
     /// had the processor.
     ran: Duration,
+    allocations: usize,
 }
 
 /// From the event to the end of the commit.
@@ -231,9 +241,14 @@ fn timed<K: Kernel>(proxy: &mut Proxy<K>, event: Event) -> Took {
 }
 
 fn took(what: impl FnOnce()) -> Took {
-    let (began, before) = (Instant::now(), ran());
+    let (began, ran_before) = (Instant::now(), ran());
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
     what();
-    Took { time: began.elapsed(), ran: ran().saturating_sub(before) }
+    Took {
+        time: began.elapsed(),
+        ran: ran().saturating_sub(ran_before),
+        allocations: ALLOCATIONS.load(Ordering::Relaxed) - before,
+    }
 }
 
 /// For how long this thread has run.
@@ -246,8 +261,8 @@ fn ran() -> Duration {
     Duration::from_nanos(u64::try_from(nanoseconds).expect("a time since the start"))
 }
 
-/// Takes every transaction and keeps its bytes. New chains go ahead of the change that needs them, so
-/// that a commit can be two.
+/// Takes every transaction and keeps its bytes. A commit can be two: new chains that something else is led to
+/// go ahead.
 #[derive(Default)]
 struct Recorder(Vec<Vec<u8>>);
 
@@ -273,35 +288,35 @@ fn bare(size: Size) -> Run {
     let mut proxy = proxy(Recorder::default());
     feed(&mut proxy, size);
     proxy.commit().expect("a recorder takes everything");
-    let mut commits = vec![std::mem::take(&mut proxy.kernel_mut().0)];
-    for slice in changes(size).flat_map(|(_, slices)| slices) {
-        timed(&mut proxy, Event::EndpointSlice(slice));
-        commits.push(std::mem::take(&mut proxy.kernel_mut().0));
-    }
+    let first = std::mem::take(&mut proxy.kernel_mut().0);
+    let mut updates = Vec::new();
+    update(&mut proxy, size, |proxy, kind, what, _| {
+        updates.push((kind, what, std::mem::take(&mut proxy.kernel_mut().0)));
+    });
     drop(proxy);
 
     let mut kernel = namespace();
-    let mut send = |batches: &Vec<Vec<u8>>| {
-        let began = Instant::now();
-        for bytes in batches {
-            kernel.send_encoded(bytes).expect("the bare batch");
-        }
-        began.elapsed()
+    let mut send = |batches: Vec<Vec<u8>>| {
+        took(|| {
+            for bytes in batches {
+                kernel.send_encoded(&bytes).expect("the bare batch");
+            }
+        })
     };
-    let (first, others) = commits.split_first().expect("the first commit");
     let bytes = first.iter().map(Vec::len).sum();
-    let mut run = Run { sync: send(first), bytes, ..Run::default() };
-    for change in others.chunks(3) {
-        let [more, less, swap] = change else { unreachable!("three changes of each Service") };
-        run.more.push(send(more));
-        send(less);
-        run.swapped.push(send(swap));
+    let mut run = Run { sync: send(first).time, bytes, ..Run::default() };
+    for (kind, what, batches) in updates {
+        run.updates.entry((kind, what)).or_default().push(send(batches));
     }
     run
 }
 
+fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
 fn millis(duration: Duration) -> String {
-    format!("{:.3}", duration.as_secs_f64() * 1e3)
+    format!("{:.3}", ms(duration))
 }
 
 /// A figure of this process's memory, in MB.

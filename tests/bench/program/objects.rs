@@ -22,6 +22,48 @@ pub(crate) struct Size {
     pub(crate) mixed: bool,
 }
 
+/// What happens to a Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum What {
+    EndpointMore,
+    EndpointLess,
+    EndpointOther,
+    RangeMore,
+    RangeOther,
+    Gone,
+    There,
+    /// What it left behind is removed, and spare chains are made; when nothing else is to be done.
+    Collected,
+}
+
+impl What {
+    pub(crate) const ALL: [Self; 8] = [
+        Self::EndpointMore,
+        Self::EndpointLess,
+        Self::EndpointOther,
+        Self::RangeMore,
+        Self::RangeOther,
+        Self::Gone,
+        Self::There,
+        Self::Collected,
+    ];
+}
+
+impl std::fmt::Display for What {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::EndpointMore => "an endpoint more",
+            Self::EndpointLess => "less",
+            Self::EndpointOther => "another",
+            Self::RangeMore => "a range more",
+            Self::RangeOther => "another range",
+            Self::Gone => "the Service gone",
+            Self::There => "the Service there",
+            Self::Collected => "collected",
+        })
+    }
+}
+
 impl Size {
     /// Services with a ClusterIP and one TCP port.
     pub(crate) fn plain(services: usize, endpoints: usize) -> Self {
@@ -95,22 +137,29 @@ impl Size {
         }
     }
 
-    /// What else happens to a Service: of its source ranges there is one more, then another in the place of one;
-    /// then it goes, and comes again.
-    pub(crate) fn service_changes(self, index: usize) -> Vec<(&'static str, Event)> {
-        let kind = self.kind(index);
-        let count = ranges(kind).len();
+    /// What happens to a Service: one endpoint more, one less, one in the place of another. In a mixture, of its
+    /// source ranges there is one more, then another in the place of one; then it goes, and comes again.
+    pub(crate) fn changes(self, index: usize) -> Vec<(What, Event)> {
+        let slice = |first, count| Event::EndpointSlice(self.slice(index, first, count));
+        let mut changes = vec![
+            (What::EndpointMore, slice(0, self.endpoints + 1)),
+            (What::EndpointLess, slice(0, self.endpoints)),
+            (What::EndpointOther, slice(1, self.endpoints)),
+        ];
+        if !self.mixed {
+            return changes;
+        }
+        let count = ranges(self.kind(index)).len();
         let with = |ranges: Range<usize>| {
             let source_ranges = ranges.map(|n| range(index, n)).collect();
             Event::Service(Service { source_ranges, ..self.service(index) })
         };
-        let mut changes = Vec::new();
         if count > 0 {
-            changes.push(("a range more", with(0..count + 1)));
-            changes.push(("another range", with(1..count + 1)));
+            changes.push((What::RangeMore, with(0..count + 1)));
+            changes.push((What::RangeOther, with(1..count + 1)));
         }
-        changes.push(("the Service gone", Event::Gone(Kind::Service, name(index))));
-        changes.push(("the Service there", with(0..count)));
+        changes.push((What::Gone, Event::Gone(Kind::Service, name(index))));
+        changes.push((What::There, with(0..count)));
         changes
     }
 
