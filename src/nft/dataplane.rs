@@ -196,24 +196,27 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
         ChainName::Enter(traffic, _) => vec![enter(*traffic), next()],
         ChainName::MarkForMasquerade => vec![Rule::new([MarkOr(mark)])],
         ChainName::MarkInternal => mark_internal(shape),
-        ChainName::ExternalLocal => {
-            by_client(&FRONTEND, SetName::ServicesCluster, SetName::ServicesLocal, shape)
+        ChainName::ShortCircuit => look_up(&FRONTEND, SetName::ServicesCluster),
+        ChainName::NodeportShortCircuit => look_up(&NODE_PORT, SetName::NodeportsCluster),
+        ChainName::ExternalLocalByClient => {
+            let local = look_up(&FRONTEND, SetName::ServicesLocal);
+            by_client(ChainName::ShortCircuit, local, shape)
         }
+        ChainName::NodeportExternalLocalByClient => {
+            let local = look_up(&NODE_PORT, SetName::NodeportsLocal);
+            by_client(ChainName::NodeportShortCircuit, local, shape)
+        }
+        ChainName::ExternalLocal => external_local(ChainName::ExternalLocalByClient),
         ChainName::NodeportExternalLocal => {
-            by_client(&NODE_PORT, SetName::NodeportsCluster, SetName::NodeportsLocal, shape)
+            external_local(ChainName::NodeportExternalLocalByClient)
         }
         ChainName::Restricted(lengths) => restricted(**lengths),
         ChainName::RestrictedAllowed => {
-            twice(Rule::new([Vmap(FRONTEND.into(), SetName::ServicesRestricted)])).into()
+            twice(Rule::new([Jump(ChainName::DispatchRestricted)])).into()
         }
-        // Entered twice and not written twice: when a verdict changes, the kernel walks all those that
-        // each rule can give, but a chain it has walked once it knows (from 6.18 on).
-        ChainName::DispatchServices => {
-            vec![Rule::new([Vmap(FRONTEND.into(), SetName::Services)])]
-        }
-        ChainName::DispatchNodeports => {
-            vec![Rule::new([Vmap(NODE_PORT.into(), SetName::Nodeports)])]
-        }
+        ChainName::DispatchRestricted => look_up(&FRONTEND, SetName::ServicesRestricted),
+        ChainName::DispatchServices => look_up(&FRONTEND, SetName::Services),
+        ChainName::DispatchNodeports => look_up(&NODE_PORT, SetName::Nodeports),
         ChainName::Dispatch => dispatch(shape),
         ChainName::NoEndpoint => vec![Rule::new([Reject])],
         ChainName::ClusterIpsCheck => vec![
@@ -377,37 +380,46 @@ fn restricted(lengths: PrefixLengths) -> Vec<Rule> {
         ])
     });
     let allowed: Vec<_> = allowed.collect();
-    let again = allowed.clone().into_iter().map(|rule| rule.comment("second try"));
+    let again = allowed.clone().into_iter().map(again);
     let others = Rule::new([Statement::Drop]).comment("not in loadBalancerSourceRanges");
     allowed.into_iter().chain(again).chain([others]).collect()
 }
 
+/// A chain that looks into a verdict map is entered twice, and no rule of it written twice: when a verdict
+/// changes, the kernel walks all those that each rule can give, but a chain it has walked once it knows
+/// (from 6.18 on).
+fn look_up(frontend: &[Selector], map: SetName) -> Vec<Rule> {
+    vec![Rule::new([Statement::Vmap(frontend.to_vec(), map)])]
+}
+
+fn again(rule: Rule) -> Rule {
+    rule.comment("second try")
+}
+
 fn twice(rule: Rule) -> [Rule; 2] {
-    [rule.clone(), rule.comment("second try")]
+    [rule.clone(), again(rule)]
+}
+
+fn external_local(by_client: ChainName) -> Vec<Rule> {
+    let mut rules = Vec::from(twice(Rule::new([Statement::Jump(by_client)])));
+    // Not to be looked up once more, nor taken for a node port: it was found, and nobody is here.
+    rules.push(Rule::new([Statement::Accept]));
+    rules
 }
 
 /// Under externalTrafficPolicy Local, pods and the node itself reach any endpoint, as if the traffic
 /// had come in on a node that has one (the node's own is masqueraded); everybody else reaches those
-/// of this node only, and keeps the source address.
-fn by_client(
-    frontend: &[Selector],
-    cluster: SetName,
-    local: SetName,
-    shape: &Shape<'_>,
-) -> Vec<Rule> {
-    let take = |map| Statement::Vmap(frontend.to_vec(), map);
-    let mark = Statement::Jump(ChainName::MarkForMasquerade);
-    let from_host = Rule::new([Statement::FromThisHost, take(cluster)]);
-    let from_outside = Rule::new([take(local)]);
+/// of this node only, and keeps the source address. Whoever is led to the short circuit does not come
+/// back to be taken for somebody else.
+fn by_client(short_circuit: ChainName, local: Vec<Rule>, shape: &Shape<'_>) -> Vec<Rule> {
     let mut rules = Vec::new();
     if let Some(from_pod) = shape.is_from_pod() {
-        rules.extend(twice(Rule::new([from_pod, take(cluster)])));
+        rules.push(Rule::new([from_pod, Statement::Goto(short_circuit.clone())]));
     }
+    let mark = Statement::Jump(ChainName::MarkForMasquerade);
     rules.push(Rule::new([Statement::FromThisHost, mark]));
-    rules.extend(twice(from_host));
-    rules.extend(twice(from_outside));
-    // Not to be looked up once more, nor taken for a node port: it was found, and nobody is here.
-    rules.push(Rule::new([Statement::Accept]));
+    rules.push(Rule::new([Statement::FromThisHost, Statement::Goto(short_circuit)]));
+    rules.extend(local);
     rules
 }
 
@@ -513,6 +525,27 @@ fn remembered(shape: &Shape<'_>) -> [Rule; 2] {
 #[cfg(test)]
 mod tests {
     use super::Loopback::{Guarded, NodePorts, Untouched};
+    use super::*;
+
+    /// What a commit is sent by relies on it: a packet that is led to a chain which is empty yet goes on as if
+    /// nothing had been found. (Of the rules that remember, one alone is for a protocol.)
+    #[test]
+    fn nothing_comes_behind_a_rule_that_is_led_on_by_a_verdict() {
+        let remember = [ChainName::AffinityRecord, ChainName::AffinityRecordNodeport];
+        let leads_on = |rule: &Rule| {
+            let vmap = |s: &Statement| matches!(s, Statement::Vmap(_, map) if map.leads_on());
+            rule.statements.iter().any(vmap)
+        };
+        let mut maps = 0;
+        for name in ChainName::FIXED.into_iter().filter(|name| !remember.contains(name)) {
+            let rules = chain(name.clone(), Family::V4, &Options::default()).rules;
+            maps += rules.iter().filter(|rule| leads_on(rule)).count();
+            let before = rules.split_last().map_or(&[][..], |(_, before)| before);
+            assert!(!before.iter().any(leads_on), "{name}");
+        }
+        // `services`, `services-cluster`, `-local`, `-restricted`; all but the last for node ports, too.
+        assert_eq!(maps, 7);
+    }
 
     #[test]
     fn loopback_stays_guarded_while_it_is_routed_because_of_what_was() {

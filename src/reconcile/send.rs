@@ -11,11 +11,15 @@ use crate::nft::kernel::{Applied, ApplyError, Kernel, Loaded};
 use crate::nft::ruleset::Ruleset;
 use crate::nft::transaction::{Op, Transaction};
 
-/// Sends a transaction. New chains, and sets they need, go first, as one of their own: a packet keeps
-/// the generation of rules it began with, in which a chain made later is empty, but its lookups see
-/// the elements of the new one. If it meets one that leads to a chain of the same transaction, it
-/// falls through. Nothing refers to the chains yet, so that the change itself is still one
-/// transaction.
+/// Sends a transaction. Where it leads elsewhere what was led somewhere before, new chains, and sets they
+/// need, go first, as one of their own: a packet keeps the generation of rules it began with, in which a
+/// chain made later is empty, but its lookups see the elements of the new one. If it meets one that leads
+/// to a chain of the same transaction, it falls through. Nothing refers to the chains yet, so that the
+/// change itself is still one transaction.
+///
+/// What was led nowhere before may meet an empty chain: it falls through as if it had found nothing, since
+/// a rule that looks for a verdict is the last of its chain. Each transaction has the kernel walk all
+/// verdicts, so that one of them is half of the time.
 pub(super) fn apply<K: Kernel>(
     kernel: &mut K,
     transaction: &mut Transaction,
@@ -27,6 +31,18 @@ pub(super) fn apply<K: Kernel>(
         }
         kernel.apply(transaction).map_err(|source| CommitError::Apply { operations, source })
     };
+    let ahead = ahead(&transaction.ops);
+    let ahead = Transaction { ops: transaction.ops.drain(..ahead).collect() };
+    let first = send(&ahead);
+    if first.is_err() {
+        transaction.ops.splice(..0, ahead.ops);
+    }
+    let (first, then) = (first?, send(transaction)?);
+    Ok(Committed { operations, applied: first + then, adopted: false, set_aside: 0 })
+}
+
+/// How many operations are to go ahead of the others.
+fn ahead(ops: &[Op]) -> usize {
     let unused = |op: &&Op| {
         matches!(
             op,
@@ -37,14 +53,14 @@ pub(super) fn apply<K: Kernel>(
                 | Op::AddRules(..)
         )
     };
-    let ahead = transaction.ops.iter().take_while(unused).count();
-    let ahead = Transaction { ops: transaction.ops.drain(..ahead).collect() };
-    let first = send(&ahead);
-    if first.is_err() {
-        transaction.ops.splice(..0, ahead.ops);
-    }
-    let (first, then) = (first?, send(transaction)?);
-    Ok(Committed { operations, applied: first + then, adopted: false, set_aside: 0 })
+    let leads_elsewhere = |op: &Op| match op {
+        Op::DeleteElement(id, _) => id.set.leads_on(),
+        // Of a chain that has rules already.
+        Op::AddRules(..) => true,
+        _ => false,
+    };
+    let unused = ops.iter().take_while(unused).count();
+    if ops[unused..].iter().any(leads_elsewhere) { unused } else { 0 }
 }
 
 /// Puts up tables that stand in for those that are replaced, if any is; behind it, every packet that comes to a

@@ -13,6 +13,7 @@
 
 mod adopt;
 mod agree;
+mod arrive;
 mod between;
 mod broken_api;
 mod commands;

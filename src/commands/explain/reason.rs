@@ -282,7 +282,7 @@ impl Because<'_> {
                 }
                 _ => format!("it goes to a ClusterIP, and {source} is no pod's (local-pods)"),
             },
-            ChainName::ExternalLocal | ChainName::NodeportExternalLocal => {
+            ChainName::ExternalLocalByClient | ChainName::NodeportExternalLocalByClient => {
                 format!("externalTrafficPolicy: Local, but {source} is this host's own")
             }
             _ => "externalTrafficPolicy: Cluster, the endpoint may be on another node".into(),

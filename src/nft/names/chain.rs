@@ -100,7 +100,15 @@ pub enum ChainName {
     MarkForMasquerade,
     /// Marks those of a ClusterIP's clients that are to be masqueraded.
     MarkInternal,
+    /// Leads a client of the cluster to the backends of any node.
+    ShortCircuit,
+    /// The same for node ports.
+    NodeportShortCircuit,
     /// Tells clients of a frontend address under a Local policy apart.
+    ExternalLocalByClient,
+    /// The same for node ports.
+    NodeportExternalLocalByClient,
+    /// Has a frontend address under a Local policy.
     ExternalLocal,
     /// The same for node ports.
     NodeportExternalLocal,
@@ -115,6 +123,8 @@ pub enum ChainName {
     DispatchServices,
     /// The same among node ports.
     DispatchNodeports,
+    /// The same among addresses with source ranges.
+    DispatchRestricted,
     /// Refuses a connection nobody can answer.
     NoEndpoint,
     /// Refuses unused ports of ClusterIPs, drops what goes to unallocated ones.
@@ -147,11 +157,16 @@ pub enum ChainName {
 
 impl ChainName {
     /// The chains that always exist, in the order of the table's text.
-    pub const FIXED: [Self; 20] = [
+    pub const FIXED: [Self; 25] = [
         Self::MarkForMasquerade,
         Self::MarkInternal,
+        Self::ShortCircuit,
+        Self::NodeportShortCircuit,
+        Self::ExternalLocalByClient,
+        Self::NodeportExternalLocalByClient,
         Self::ExternalLocal,
         Self::NodeportExternalLocal,
+        Self::DispatchRestricted,
         Self::RestrictedAllowed,
         Self::DispatchServices,
         Self::DispatchNodeports,
@@ -181,12 +196,17 @@ impl ChainName {
             }
             Self::MarkForMasquerade => "mark-for-masquerade",
             Self::MarkInternal => "mark-internal",
+            Self::ShortCircuit => "short-circuit",
+            Self::NodeportShortCircuit => "nodeport-short-circuit",
+            Self::ExternalLocalByClient => "external-local-by-client",
+            Self::NodeportExternalLocalByClient => "nodeport-external-local-by-client",
             Self::ExternalLocal => "external-local",
             Self::NodeportExternalLocal => "nodeport-external-local",
             Self::RestrictedAllowed => "restricted-allowed",
             Self::Dispatch => "dispatch",
             Self::DispatchServices => "dispatch-services",
             Self::DispatchNodeports => "dispatch-nodeports",
+            Self::DispatchRestricted => "dispatch-restricted",
             Self::NoEndpoint => "no-endpoint",
             Self::ClusterIpsCheck => "cluster-ips-check",
             Self::AffinityRecord => "affinity-record",
@@ -264,12 +284,15 @@ impl ChainName {
     }
 
     fn for_another(&self, n: impl Fn(u16) -> Option<u16>) -> Option<Self> {
-        match self {
-            Self::Select(selection @ Selection { pick: Pick::Random, .. }) => {
-                Some(Self::Select(Selection { n: n(selection.n)?, ..*selection }))
-            }
-            _ => None,
-        }
+        let another = |selection: &Selection| {
+            let random = Some(*selection).filter(|selection| selection.pick == Pick::Random)?;
+            Some(Selection { n: n(random.n)?, ..random })
+        };
+        Some(match self {
+            Self::Select(selection) => Self::Select(another(selection)?),
+            Self::Enter(traffic, selection) => Self::Enter(*traffic, another(selection)?),
+            _ => return None,
+        })
     }
 }
 

@@ -226,6 +226,13 @@ impl SetName {
         }
     }
 
+    /// Whether its verdicts lead to where a packet is translated, or remembered; others refuse it.
+    #[must_use]
+    pub fn leads_on(self) -> bool {
+        let refuses = matches!(self, Self::NoEndpoints | Self::NoEndpointNodeports);
+        self.data() == DataType::Verdict && !refuses
+    }
+
     /// Whether its keys are ranges.
     #[must_use]
     pub fn is_interval(self) -> bool {

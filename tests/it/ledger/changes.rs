@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use nftproxy::model::{Event, Family, Kind, Protocol, Scheduler, Service};
+use nftproxy::model::{Event, Family, Kind, Protocol, Scheduler, Service, SessionAffinity};
 use nftproxy::nft::dataplane::Options;
 use nftproxy::nft::element::{Backend, ElementId, Key, Value};
 use nftproxy::nft::fake::{Failure, FakeKernel};
@@ -263,6 +263,32 @@ fn a_chain_is_there_before_anything_leads_to_it() {
     proxy.observe(Event::EndpointSlice(slice));
     committed(&mut proxy);
     assert_eq!(proxy.kernel_mut().applied.len(), before + 3);
+}
+
+/// Each transaction has the kernel walk all verdicts.
+#[test]
+fn what_was_led_nowhere_before_comes_with_its_chains_at_once() {
+    let mut proxy = Proxy::new(state(), FakeKernel::default());
+    all_listed().for_each(|event| proxy.observe(event));
+    committed(&mut proxy);
+    let sent = |proxy: &mut Proxy<FakeKernel>, session_affinity, endpoints: &[&str]| {
+        let [Event::Service(service), slice] = web(endpoints) else { unreachable!() };
+        let before = proxy.kernel_mut().applied.len();
+        proxy.observe(Event::Service(Service { session_affinity, ..service }));
+        proxy.observe(slice);
+        committed(proxy);
+        proxy.kernel_mut().applied.len() - before
+    };
+    let affinity = SessionAffinity::ClientIp { timeout: 600 };
+    // Nobody can answer, so that it is refused; then somebody can.
+    assert_eq!(sent(&mut proxy, affinity, &[]), 1);
+    assert_eq!(sent(&mut proxy, affinity, &["10.0.0.1"]), 1);
+    // It is led elsewhere: to two, and to chains that ask for the client's last endpoint no more.
+    assert_eq!(sent(&mut proxy, affinity, &["10.0.0.1", "10.0.0.2"]), 2);
+    assert_eq!(sent(&mut proxy, SessionAffinity::None, &["10.0.0.1", "10.0.0.2"]), 2);
+    // Nowhere, and back to where it was.
+    assert_eq!(sent(&mut proxy, SessionAffinity::None, &[]), 1);
+    assert_eq!(sent(&mut proxy, SessionAffinity::None, &["10.0.0.1", "10.0.0.2"]), 1);
 }
 
 /// A kernel that refuses one backend.
