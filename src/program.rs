@@ -220,6 +220,10 @@ impl Program {
             self.repairs.done(began, Instant::now(), &outcome);
         }
         self.clock.act(&mut self.proxy, &mut self.reporter);
+        // What others did meanwhile can have been anything.
+        if self.proxy.kernel_mut().take_unheard() {
+            self.repairs.add(Intrusion::default());
+        }
         if let Some(sweep) = self.proxy.take_sweep() {
             self.sweeper.sweep(sweep);
         }

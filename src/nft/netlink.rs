@@ -36,6 +36,7 @@ pub use self::probe::{FEATURES, Feature, Missing, ProbeError};
 pub use self::socket::OpenError;
 
 use self::batch::Batch;
+use self::monitor::Subscription;
 use self::socket::{Answer, NetlinkSocket};
 use super::dataplane::Options;
 use super::element::Backend;
@@ -52,6 +53,10 @@ pub struct NetlinkKernel {
     buffer: Vec<u8>,
     /// Whether the tables are to be owned by this socket.
     owning: bool,
+    /// Of the monitor, if there is one.
+    subscription: Subscription,
+    /// Whether others committed while it was paused.
+    unheard: bool,
 }
 
 /// `NFT_TABLE_F_PERSIST`: the table outlives its owner. Since Linux 6.9.
@@ -62,6 +67,10 @@ const OWNED: u32 = PERSIST | 2;
 /// Buffers up to this size are kept for the next commit.
 const KEPT_BUFFER: usize = 1 << 20;
 
+/// Operations of a transaction that the monitor is not told of: the kernel would take longer to tell than to
+/// pause it.
+const LARGE: usize = 128;
+
 /// No packet takes as long through a hook, which is a matter of microseconds: not even if whoever sends it has
 /// to wait for a processor in between, as can be where the kernel is preemptible.
 const UNDER_WAY: Duration = Duration::from_millis(100);
@@ -69,7 +78,13 @@ const UNDER_WAY: Duration = Duration::from_millis(100);
 impl NetlinkKernel {
     /// Opens the socket. Needs `CAP_NET_ADMIN` in the namespace's user namespace.
     pub fn open() -> Result<Self, OpenError> {
-        Ok(Self { socket: NetlinkSocket::open()?, buffer: Vec::new(), owning: false })
+        Ok(Self {
+            socket: NetlinkSocket::open()?,
+            buffer: Vec::new(),
+            owning: false,
+            subscription: Subscription::default(),
+            unheard: false,
+        })
     }
 
     /// The same for tables that nobody else may change while this socket is open. They outlive it, and
@@ -82,9 +97,17 @@ impl NetlinkKernel {
         if self.owning { OWNED } else { 0 }
     }
 
-    /// Receives what others commit from now on.
-    pub fn monitor(&self) -> Result<Monitor, OpenError> {
-        Monitor::open(self.socket.address()?)
+    /// Receives what others commit from now on, but for what [`Self::take_unheard`] tells.
+    pub fn monitor(&mut self) -> Result<Monitor, OpenError> {
+        let monitor = Monitor::open(self.socket.address()?)?;
+        self.subscription = monitor.subscription();
+        Ok(monitor)
+    }
+
+    /// Whether others have committed something that the monitor was not told of, since the last time
+    /// that this was asked.
+    pub fn take_unheard(&mut self) -> bool {
+        std::mem::take(&mut self.unheard)
     }
 
     /// The number of the last commit of anyone in the network namespace.
@@ -180,7 +203,7 @@ impl NetlinkKernel {
         let mut outcome = Ok(Applied { messages: batch.messages(), bytes: batch.bytes.len() });
         // A transaction that only forgets has no messages but its begin and end.
         if batch.messages() > 2
-            && let Err(refused) = send(&mut self.socket, &batch)
+            && let Err(refused) = self.send(&batch, transaction.ops.len() >= LARGE)
         {
             outcome = Err(refused);
         }
@@ -188,6 +211,26 @@ impl NetlinkKernel {
             batch.bytes.clear();
             self.buffer = batch.bytes;
         }
+        outcome
+    }
+
+    /// Sends a batch; of a large one the monitor is not told.
+    fn send(&mut self, batch: &Batch, large: bool) -> Result<(), ApplyError> {
+        if !large {
+            return send(&mut self.socket, batch);
+        }
+        let before = self.generation();
+        let Some(paused) = self.subscription.pause() else {
+            return send(&mut self.socket, batch);
+        };
+        let outcome = send(&mut self.socket, batch);
+        drop(paused);
+        let own = u32::from(outcome.is_ok());
+        let alone = match (before, self.generation()) {
+            (Ok(before), Ok(after)) => before.wrapping_add(own) == after,
+            _ => false,
+        };
+        self.unheard |= !alone;
         outcome
     }
 

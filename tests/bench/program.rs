@@ -211,7 +211,8 @@ fn update<K: Kernel>(
         for (what, event) in size.changes(index) {
             let done = timed(proxy, event);
             note(proxy, size.kind(index), what, done);
-            if size.mixed && proxy.has_idle() {
+            // The program waits longer than an endpoint takes to come back.
+            if matches!(what, What::Gone | What::There) && proxy.has_idle() {
                 let took = took(|| {
                     proxy.collect_idle().expect("a collection");
                 });

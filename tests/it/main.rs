@@ -63,6 +63,7 @@ mod takeover;
 mod tidy;
 mod tools;
 mod trouble;
+mod unheard;
 mod upgrade;
 mod wakeups;
 mod walkthrough;
