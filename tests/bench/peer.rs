@@ -45,9 +45,7 @@ use self::cluster::{
 };
 use self::control_plane::{ControlPlane, User};
 use self::field::{Field, OUTSIDE};
-use self::packets::{
-    Arrival, Await, quantile, syn_cost, throughput, until_programmed, while_sleeping,
-};
+use self::packets::{Arrival, Await, quantile, syn_cost, until_programmed, while_sleeping};
 use self::proxy::{Proxy, Which, waits};
 use self::report::{Figures, Report};
 
@@ -329,7 +327,7 @@ impl Bench<'_> {
         if stream_rounds > 0 {
             let to = to.map(SocketAddr::V4);
             [figures.direct, figures.by_service] =
-                throughput(self.field, to, stream_rounds, stream);
+                requests::throughput(self.field, to, stream_rounds, stream);
             let another = SocketAddrV4::new(endpoint_ip(1, 0), 8080).into();
             let [direct, by_service] = to;
             let to = [direct, another, by_service];

@@ -1,8 +1,7 @@
-//! Packets: what a new connection costs on its way through the node, how fast an established one is,
-//! and when the first datagram reaches a new endpoint.
+//! Packets: what a new connection costs on its way through the node, and when the first datagram
+//! reaches a new endpoint.
 
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -128,51 +127,6 @@ fn syn(source: Ipv4Addr, source_port: u16, to: SocketAddrV4) -> Vec<u8> {
     packet.extend(to.ip().octets());
     packet.extend(tcp);
     packet
-}
-
-/// Gigabits a second of one connection from the outside, by way of each address in turn.
-#[expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
-pub(crate) fn throughput<const N: usize>(
-    field: &Field,
-    to: [SocketAddr; N],
-    rounds: u32,
-    each: Duration,
-) -> [f64; N] {
-    let mut seen = [const { Vec::new() }; N];
-    let stop = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| field.within("backends", || swallow(&stop)));
-        thread::sleep(Duration::from_millis(100));
-        field.within("outside", || {
-            for _ in 0..rounds {
-                for (to, seen) in to.iter().zip(&mut seen) {
-                    let mut stream = TcpStream::connect(to).expect("a connection by the Service");
-                    let (data, mut sent, began) = (vec![0; 128 << 10], 0_u64, Instant::now());
-                    while began.elapsed() < each {
-                        sent += stream.write(&data).expect("writing") as u64;
-                    }
-                    #[expect(clippy::cast_precision_loss, reason = "a figure")]
-                    seen.push(sent as f64 * 8.0 / 1e9 / began.elapsed().as_secs_f64());
-                }
-            }
-        });
-        stop.store(true, Ordering::Relaxed);
-    });
-    seen.map(|mut seen| quantile(&mut seen, 0.5))
-}
-
-fn swallow(stop: &AtomicBool) {
-    let listener = TcpListener::bind("0.0.0.0:8080").expect("a port of our own");
-    listener.set_nonblocking(true).expect("a socket");
-    let mut buffer = vec![0; 1 << 20];
-    while !stop.load(Ordering::Relaxed) {
-        let Ok((mut stream, _)) = listener.accept() else {
-            thread::sleep(Duration::from_millis(1));
-            continue;
-        };
-        stream.set_nonblocking(false).expect("a socket");
-        while stream.read(&mut buffer).is_ok_and(|len| len > 0) {}
-    }
 }
 
 /// Sends datagrams to a Service, each a new connection, until one reaches an address.

@@ -1,5 +1,6 @@
-//! Requests and answers: how many a second, over connections that stay and over a new one for each. The ways
-//! to an endpoint take turns, so that whatever else the machine does is the same for all.
+//! What clients have of a Service: bytes a second, and requests and answers, over connections that stay and over
+//! a new one for each. The ways to an endpoint take turns, so that whatever else the machine does is the same
+//! for all.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -23,6 +24,31 @@ pub(crate) const CLIENTS: usize = 4;
 
 /// For how long the servers wait before they look whether they are still needed.
 const LOOK: Duration = Duration::from_millis(50);
+
+/// Gigabits a second of one connection from the outside, by way of each address.
+#[expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
+pub(crate) fn throughput<const N: usize>(
+    field: &Field,
+    to: [SocketAddr; N],
+    rounds: u32,
+    each: Duration,
+) -> [f64; N] {
+    while_served(field, 1, swallow, || {
+        let mut seen = [const { Vec::new() }; N];
+        for _ in 0..rounds {
+            for (to, seen) in to.iter().zip(&mut seen) {
+                let mut stream = TcpStream::connect(to).expect("a connection by the Service");
+                let (data, mut sent, began) = (vec![0; 128 << 10], 0_u64, Instant::now());
+                while began.elapsed() < each {
+                    sent += stream.write(&data).expect("writing") as u64;
+                }
+                #[expect(clippy::cast_precision_loss, reason = "a figure")]
+                seen.push(sent as f64 * 8.0 / 1e9 / began.elapsed().as_secs_f64());
+            }
+        }
+        seen.map(|mut seen| quantile(&mut seen, 0.5))
+    })
+}
 
 /// Requests a second over established connections, by way of each address. Every turn has connections of its own,
 /// and each way is first in turn: which processors clients and servers come to sit on makes more of a difference
@@ -48,7 +74,7 @@ pub(crate) fn kept<const N: usize>(
         }
         f64::from(answered) / began.elapsed().as_secs_f64()
     };
-    while_answered(field, KEPT, || {
+    while_served(field, KEPT, echo, || {
         let mut seen = [const { Vec::new() }; N];
         for _ in 0..rounds {
             for first in 0..N {
@@ -73,7 +99,7 @@ pub(crate) fn single<const N: usize>(
     let mut seen = [const { Vec::new() }; N];
     for _ in 0..rounds {
         for (to, seen) in to.iter().zip(&mut seen) {
-            let rate = while_answered(field, CLIENTS, || {
+            let rate = while_served(field, CLIENTS, echo, || {
                 let began = Instant::now();
                 let client = |number: usize| {
                     let (mut answered, mut to) = (0, to.iter().cycle().skip(number));
@@ -99,8 +125,13 @@ pub(crate) fn single<const N: usize>(
     seen.map(|mut seen| quantile(&mut seen, 0.5))
 }
 
-/// Runs `body` outside while the backends answer on port 8080, so many connections at once.
-fn while_answered<T: Send>(field: &Field, servers: usize, body: impl FnOnce() -> T + Send) -> T {
+/// Runs `body` outside while the backends serve on port 8080, so many connections at once.
+fn while_served<T: Send>(
+    field: &Field,
+    servers: usize,
+    serve: fn(TcpStream),
+    body: impl FnOnce() -> T + Send,
+) -> T {
     let needed = AtomicBool::new(true);
     let listener = field.within("backends", || {
         let listener = TcpListener::bind("0.0.0.0:8080").expect("a port of our own");
@@ -109,7 +140,13 @@ fn while_answered<T: Send>(field: &Field, servers: usize, body: impl FnOnce() ->
     });
     thread::scope(|scope| {
         for _ in 0..servers {
-            scope.spawn(|| serve(&listener, &needed));
+            scope.spawn(|| {
+                while needed.load(Ordering::Relaxed) {
+                    let Ok((connection, _)) = listener.accept() else { continue };
+                    connection.set_read_timeout(None).expect("a socket");
+                    serve(connection);
+                }
+            });
         }
         let _until_here = Until(&needed);
         field.within("outside", body)
@@ -125,16 +162,14 @@ impl Drop for Until<'_> {
     }
 }
 
-/// Serves one connection after the other.
-fn serve(listener: &TcpListener, needed: &AtomicBool) {
-    while needed.load(Ordering::Relaxed) {
-        let Ok((mut connection, _)) = listener.accept() else { continue };
-        connection.set_read_timeout(None).expect("a socket");
-        let mut message = MESSAGE;
-        while connection.read_exact(&mut message).is_ok() && connection.write_all(&message).is_ok()
-        {
-        }
-    }
+fn echo(mut connection: TcpStream) {
+    let mut message = MESSAGE;
+    while connection.read_exact(&mut message).is_ok() && connection.write_all(&message).is_ok() {}
+}
+
+fn swallow(mut connection: TcpStream) {
+    let mut buffer = vec![0; 1 << 20];
+    while connection.read(&mut buffer).is_ok_and(|len| len > 0) {}
 }
 
 fn connect(to: SocketAddr) -> TcpStream {
