@@ -75,7 +75,7 @@ const RINGS: [Ring; 4] = [
             "src/nft/connection.rs",
             "src/nft/element.rs",
             "src/nft/rule.rs",
-            "src/nft/dataplane.rs",
+            "src/nft/dataplane",
             "src/nft/ruleset.rs",
             "src/nft/transaction.rs",
             "src/nft/diff.rs",
