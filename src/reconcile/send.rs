@@ -111,3 +111,43 @@ fn send_to_stand_in<K: Kernel>(
     let sent = kernel.apply_to_stand_in(transaction);
     sent.map_err(|source| CommitError::Apply { operations, source })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Protocol;
+    use crate::nft::dataplane::{Options, chain};
+    use crate::nft::element::{ElementId, Key, Value};
+    use crate::nft::names::{ChainName, SetName};
+
+    #[test]
+    fn chains_go_ahead_where_something_is_led_elsewhere() {
+        let family = Family::V4;
+        let chain = |name| Box::new(chain(name, family, &Options::default()));
+        let new = || chain(ChainName::ShortCircuit);
+        let chains = || vec![Op::AddChain(family, new()), Op::AddRules(family, new())];
+        let id = |set| {
+            let key = Key::Frontend([10, 96, 0, 10].into(), Protocol::Tcp, 80);
+            ElementId { family, set, key }
+        };
+        let to = || Value::Goto(ChainName::ShortCircuit);
+        let gone = |set| Op::DeleteElement(id(set), to());
+        let there = || Op::AddElement(id(SetName::Services), to());
+        let old = ChainName::ExternalLocal;
+        for (then, count) in [
+            (vec![], 0),
+            (vec![there()], 0),
+            (vec![gone(SetName::NoEndpoints), there()], 0),
+            (vec![gone(SetName::Endpoints), there()], 0),
+            (vec![gone(SetName::Services), there()], 2),
+            (vec![gone(SetName::AffinityRecordTcp), there()], 2),
+            (vec![Op::FlushChain(family, old.to_string())], 0),
+            (vec![Op::FlushChain(family, old.to_string()), Op::AddRules(family, chain(old))], 2),
+        ] {
+            let ops = [chains(), then].concat();
+            assert_eq!(ahead(&ops), count, "{ops:?}");
+        }
+        let ops = [vec![Op::AddTable(family)], chains(), vec![there()]].concat();
+        assert_eq!(ahead(&ops), 0, "a new table comes at once");
+    }
+}
