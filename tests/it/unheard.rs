@@ -2,7 +2,7 @@
 //! commit meanwhile is noticed all the same.
 
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nftproxy::model::{Event, Family, Kind, Protocol};
 use nftproxy::nft::element::{ElementId, Key, Value};
@@ -85,19 +85,23 @@ fn what_others_commit_during_a_large_one_is_noticed() {
             }
         });
         let (mut heard, mut unheard) = (0, 0);
-        for round in 0..2000_u64 {
+        let mut took = Duration::from_millis(10);
+        for round in 0..2000_u32 {
             let key = Key::Address([10, 96, 7, 7].into());
             let id = ElementId { family: Family::V4, set: SetName::ClusterIps, key };
             let op = if round % 2 == 0 { Op::AddElement } else { Op::DeleteElement };
             let change = Transaction { ops: vec![op(id, Value::None)] };
+            let began = Instant::now();
             std::thread::scope(|scope| {
                 scope.spawn(|| {
-                    std::thread::sleep(Duration::from_micros(round * 97 % 10_000));
+                    // At some time of what the last round took.
+                    std::thread::sleep(took * (round * 37 % 100) / 100);
                     NetlinkKernel::open().unwrap().apply(&change).unwrap();
                 });
                 come(&mut proxy, 1..MANY);
                 go(&mut proxy, 1..MANY);
             });
+            took = began.elapsed();
             if proxy.kernel_mut().take_unheard() {
                 unheard += 1;
                 // It can have been told of, too, just before.
