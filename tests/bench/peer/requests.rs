@@ -34,19 +34,16 @@ pub(crate) fn throughput<const N: usize>(
     each: Duration,
 ) -> [f64; N] {
     while_served(field, 1, swallow, || {
-        let mut seen = [const { Vec::new() }; N];
-        for _ in 0..rounds {
-            for (to, seen) in to.iter().zip(&mut seen) {
-                let mut stream = TcpStream::connect(to).expect("a connection by the Service");
-                let (data, mut sent, began) = (vec![0; 128 << 10], 0_u64, Instant::now());
-                while began.elapsed() < each {
-                    sent += stream.write(&data).expect("writing") as u64;
-                }
-                #[expect(clippy::cast_precision_loss, reason = "a figure")]
-                seen.push(sent as f64 * 8.0 / 1e9 / began.elapsed().as_secs_f64());
+        medians((0..rounds).flat_map(|_| 0..N), |way| {
+            let mut stream = TcpStream::connect(to[way]).expect("a connection by the Service");
+            let (data, mut sent, began) = (vec![0; 128 << 10], 0_u64, Instant::now());
+            while began.elapsed() < each {
+                sent += stream.write(&data).expect("writing") as u64;
             }
-        }
-        seen.map(|mut seen| quantile(&mut seen, 0.5))
+            #[expect(clippy::cast_precision_loss, reason = "a figure")]
+            let rate = sent as f64 * 8.0 / 1e9 / began.elapsed().as_secs_f64();
+            rate
+        })
     })
 }
 
@@ -60,8 +57,8 @@ pub(crate) fn kept<const N: usize>(
     rounds: u32,
     each: Duration,
 ) -> [f64; N] {
-    let turn = |to: SocketAddr| {
-        let mut connections = [to; KEPT].map(connect);
+    let turn = |way: usize| {
+        let mut connections = [to[way]; KEPT].map(connect);
         let (mut answered, began) = (0, Instant::now());
         while began.elapsed() < each {
             for connection in &mut connections {
@@ -74,17 +71,8 @@ pub(crate) fn kept<const N: usize>(
         }
         f64::from(answered) / began.elapsed().as_secs_f64()
     };
-    while_served(field, KEPT, echo, || {
-        let mut seen = [const { Vec::new() }; N];
-        for _ in 0..rounds {
-            for first in 0..N {
-                for way in (0..N).cycle().skip(first).take(N) {
-                    seen[way].push(turn(to[way]));
-                }
-            }
-        }
-        seen.map(|mut seen| quantile(&mut seen, 0.5))
-    })
+    let each_first = |_| (0..N).flat_map(|first| (0..N).cycle().skip(first).take(N));
+    while_served(field, KEPT, echo, || medians((0..rounds).flat_map(each_first), turn))
 }
 
 /// Requests a second with a connection for each, by way of the addresses of each list. The node forgets the
@@ -96,32 +84,39 @@ pub(crate) fn single<const N: usize>(
     rounds: u32,
     each: Duration,
 ) -> [f64; N] {
-    let mut seen = [const { Vec::new() }; N];
-    for _ in 0..rounds {
-        for (to, seen) in to.iter().zip(&mut seen) {
-            let rate = while_served(field, CLIENTS, echo, || {
-                let began = Instant::now();
-                let client = |number: usize| {
-                    let (mut answered, mut to) = (0, to.iter().cycle().skip(number));
-                    while began.elapsed() < each {
-                        let mut connection = connect(*to.next().expect("there are some"));
-                        connection.write_all(&MESSAGE).expect("a request");
-                        answer(&mut connection);
-                        answered += 1;
-                    }
-                    answered
-                };
-                let answered: u32 = thread::scope(|scope| {
-                    let clients = (0..CLIENTS).map(|number| scope.spawn(move || client(number)));
-                    let clients = clients.collect::<Vec<_>>().into_iter();
-                    clients.map(|client| client.join().expect("a client ends")).sum()
-                });
-                f64::from(answered) / began.elapsed().as_secs_f64()
+    medians((0..rounds).flat_map(|_| 0..N), |way| {
+        let to = &to[way];
+        let rate = while_served(field, CLIENTS, echo, || {
+            let began = Instant::now();
+            let client = |number: usize| {
+                let (mut answered, mut to) = (0, to.iter().cycle().skip(number));
+                while began.elapsed() < each {
+                    let mut connection = connect(*to.next().expect("there are some"));
+                    connection.write_all(&MESSAGE).expect("a request");
+                    answer(&mut connection);
+                    answered += 1;
+                }
+                answered
+            };
+            let answered: u32 = thread::scope(|scope| {
+                let clients = (0..CLIENTS).map(|number| scope.spawn(move || client(number)));
+                let clients = clients.collect::<Vec<_>>().into_iter();
+                clients.map(|client| client.join().expect("a client ends")).sum()
             });
-            seen.push(rate);
-            field.output("node", &["conntrack", "-F"]);
-        }
-    }
+            f64::from(answered) / began.elapsed().as_secs_f64()
+        });
+        field.output("node", &["conntrack", "-F"]);
+        rate
+    })
+}
+
+/// Takes these ways in turn, and tells the middle of what each came to.
+fn medians<const N: usize>(
+    ways: impl Iterator<Item = usize>,
+    mut turn: impl FnMut(usize) -> f64,
+) -> [f64; N] {
+    let mut seen = [const { Vec::new() }; N];
+    ways.for_each(|way| seen[way].push(turn(way)));
     seen.map(|mut seen| quantile(&mut seen, 0.5))
 }
 
