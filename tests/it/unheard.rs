@@ -1,9 +1,9 @@
 //! Notifications of large commits, which nobody is to listen to: each would cost the kernel a page. What others
 //! commit meanwhile is noticed all the same.
 
-use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use nftproxy::drift;
 use nftproxy::model::{Event, Family, Kind, Protocol};
 use nftproxy::nft::element::{ElementId, Key, Value};
 use nftproxy::nft::kernel::Kernel as _;
@@ -15,6 +15,7 @@ use nftproxy::state::State;
 
 use crate::model::{all_listed, name, node, port, service, settings, slice};
 use crate::namespace::in_namespace;
+use crate::net::wait_until;
 
 /// Services that come and go at once.
 const MANY: u8 = 200;
@@ -74,16 +75,7 @@ fn nobody_is_told_of_a_large_commit_of_our_own() {
 fn what_others_commit_during_a_large_one_is_noticed() {
     in_namespace(|| {
         let mut proxy = proxy();
-        let mut monitor = proxy.kernel_mut().monitor().unwrap();
-        let (sender, told) = channel();
-        // Ends with the program: nothing ends a wait.
-        std::thread::spawn(move || {
-            while let Ok(intrusion) = monitor.wait() {
-                if sender.send(intrusion).is_err() {
-                    return;
-                }
-            }
-        });
+        let mut told = drift::watch(proxy.kernel_mut().monitor().unwrap()).unwrap();
         let (mut heard, mut unheard) = (0, 0);
         let mut took = Duration::from_millis(10);
         for round in 0..2000_u32 {
@@ -107,12 +99,15 @@ fn what_others_commit_during_a_large_one_is_noticed() {
                 // It can have been told of, too, just before.
                 std::thread::sleep(Duration::from_millis(20));
             } else {
-                let intrusion = told.recv_timeout(Duration::from_secs(5));
-                let intrusion = intrusion.unwrap_or_else(|_| panic!("{round} is not noticed"));
-                assert_eq!(intrusion.changes, 1, "{intrusion:?}");
+                let mut intrusion = None;
+                wait_until(&format!("{round} to be noticed"), || {
+                    intrusion = told.try_recv().ok();
+                    intrusion.is_some()
+                });
+                assert_eq!(intrusion.map(|intrusion| intrusion.changes), Some(1));
                 heard += 1;
             }
-            told.try_iter().for_each(drop);
+            while told.try_recv().is_ok() {}
             if heard > 5 && unheard > 5 {
                 break;
             }
