@@ -60,7 +60,7 @@ fn ahead(ops: &[Op]) -> usize {
         _ => false,
     };
     let unused = ops.iter().take_while(unused).count();
-    if ops[unused..].iter().any(leads_elsewhere) { unused } else { 0 }
+    if unused > 0 && ops[unused..].iter().any(leads_elsewhere) { unused } else { 0 }
 }
 
 /// Puts up tables that stand in for those that are replaced, if any is; behind it, every packet that comes to a
