@@ -350,10 +350,9 @@ impl Staged {
     }
 }
 
-/// The shared chains for one endpoint more and for one less.
+/// The chains for one endpoint more and for one less.
 fn neighbours((family, name): &(Family, ChainName)) -> impl Iterator<Item = (Family, ChainName)> {
-    let family = *family;
-    [name.for_one_more(), name.for_one_less()].into_iter().flatten().map(move |name| (family, name))
+    name.neighbours().map(|name| (*family, name))
 }
 
 fn count(claims: usize) -> i64 {

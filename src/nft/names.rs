@@ -205,10 +205,10 @@ mod tests {
             let (entry, list) = (Entry::Address, List::Cluster);
             ChainName::Select(Selection { entry, list, pick: Pick::Random, n })
         };
-        assert_eq!(select(1).for_one_less(), None);
-        assert_eq!(select(2).for_one_less(), Some(select(1)));
-        assert_eq!(select(2).for_one_more(), Some(select(3)));
-        assert_eq!(select(u16::MAX).for_one_more(), None);
+        let neighbours = |n| select(n).neighbours().collect::<Vec<_>>();
+        assert_eq!(neighbours(1), [select(2)]);
+        assert_eq!(neighbours(2), [select(3), select(1)]);
+        assert_eq!(neighbours(u16::MAX), [select(u16::MAX - 1)]);
     }
 
     #[test]

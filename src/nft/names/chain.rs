@@ -271,27 +271,20 @@ impl ChainName {
         }
     }
 
-    /// The shared chain that Services with one backend more than this one's need, if there is one.
-    #[must_use]
-    pub fn for_one_more(&self) -> Option<Self> {
-        self.for_another(|n| n.checked_add(1))
-    }
-
-    /// The same for one backend less.
-    #[must_use]
-    pub fn for_one_less(&self) -> Option<Self> {
-        self.for_another(|n| n.checked_sub(1).filter(|n| *n > 0))
-    }
-
-    fn for_another(&self, n: impl Fn(u16) -> Option<u16>) -> Option<Self> {
-        let another = |selection: &Selection| {
-            let random = Some(*selection).filter(|selection| selection.pick == Pick::Random)?;
-            Some(Selection { n: n(random.n)?, ..random })
+    /// The shared chains that Services with one backend more than this one's need, or one less.
+    pub fn neighbours(&self) -> impl Iterator<Item = Self> {
+        let selection = match self {
+            Self::Select(selection) | Self::Enter(_, selection) => Some(*selection),
+            _ => None,
         };
-        Some(match self {
-            Self::Select(selection) => Self::Select(another(selection)?),
-            Self::Enter(traffic, selection) => Self::Enter(*traffic, another(selection)?),
-            _ => return None,
+        let random = selection.filter(|selection| selection.pick == Pick::Random).into_iter();
+        let numbers = |n: u16| [n.checked_add(1), n.checked_sub(1)].into_iter().flatten();
+        random.flat_map(move |selection| {
+            let others = numbers(selection.n).filter(|n| *n > 0);
+            others.map(move |n| match self {
+                Self::Enter(traffic, _) => Self::Enter(*traffic, Selection { n, ..selection }),
+                _ => Self::Select(Selection { n, ..selection }),
+            })
         })
     }
 }
