@@ -352,7 +352,7 @@ impl Staged {
 
 /// The chains for one endpoint more and for one less.
 fn neighbours((family, name): &(Family, ChainName)) -> impl Iterator<Item = (Family, ChainName)> {
-    name.neighbours().map(|name| (*family, name))
+    name.neighbours().into_iter().map(|name| (*family, name))
 }
 
 fn count(claims: usize) -> i64 {

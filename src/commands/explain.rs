@@ -9,7 +9,7 @@ mod reason;
 mod senders;
 mod text;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
@@ -31,7 +31,7 @@ use crate::nft::dataplane;
 use crate::nft::element::{Backend, ElementId, Value};
 use crate::nft::fake::FakeKernel;
 use crate::nft::interpret::{Fate, Origin, Outcome, Packet, Step, World, interpret};
-use crate::nft::names::{AffinityName, ChainName, PortChain};
+use crate::nft::names::AffinityName;
 use crate::nft::ruleset::Ruleset;
 use crate::reconcile::Proxy;
 use crate::state::State;
@@ -245,7 +245,7 @@ fn answer(known: &mut Known, question: &Question) -> Explanation {
         interpret(packet, &world)
     };
     let mut outcomes = follow(known, &packet, &remembered);
-    let asked = affinities(&outcomes);
+    let asked = affinities(&outcomes, &known.ruleset);
     if let Some(tables) = &mut known.tables {
         for name in &asked {
             match tables.kernel.clients(family, name) {
@@ -290,7 +290,7 @@ fn answer(known: &mut Known, question: &Question) -> Explanation {
     if let Some(wanted) = wanted {
         let world = World { ruleset: &wanted, is_local: &is_local, remembered: &remembered };
         let fates = |outcomes: &[Outcome]| {
-            outcomes.iter().map(|outcome| outcome.fate).collect::<std::collections::BTreeSet<_>>()
+            outcomes.iter().map(|outcome| outcome.fate).collect::<BTreeSet<_>>()
         };
         if fates(&interpret(&packet, &world)) != fates(&outcomes) {
             notes.push("the objects ask for something else than the kernel does: is the daemon running? `nftproxy diff` and `nftproxy explain --wanted` show more".into());
@@ -326,21 +326,13 @@ fn answer(known: &mut Known, question: &Question) -> Explanation {
 }
 
 /// The affinity maps that a client of these outcomes could be remembered in.
-fn affinities(outcomes: &[Outcome]) -> Vec<AffinityName> {
-    let sticky = |step: &Step| match &step.chain {
-        ChainName::OfPort(chain) => match chain.1 {
-            PortChain::Sticky(selection) | PortChain::EnterSticky(_, selection) => {
-                Some(AffinityName { port: chain.0.clone(), list: selection.list })
-            }
-            _ => None,
-        },
-        _ => None,
+fn affinities(outcomes: &[Outcome], ruleset: &Ruleset) -> BTreeSet<AffinityName> {
+    let met = outcomes.iter().flat_map(|outcome| &outcome.steps).flat_map(|step| &step.elements);
+    let asks = |id| match ruleset.elements.get(id) {
+        Some(Value::Jump(chain)) => chain.asks(),
+        _ => Vec::new(),
     };
-    let mut names: Vec<_> =
-        outcomes.iter().flat_map(|o| o.steps.iter().filter_map(sticky)).collect();
-    names.sort();
-    names.dedup();
-    names
+    met.flat_map(asks).collect()
 }
 
 fn all_endpoints(known: &Known, target: &Target) -> Vec<EndpointRow> {

@@ -1,8 +1,6 @@
 //! The contribution of a Service: for every port its lists of backends, and for every frontend the
 //! way through the maps that its policies ask for.
 
-use std::sync::Arc;
-
 use ipnet::IpNet;
 
 use super::{Affinity, Contribution, Lists, PortSlots};
@@ -161,7 +159,7 @@ impl Building<'_> {
             self.report(
                 "metadata.name",
                 format!(
-                    "with the name of port {:?} it does not make the name of a chain (at most 200 \
+                    "with the name of port {:?} it does not make the name of a chain (at most 150 \
                      letters, digits, '-', '.' and '_'), which session affinity and round robin \
                      need; every connection is a new choice",
                     port.name
@@ -232,26 +230,45 @@ struct Serving<'a> {
     sticky: Option<Sticky>,
 }
 
+/// How a frontend leads to backends.
+#[derive(Clone, Copy)]
+enum Way {
+    /// To one of so many of a list, as the kind of traffic asks for.
+    Enter(Traffic, List, u16),
+    /// As externalTrafficPolicy Local asks for: to one of so many, or of so many on this node.
+    ExternalLocal(u16, u16),
+}
+
 impl Serving<'_> {
     /// The chain that picks a backend for one kind of frontend.
-    fn chain(&self, entry: Entry, list: List, n: u16) -> ChainName {
-        let selection = Selection { entry, list, pick: self.pick, n };
-        match &self.sticky {
-            Some(sticky) => ChainName::of_port(&sticky.port, PortChain::Sticky(selection)),
-            None => ChainName::select(self.name.as_ref(), selection),
+    fn pick(&self, entry: Entry, way: Way) -> ChainName {
+        let own = self.name.as_ref().filter(|_| self.pick == Pick::RoundRobin);
+        let selection = |list, n| Selection { entry, list, pick: self.pick, n };
+        match way {
+            Way::Enter(traffic, list, n) => {
+                let selection = selection(list, n);
+                match own {
+                    Some(port) => ChainName::of_port(port, PortChain::Enter(traffic, selection)),
+                    None => ChainName::Enter(traffic, selection),
+                }
+            }
+            Way::ExternalLocal(n, here) => {
+                let all = selection(List::Cluster, n);
+                match own {
+                    Some(port) => ChainName::of_port(port, PortChain::ExternalLocal(all, here)),
+                    None => ChainName::ExternalLocal(all, here),
+                }
+            }
         }
     }
 
-    /// The same, behind a chain that marks what is to be masqueraded.
-    fn enter(&self, traffic: Traffic, entry: Entry, list: List, n: u16) -> ChainName {
-        let selection = Selection { entry, list, pick: self.pick, n };
-        match (&self.sticky, &self.name) {
-            (Some(sticky), _) => {
-                ChainName::of_port(&sticky.port, PortChain::EnterSticky(traffic, selection))
-            }
-            (None, Some(name)) => ChainName::of_port(name, PortChain::Enter(traffic, selection)),
-            (None, None) => ChainName::Enter(traffic, selection),
-        }
+    /// The chain that takes the backend a client had last, if clients are remembered.
+    fn sticky(&self, way: Way) -> Option<ChainName> {
+        let chain = match way {
+            Way::Enter(traffic, list, _) => PortChain::EnterSticky(traffic, list),
+            Way::ExternalLocal(..) => PortChain::ExternalLocalSticky,
+        };
+        Some(ChainName::of_port(&self.sticky.as_ref()?.port, chain))
     }
 }
 
@@ -262,9 +279,9 @@ struct Objects<'a, 'b> {
     family: Family,
     frontend: Frontend,
     entry: Entry,
-    /// Dispatch, and its second step for a Local policy: for clients that may reach any endpoint,
-    /// and for others.
-    verdicts: [SetName; 3],
+    /// Where it is looked up, and where once more, for clients that are not remembered.
+    dispatch: SetName,
+    new_clients: SetName,
     refusals: SetName,
     endpoints: SetName,
 }
@@ -276,21 +293,37 @@ impl<'a, 'b> Objects<'a, 'b> {
         family: Family,
         serving: &'a Serving<'a>,
     ) -> Self {
-        let (entry, verdicts, refusals, endpoints) = match frontend {
+        let (entry, [dispatch, new_clients, refusals, endpoints]) = match frontend {
             Frontend::Address(..) => (
                 Entry::Address,
-                [SetName::Services, SetName::ServicesCluster, SetName::ServicesLocal],
-                SetName::NoEndpoints,
-                SetName::Endpoints,
+                [
+                    SetName::Services,
+                    SetName::ServicesNewClients,
+                    SetName::NoEndpoints,
+                    SetName::Endpoints,
+                ],
             ),
             Frontend::NodePort(..) => (
                 Entry::NodePort,
-                [SetName::Nodeports, SetName::NodeportsCluster, SetName::NodeportsLocal],
-                SetName::NoEndpointNodeports,
-                SetName::NodeportEndpoints,
+                [
+                    SetName::Nodeports,
+                    SetName::NodeportsNewClients,
+                    SetName::NoEndpointNodeports,
+                    SetName::NodeportEndpoints,
+                ],
             ),
         };
-        Self { building, serving, family, frontend, entry, verdicts, refusals, endpoints }
+        Self {
+            building,
+            serving,
+            family,
+            frontend,
+            entry,
+            dispatch,
+            new_clients,
+            refusals,
+            endpoints,
+        }
     }
 
     fn add(&mut self, set: SetName, value: Value) {
@@ -301,14 +334,32 @@ impl<'a, 'b> Objects<'a, 'b> {
         self.building.add(self.family, set, key, value);
     }
 
-    /// Adds a verdict that goes to a chain, and the chains that it leads to.
-    fn go(&mut self, set: SetName, chain: ChainName) {
-        self.add(set, Value::Goto(chain.clone()));
-        let mut chain = Some(chain).filter(ChainName::is_shared);
-        while let Some(name) = chain {
-            chain = name.next();
-            self.building.chains.push((self.family, name));
+    /// Leads the frontend on, if there is anybody, within the lengths of source ranges that may pass.
+    fn lead(&mut self, ranges: Option<PrefixLengths>, way: Option<Way>) {
+        let restricted = |chain| match ranges {
+            Some(lengths) => Some(ChainName::restricted(lengths, chain)),
+            None => chain,
+        };
+        let pick = restricted(way.map(|way| self.serving.pick(self.entry, way)));
+        let Some(pick) = pick else { return };
+        self.claim(&pick);
+        let sticky = way.and_then(|way| self.serving.sticky(way));
+        match sticky.and_then(|chain| restricted(Some(chain))) {
+            Some(sticky) => {
+                self.claim(&sticky);
+                self.add(self.dispatch, Value::Jump(sticky));
+                self.add(self.new_clients, Value::Goto(pick));
+            }
+            None => self.add(self.dispatch, Value::Goto(pick)),
         }
+    }
+
+    /// Asks for a chain, and for those that it leads to.
+    fn claim(&mut self, chain: &ChainName) {
+        for next in chain.next() {
+            self.claim(&next);
+        }
+        self.building.chains.push((self.family, chain.clone()));
     }
 
     /// Adds the backends of a list; returns their number.
@@ -332,7 +383,6 @@ impl<'a, 'b> Objects<'a, 'b> {
 
     /// Everything a frontend needs.
     fn frontend(&mut self, kind: FrontendKind, policy: TrafficPolicy) {
-        let [mut dispatch, for_cluster, for_local] = self.verdicts;
         let serving = self.serving;
         let somebody = !serving.lists.cluster.as_slice().is_empty();
         let somebody_here = !serving.lists.local.as_slice().is_empty();
@@ -346,48 +396,28 @@ impl<'a, 'b> Objects<'a, 'b> {
             let refusal = if drop { Value::Drop } else { Value::Goto(ChainName::NoEndpoint) };
             self.add(self.refusals, refusal);
         }
-        if kind == FrontendKind::LoadBalancer && self.restrict() {
-            dispatch = SetName::ServicesRestricted;
+        let ranges = if kind == FrontendKind::LoadBalancer { self.source_ranges() } else { None };
+        let list = match policy {
+            TrafficPolicy::Cluster => List::Cluster,
+            TrafficPolicy::Local => List::Local,
+        };
+        let way = match (kind, policy) {
+            (FrontendKind::ClusterIp, _) if !nobody => {
+                Some(Way::Enter(Traffic::Internal, list, self.backends(list)))
+            }
+            (FrontendKind::ClusterIp, _) => None,
+            (_, TrafficPolicy::Cluster) if !nobody => {
+                Some(Way::Enter(Traffic::External, list, self.backends(list)))
+            }
+            (_, TrafficPolicy::Local) if serving.any => {
+                Some(Way::ExternalLocal(self.backends(List::Cluster), self.backends(list)))
+            }
+            _ => None,
+        };
+        self.lead(ranges, way);
+        if way.is_some() {
+            self.remember();
         }
-        match (kind, policy) {
-            (_, TrafficPolicy::Cluster) | (FrontendKind::ClusterIp, TrafficPolicy::Local)
-                if nobody =>
-            {
-                return;
-            }
-            (FrontendKind::ClusterIp, _) => {
-                let list = match policy {
-                    TrafficPolicy::Cluster => List::Cluster,
-                    TrafficPolicy::Local => List::Local,
-                };
-                let n = self.backends(list);
-                self.go(dispatch, serving.enter(Traffic::Internal, self.entry, list, n));
-            }
-            (_, TrafficPolicy::Cluster) => {
-                let n = self.backends(List::Cluster);
-                let chain = serving.enter(Traffic::External, self.entry, List::Cluster, n);
-                self.go(dispatch, chain);
-            }
-            (_, TrafficPolicy::Local) => {
-                if !serving.any {
-                    return;
-                }
-                if somebody {
-                    let n = self.backends(List::Cluster);
-                    self.go(for_cluster, serving.chain(self.entry, List::Cluster, n));
-                }
-                if somebody_here {
-                    let n = self.backends(List::Local);
-                    self.go(for_local, serving.chain(self.entry, List::Local, n));
-                }
-                let by_client = match self.entry {
-                    Entry::Address => ChainName::ExternalLocal,
-                    Entry::NodePort => ChainName::NodeportExternalLocal,
-                };
-                self.go(dispatch, by_client);
-            }
-        }
-        self.remember();
     }
 
     /// Says where the clients of the frontend are remembered.
@@ -414,15 +444,12 @@ impl<'a, 'b> Objects<'a, 'b> {
         self.building.add(self.family, set, key, Value::Goto(chain));
     }
 
-    /// Lets only the Service's source ranges of this family pass to a load balancer's address, if it
-    /// has any; returns whether it has.
-    fn restrict(&mut self) -> bool {
-        let Frontend::Address(address, protocol, port) = self.frontend else { return false };
+    /// Adds the source ranges of this family that may pass to a load balancer's address, if not everybody may;
+    /// returns their lengths.
+    fn source_ranges(&mut self) -> Option<PrefixLengths> {
+        let Frontend::Address(address, protocol, port) = self.frontend else { return None };
         let (service, family) = (self.building.service, self.family);
         let mut ranges: Vec<IpNet> = service.source_ranges_of(family).collect();
-        if ranges.is_empty() {
-            return false;
-        }
         // A node that has the address itself dials it from there.
         let node = self.building.node.primary(family);
         if node.is_some_and(|node| ranges.iter().any(|range| range.contains(&node))) {
@@ -430,25 +457,11 @@ impl<'a, 'b> Objects<'a, 'b> {
             let own = service.load_balancer_ips.iter().filter(of_family);
             ranges.extend(own.map(|ip| IpNet::from(*ip)));
         }
-        let Some((ranges, lengths)) = with_lengths(ranges) else { return false };
+        let lengths = PrefixLengths::new(ranges.iter().map(IpNet::prefix_len))?;
         for range in ranges {
             let key = Key::Sources(address, protocol, port, range);
             self.building.add(family, SetName::SourceRanges, key, Value::None);
         }
-        self.go(SetName::Services, ChainName::Restricted(Arc::new(lengths)));
-        true
+        Some(lengths)
     }
-}
-
-/// Ranges and their lengths; None if they are everybody. Where there are more lengths than a chain's
-/// name has room for, as there can be in IPv6 alone, each range becomes up to eight of fewer lengths.
-fn with_lengths(mut ranges: Vec<IpNet>) -> Option<(Vec<IpNet>, PrefixLengths)> {
-    let lengths = |ranges: &[IpNet]| PrefixLengths::new(ranges.iter().map(IpNet::prefix_len));
-    let mut found = lengths(&ranges)?;
-    if found.count() > PrefixLengths::MAX {
-        let longer = |range: IpNet| range.subnets(range.prefix_len().next_multiple_of(4));
-        ranges = ranges.into_iter().filter_map(|range| longer(range).ok()).flatten().collect();
-        found = lengths(&ranges)?;
-    }
-    Some((ranges, found))
 }

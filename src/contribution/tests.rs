@@ -97,7 +97,7 @@ fn round_robin_of_a_service_whose_name_makes_no_chain_is_a_new_choice_each_time(
     // A name that makes one has chains of its own.
     let (contribution, problems) = round_robin("web");
     assert_eq!(problems, []);
-    assert!(contribution.chains.iter().all(|(_, chain)| chain.port().is_some()));
+    assert!(contribution.chains.iter().all(|(_, chain)| matches!(chain, ChainName::OfPort(_))));
 }
 
 #[test]
@@ -153,31 +153,4 @@ fn whom_nobody_can_answer_is_refused_unless_somebody_elsewhere_can() {
     }
     assert_eq!(refusal(Cluster, vec![elsewhere()]), None);
     assert_eq!(refusal(Local, vec![elsewhere()]), Some(Value::Drop));
-}
-
-#[test]
-fn source_ranges_of_more_lengths_than_a_chain_has_room_for_become_more_ranges_of_fewer() {
-    let asked = |count: u8| {
-        let address: std::net::IpAddr = "2001:db8:1:2:3:4:5:6".parse().unwrap();
-        let ranges = (64..64 + count).map(|length| ipnet::IpNet::new(address, length).unwrap());
-        let (contribution, _) = asked(
-            &Service {
-                cluster_ips: vec!["fd00:10:96::1".parse().unwrap()],
-                load_balancer_ips: vec!["fd00:203::1".parse().unwrap()],
-                source_ranges: ranges.map(|range| range.trunc()).collect(),
-                ..service("web")
-            },
-            Vec::new(),
-        );
-        let ranges = contribution.elements.iter().filter(|(id, _)| id.set == SetName::SourceRanges);
-        let lengths = contribution.chains.iter().find_map(|(_, chain)| match chain {
-            ChainName::Restricted(lengths) => Some(lengths.count()),
-            _ => None,
-        });
-        (ranges.count(), lengths.unwrap())
-    };
-    assert_eq!(asked(60), (60, 60));
-    // Of 61 lengths, 16 are a multiple of four. Of the others, here within each other, the widest range of
-    // each four becomes eight.
-    assert_eq!(asked(61), (1 + 15 * 8, 16));
 }

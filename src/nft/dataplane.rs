@@ -117,34 +117,22 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
         Vmap,
     };
     let mark = shape.options.masquerade_mark;
-    let next = || Rule::new([Goto(name.next().expect("a chain that leads on"))]);
     match name {
         ChainName::Select(selection) => select(*selection),
-        ChainName::OfPort(chain) => of_port(&chain.0, chain.1, next),
-        ChainName::Enter(traffic, _) => vec![enter(*traffic), next()],
+        ChainName::Enter(traffic, selection) => enter_and_select(*traffic, None, *selection),
+        ChainName::ExternalLocal(selection, here) => {
+            external_local_select(None, *selection, *here, shape)
+        }
+        ChainName::OfPort(chain) => of_port(&chain.0, chain.1, shape),
+        ChainName::Restricted(chain) => restricted(chain.0, chain.1.as_ref()),
         ChainName::MarkForMasquerade => vec![Rule::new([MarkOr(mark)])],
         ChainName::MarkInternal => mark_internal(shape),
-        ChainName::ShortCircuit => look_up(&FRONTEND, SetName::ServicesCluster),
-        ChainName::NodeportShortCircuit => look_up(&NODE_PORT, SetName::NodeportsCluster),
-        ChainName::ExternalLocalByClient => {
-            let local = look_up(&FRONTEND, SetName::ServicesLocal);
-            by_client(ChainName::ShortCircuit, local, shape)
+        ChainName::DispatchServices => {
+            look_up(&FRONTEND, [SetName::Services, SetName::ServicesNewClients])
         }
-        ChainName::NodeportExternalLocalByClient => {
-            let local = look_up(&NODE_PORT, SetName::NodeportsLocal);
-            by_client(ChainName::NodeportShortCircuit, local, shape)
+        ChainName::DispatchNodeports => {
+            look_up(&NODE_PORT, [SetName::Nodeports, SetName::NodeportsNewClients])
         }
-        ChainName::ExternalLocal => external_local(ChainName::ExternalLocalByClient),
-        ChainName::NodeportExternalLocal => {
-            external_local(ChainName::NodeportExternalLocalByClient)
-        }
-        ChainName::Restricted(lengths) => restricted(**lengths),
-        ChainName::RestrictedAllowed => {
-            twice(Rule::new([Jump(ChainName::DispatchRestricted)])).into()
-        }
-        ChainName::DispatchRestricted => look_up(&FRONTEND, SetName::ServicesRestricted),
-        ChainName::DispatchServices => look_up(&FRONTEND, SetName::Services),
-        ChainName::DispatchNodeports => look_up(&NODE_PORT, SetName::Nodeports),
         ChainName::Dispatch => dispatch(shape),
         ChainName::NoEndpoint => vec![Rule::new([Reject])],
         ChainName::ClusterIpsCheck => vec![
@@ -248,21 +236,33 @@ fn mark_internal(shape: &Shape<'_>) -> Vec<Rule> {
     shape.is_not_from_pod().map(|elsewhere| Rule::new([elsewhere, mark])).into_iter().collect()
 }
 
+fn enter_and_select(traffic: Traffic, port: Option<&PortName>, selection: Selection) -> Vec<Rule> {
+    vec![enter(traffic), Rule::new([Statement::Goto(ChainName::select(port, selection))])]
+}
+
 /// The chains of one Service port.
-fn of_port(port: &PortName, chain: PortChain, next: impl Fn() -> Rule) -> Vec<Rule> {
+fn of_port(port: &PortName, chain: PortChain, shape: &Shape<'_>) -> Vec<Rule> {
     match chain {
         PortChain::Select(selection) => select(selection),
-        PortChain::Enter(traffic, _) => vec![enter(traffic), next()],
-        PortChain::Sticky(selection) => vec![sticky(port, selection.list), next()],
-        PortChain::EnterSticky(traffic, selection) => {
-            vec![enter(traffic), sticky(port, selection.list), next()]
+        PortChain::Enter(traffic, selection) => enter_and_select(traffic, Some(port), selection),
+        PortChain::ExternalLocal(selection, here) => {
+            external_local_select(Some(port), selection, here, shape)
+        }
+        PortChain::Sticky(list) => vec![sticky(port, list)],
+        PortChain::EnterSticky(traffic, list) => vec![enter(traffic), sticky(port, list)],
+        PortChain::ExternalLocalSticky => {
+            let sticky = |list| ChainName::of_port(port, PortChain::Sticky(list));
+            let [all, here] =
+                [List::Cluster, List::Local].map(|list| Statement::Goto(sticky(list)));
+            external_local(all, Rule::new([here]), shape)
         }
         PortChain::Record(memory, timeout) => record(port, memory, timeout),
     }
 }
 
-/// Takes the backend that the client had last. It is a rule of each chain that asks, rather than a chain
-/// they share: when a verdict changes, the kernel walks every chain that one can lead to.
+/// Takes the backend that the client had last. Whoever had none comes back to the dispatch, to be looked up
+/// as a new client: what is to be changed when an endpoint comes or goes is an element then, and no chain of
+/// the port's own.
 fn sticky(port: &PortName, list: List) -> Rule {
     let affinity = AffinityName { port: port.clone(), list };
     Rule::new([Statement::L4Proto(port.protocol()), Statement::DnatSticky(affinity)])
@@ -297,15 +297,13 @@ fn select(selection: Selection) -> Vec<Rule> {
 
 /// Asks for a range of each length, and for all of them once more: where a range gives way to one of
 /// another length, a packet can ask for the first when it is gone, and have asked for the other before
-/// it came.
-fn restricted(lengths: PrefixLengths) -> Vec<Rule> {
+/// it came. Whoever may pass where there is nobody to pass to is refused behind the translation.
+fn restricted(lengths: PrefixLengths, next: Option<&ChainName>) -> Vec<Rule> {
+    let pass = next.map_or(Statement::Return, |next| Statement::Goto(next.clone()));
     let allowed = lengths.iter().map(|length| {
         let range = [Selector::SaddrFirst(length), Selector::SaddrLast(length)];
         let key = [FRONTEND.as_slice(), &range].concat();
-        Rule::new([
-            Statement::In(key, SetName::SourceRanges),
-            Statement::Goto(ChainName::RestrictedAllowed),
-        ])
+        Rule::new([Statement::In(key, SetName::SourceRanges), pass.clone()])
     });
     let allowed: Vec<_> = allowed.collect();
     let again = allowed.clone().into_iter().map(again);
@@ -315,9 +313,12 @@ fn restricted(lengths: PrefixLengths) -> Vec<Rule> {
 
 /// A chain that looks into a verdict map is entered twice, and no rule of it written twice: when a verdict
 /// changes, the kernel walks all those that each rule can give, but a chain it has walked once it knows
-/// (from 6.18 on).
-fn look_up(frontend: &[Selector], map: SetName) -> Vec<Rule> {
-    vec![Rule::new([Statement::Vmap(frontend.to_vec(), map)])]
+/// (from 6.18 on). Before, it walks a chain as often as something leads there: so no verdict leads to a chain
+/// that looks into a verdict map.
+///
+/// Clients of a Service with affinity come back from the first map if they are not remembered.
+fn look_up(frontend: &[Selector], maps: [SetName; 2]) -> Vec<Rule> {
+    maps.map(|map| Rule::new([Statement::Vmap(frontend.to_vec(), map)])).into()
 }
 
 fn again(rule: Rule) -> Rule {
@@ -328,26 +329,34 @@ fn twice(rule: Rule) -> [Rule; 2] {
     [rule.clone(), again(rule)]
 }
 
-fn external_local(by_client: ChainName) -> Vec<Rule> {
-    let mut rules = Vec::from(twice(Rule::new([Statement::Jump(by_client)])));
-    // Not to be looked up once more, nor taken for a node port: it was found, and nobody is here.
-    rules.push(Rule::new([Statement::Accept]));
-    rules
+fn external_local_select(
+    port: Option<&PortName>,
+    selection: Selection,
+    here: u16,
+    shape: &Shape<'_>,
+) -> Vec<Rule> {
+    let to = |selection| Statement::Goto(ChainName::select(port, selection));
+    // Where there is nobody, it is not to be looked up once more, nor taken for a node port.
+    let all = if selection.n > 0 { to(selection) } else { Statement::Accept };
+    let here = match selection.here(here) {
+        Some(here) => Rule::new([to(here)]),
+        None => Rule::new([Statement::Accept]).comment("no endpoint on this node"),
+    };
+    external_local(all, here, shape)
 }
 
 /// Under externalTrafficPolicy Local, pods and the node itself reach any endpoint, as if the traffic
 /// had come in on a node that has one (the node's own is masqueraded); everybody else reaches those
-/// of this node only, and keeps the source address. Whoever is led to the short circuit does not come
-/// back to be taken for somebody else.
-fn by_client(short_circuit: ChainName, local: Vec<Rule>, shape: &Shape<'_>) -> Vec<Rule> {
+/// of this node only, and keeps the source address.
+fn external_local(all: Statement, here: Rule, shape: &Shape<'_>) -> Vec<Rule> {
     let mut rules = Vec::new();
     if let Some(from_pod) = shape.is_from_pod() {
-        rules.push(Rule::new([from_pod, Statement::Goto(short_circuit.clone())]));
+        rules.push(Rule::new([from_pod, all.clone()]));
     }
     let mark = Statement::Jump(ChainName::MarkForMasquerade);
     rules.push(Rule::new([Statement::FromThisHost, mark]));
-    rules.push(Rule::new([Statement::FromThisHost, Statement::Goto(short_circuit)]));
-    rules.extend(local);
+    rules.push(Rule::new([Statement::FromThisHost, all]));
+    rules.push(here);
     rules
 }
 
@@ -457,20 +466,62 @@ mod tests {
     /// What a commit is sent by relies on it: a packet that is led to a chain which is empty yet goes on as if
     /// nothing had been found. (Of the rules that remember, one alone is for a protocol.)
     #[test]
-    fn nothing_comes_behind_a_rule_that_is_led_on_by_a_verdict() {
+    fn behind_a_rule_that_is_led_on_by_a_verdict_comes_another_such_rule_or_nothing() {
         let remember = [ChainName::AffinityRecord, ChainName::AffinityRecordNodeport];
-        let leads_on = |rule: &Rule| {
-            let vmap = |s: &Statement| matches!(s, Statement::Vmap(_, map) if map.leads_on());
-            rule.statements.iter().any(vmap)
-        };
         let mut maps = 0;
         for name in ChainName::FIXED.into_iter().filter(|name| !remember.contains(name)) {
             let rules = chain(name.clone(), Family::V4, &Options::default()).rules;
-            maps += rules.iter().filter(|rule| leads_on(rule)).count();
-            let before = rules.split_last().map_or(&[][..], |(_, before)| before);
-            assert!(!before.iter().any(leads_on), "{name}");
+            let first = rules.iter().position(leads_on).unwrap_or(rules.len());
+            assert!(rules[first..].iter().all(leads_on), "{name}");
+            maps += rules.len() - first;
         }
-        // `services`, `services-cluster`, `-local`, `-restricted`; all but the last for node ports, too.
-        assert_eq!(maps, 7);
+        // `services`, `services-new-clients`; for node ports, too.
+        assert_eq!(maps, 4);
+    }
+
+    /// Or else kernels before 6.18 take the square of the number of such verdicts for a change.
+    #[test]
+    fn no_verdict_leads_to_a_chain_that_looks_into_a_verdict_map() {
+        let port: PortName = "a/b/tcp".parse().unwrap();
+        let of_port = |chain| ChainName::of_port(&port, chain);
+        let mut ahead = vec![
+            of_port(PortChain::ExternalLocalSticky),
+            of_port(PortChain::Record(Memory::Both, 1)),
+            ChainName::NoEndpoint,
+        ];
+        for list in [List::Cluster, List::Local] {
+            ahead.extend(Traffic::BOTH.map(|t| of_port(PortChain::EnterSticky(t, list))));
+        }
+        for pick in [Pick::Random, Pick::SourceHash, Pick::RoundRobin] {
+            for entry in [Entry::Address, Entry::NodePort] {
+                let selection = Selection { entry, list: List::Cluster, pick, n: 2 };
+                ahead.extend(Traffic::BOTH.map(|t| ChainName::Enter(t, selection)));
+                ahead.extend(Traffic::BOTH.map(|t| of_port(PortChain::Enter(t, selection))));
+                ahead.push(ChainName::ExternalLocal(selection, 1));
+                ahead.push(of_port(PortChain::ExternalLocal(selection, 1)));
+            }
+        }
+        let lengths = PrefixLengths::new([24]).unwrap();
+        ahead.extend(
+            ahead.clone().into_iter().map(|next| ChainName::restricted(lengths, Some(next))),
+        );
+        while let Some(name) = ahead.pop() {
+            for statement in chain(name.clone(), Family::V4, &Options::default())
+                .rules
+                .into_iter()
+                .flat_map(|rule| rule.statements)
+            {
+                match statement {
+                    Statement::Vmap(..) => panic!("{name}"),
+                    Statement::Jump(next) | Statement::Goto(next) => ahead.push(next),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn leads_on(rule: &Rule) -> bool {
+        let vmap = |s: &Statement| matches!(s, Statement::Vmap(_, map) if map.leads_on());
+        rule.statements.iter().any(vmap)
     }
 }

@@ -59,6 +59,8 @@ pub enum Value {
     None,
     /// `goto` a chain.
     Goto(ChainName),
+    /// `jump` to a chain, to come back if nothing there decides.
+    Jump(ChainName),
     /// Drop the packet.
     Drop,
     /// A backend.
@@ -410,6 +412,7 @@ impl fmt::Display for Value {
         match self {
             Self::None => Ok(()),
             Self::Goto(chain) => write!(f, "goto {chain}"),
+            Self::Jump(chain) => write!(f, "jump {chain}"),
             Self::Drop => f.write_str("drop"),
             Self::Backend(backend) => write!(f, "{backend}"),
         }

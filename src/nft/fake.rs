@@ -181,7 +181,7 @@ impl FakeKernel {
                 if !table.sets.contains(&id.set) {
                     return Err(libc::ENOENT);
                 }
-                if let Value::Goto(chain) = value
+                if let Value::Goto(chain) | Value::Jump(chain) = value
                     && !table.chains.contains_key(&chain.to_string())
                 {
                     return Err(libc::ENOENT);
@@ -245,7 +245,7 @@ impl Table {
             || self
                 .elements
                 .values()
-                .any(|value| matches!(value, Value::Goto(chain) if chain.to_string() == name))
+                .any(|value| matches!(value, Value::Goto(chain) | Value::Jump(chain) if chain.to_string() == name))
     }
 }
 

@@ -272,7 +272,8 @@ impl Interpreter<'_> {
                             step.elements.push(id);
                             state.outcome.steps.push(step);
                             return match value {
-                                Value::Goto(chain) => self.goto(&base, chain, state),
+                                Value::Goto(chain) => self.chain(&base, chain, state),
+                                Value::Jump(chain) => self.jump(&base, chain, state, None),
                                 Value::Drop => refuse(state, Fate::Dropped),
                                 Value::None | Value::Backend(_) => vec![Flow::Next(state)],
                             };
@@ -296,26 +297,17 @@ impl Interpreter<'_> {
                     state.outcome.steps.push(step);
                     return vec![Flow::Done(state)];
                 }
+                // Nothing stands behind a jump in our rules.
                 Statement::Jump(chain) => {
                     // Where nothing was found, as by most first and all second tries, there is nothing
                     // to tell.
                     let untold = (step.chain != base).then_some(state.outcome.steps.len() + 1);
                     state.outcome.steps.push(step);
-                    let came_back = |flow| match flow {
-                        Flow::Back(mut state) => {
-                            if untold == Some(state.outcome.steps.len()) {
-                                state.outcome.steps.pop();
-                            }
-                            Flow::Next(state)
-                        }
-                        flow => flow,
-                    };
-                    // Nothing stands behind a jump in our rules.
-                    return self.chain(&base, chain, state).into_iter().map(came_back).collect();
+                    return self.jump(&base, chain, state, untold);
                 }
                 Statement::Goto(chain) => {
                     state.outcome.steps.push(step);
-                    return self.goto(&base, chain, state);
+                    return self.chain(&base, chain, state);
                 }
                 Statement::Return => {
                     state.outcome.steps.push(step);
@@ -339,8 +331,24 @@ impl Interpreter<'_> {
         vec![Flow::Next(state)]
     }
 
-    fn goto(&self, base: &ChainName, chain: &ChainName, state: State) -> Vec<Flow> {
-        self.chain(base, chain, state)
+    /// Runs a chain, and comes back. The step that led there goes untold if there are just so many by then.
+    fn jump(
+        &self,
+        base: &ChainName,
+        chain: &ChainName,
+        state: State,
+        untold: Option<usize>,
+    ) -> Vec<Flow> {
+        let came_back = |flow| match flow {
+            Flow::Back(mut state) => {
+                if untold == Some(state.outcome.steps.len()) {
+                    state.outcome.steps.pop();
+                }
+                Flow::Next(state)
+            }
+            flow => flow,
+        };
+        self.chain(base, chain, state).into_iter().map(came_back).collect()
     }
 
     /// Follows every number that could be drawn; those that meet no element go on with the next rule.

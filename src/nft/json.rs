@@ -168,6 +168,7 @@ fn element(id: &Key, value: &Value) -> Json {
     let value = match value {
         Value::None => return key(id),
         Value::Goto(chain) => json!({"goto": {"target": chain.to_string()}}),
+        Value::Jump(chain) => json!({"jump": {"target": chain.to_string()}}),
         Value::Drop => json!({"drop": null}),
         Value::Backend(backend) => {
             concat([backend.address.to_string().into(), backend.port.into()])

@@ -27,7 +27,7 @@ pub const STAND_IN: &str = "nftproxy-stand-in";
 
 /// Comment on the table. It marks a table as ours and says which layout of sets, maps and chains is
 /// in it; a table without it, or with another number, is replaced as a whole at start-up.
-pub const LAYOUT: &str = "nftproxy layout 2";
+pub const LAYOUT: &str = "nftproxy layout 3";
 
 /// Name of the set that counts connections, where that is asked for. Packets fill it, as they do the
 /// affinity maps, so that it is none of [`SetName`].
@@ -39,8 +39,9 @@ pub const LAYOUTS: &str = "nftproxy layout ";
 /// Longest name of a set or chain: `NFT_NAME_MAXLEN` of the kernel, less its NUL.
 const NAME_LIMIT: usize = 255;
 
-/// Room for what stands before the port's name, for instance `external-sticky-nodeport-lb-local-32768/`.
-const PREFIX_ROOM: usize = 48;
+/// Room for what stands before the port's name: `restricted-`, 12 lengths of up to three digits, and
+/// `-external-local-round-robin-32768-32768/`. The longest name that the API server lets a port have is 148.
+const PREFIX_ROOM: usize = 105;
 
 /// The name is not one of this program's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -165,27 +166,45 @@ mod tests {
                         } else {
                             chains.push(ChainName::Select(selection));
                         }
-                        chains.push(ChainName::of_port(&port, PortChain::Sticky(selection)));
                         for traffic in [Traffic::Internal, Traffic::External] {
-                            let enter = match pick {
+                            chains.push(match pick {
                                 Pick::RoundRobin => {
                                     ChainName::of_port(&port, PortChain::Enter(traffic, selection))
                                 }
                                 _ => ChainName::Enter(traffic, selection),
-                            };
-                            let sticky = PortChain::EnterSticky(traffic, selection);
-                            chains.extend([enter, ChainName::of_port(&port, sticky)]);
+                            });
+                        }
+                        let all = list == List::Cluster;
+                        for here in [0, 1, 32768].into_iter().filter(|_| all) {
+                            chains.push(match pick {
+                                Pick::RoundRobin => ChainName::of_port(
+                                    &port,
+                                    PortChain::ExternalLocal(selection, here),
+                                ),
+                                _ => ChainName::ExternalLocal(selection, here),
+                            });
                         }
                     }
                 }
             }
         }
-        for chain in &chains {
-            assert!(chain.next().is_none_or(|next| chains.contains(&next)), "{chain}");
-        }
+        chains.push(ChainName::of_port(&port, PortChain::ExternalLocalSticky));
         for list in [List::Cluster, List::Local] {
             let affinity = AffinityName { port: port.clone(), list };
             assert_eq!(affinity.to_string().parse(), Ok(affinity));
+            chains.push(ChainName::of_port(&port, PortChain::Sticky(list)));
+            for traffic in [Traffic::Internal, Traffic::External] {
+                chains.push(ChainName::of_port(&port, PortChain::EnterSticky(traffic, list)));
+            }
+        }
+        for chain in &chains {
+            assert!(chain.next().all(|next| chains.contains(&next)), "{chain}");
+        }
+        let external = chains.iter().filter(|chain| chain.to_string().starts_with("external-"));
+        let external: Vec<_> = external.cloned().map(Some).chain([None]).collect();
+        for lengths in [&[32][..], &[1, 128], &(1..=128).collect::<Vec<_>>()] {
+            let lengths = PrefixLengths::new(lengths.iter().copied()).unwrap();
+            chains.extend(external.iter().map(|c| ChainName::restricted(lengths, c.clone())));
         }
         for memory in [Memory::Cluster, Memory::Local, Memory::Both] {
             chains.push(ChainName::of_port(&port, PortChain::Record(memory, 10800)));
@@ -205,10 +224,35 @@ mod tests {
             let (entry, list) = (Entry::Address, List::Cluster);
             ChainName::Select(Selection { entry, list, pick: Pick::Random, n })
         };
-        let neighbours = |n| select(n).neighbours().collect::<Vec<_>>();
+        let neighbours = |n| select(n).neighbours();
         assert_eq!(neighbours(1), [select(2)]);
         assert_eq!(neighbours(2), [select(3), select(1)]);
         assert_eq!(neighbours(u16::MAX), [select(u16::MAX - 1)]);
+    }
+
+    /// A spare chain leads to others that are there: those that picks have, and their neighbours.
+    #[test]
+    fn neighbours_are_mutual_and_lead_to_chains_that_are_there() {
+        let lengths = PrefixLengths::new([24]).unwrap();
+        for (n, here) in [(1, 0), (1, 1), (2, 0), (2, 1), (5, 5), (0, 0), (0, 1), (9, u16::MAX)] {
+            let (entry, list) = (Entry::Address, List::Cluster);
+            let selection = Selection { entry, list, pick: Pick::Random, n };
+            let chain = ChainName::ExternalLocal(selection, here);
+            let mut there: Vec<_> = chain.next().collect();
+            there.extend(there.clone().iter().flat_map(ChainName::neighbours));
+            let neighbours = chain.neighbours();
+            for neighbour in &neighbours {
+                assert!(neighbour.neighbours().contains(&chain), "{chain} {neighbour}");
+                assert!(neighbour.next().all(|next| there.contains(&next)), "{chain} {neighbour}");
+            }
+            let restricted = ChainName::restricted(lengths, Some(chain));
+            let of_restricted: Vec<_> = restricted
+                .neighbours()
+                .into_iter()
+                .flat_map(|n| n.next().collect::<Vec<_>>())
+                .collect();
+            assert_eq!(of_restricted, neighbours);
+        }
     }
 
     #[test]
@@ -224,10 +268,21 @@ mod tests {
             "dispatch-1",
             "-1",
             "lb-2/a/b/tcp",
-            "sticky-lb-2",
-            "sticky-lb-2/a/b",
-            "sticky-lb-2/a/b/icmp",
-            "sticky-lb-2/a/b/tcp/",
+            "sticky",
+            "sticky/a/b",
+            "sticky/a/b/icmp",
+            "sticky/a/b/tcp/",
+            "external-local-lb-2",
+            "external-local-lb-local-2-1",
+            "external-local-round-robin-2-1",
+            "external-local-lb-2-1/a/b/tcp",
+            "restricted-",
+            "restricted-external-lb-2",
+            "restricted-24-",
+            "restricted-24external-lb-2",
+            "restricted-24-restricted-24",
+            "restricted-x18-external-lb-2",
+            "restricted-24-dispatch",
             "record-5/a/b/tcp",
             "record-s/a/b/tcp",
             "external-",
@@ -236,10 +291,10 @@ mod tests {
             "internal-2",
             "round-robin-2",
             "affinity/a/b/tcp",
-            "sticky-lb-2//b/tcp",
-            "sticky-lb-2/a//tcp",
-            "sticky-lb-2/a/b/icmp/http",
-            "sticky-lb-2/a/b/tcp/http/x",
+            "sticky//b/tcp",
+            "sticky/a//tcp",
+            "sticky/a/b/icmp/http",
+            "sticky/a/b/tcp/http/x",
         ] {
             assert_eq!(name.parse::<ChainName>(), Err(UnknownName), "{name:?}");
         }

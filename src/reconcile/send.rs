@@ -18,7 +18,7 @@ use crate::nft::transaction::{Op, Transaction};
 /// change itself is still one transaction.
 ///
 /// What was led nowhere before may meet an empty chain: it falls through as if it had found nothing, since
-/// a rule that looks for a verdict is the last of its chain. Each transaction has the kernel walk all
+/// behind a rule that looks for a verdict comes another one, if any. Each transaction has the kernel walk all
 /// verdicts, so that one of them is half of the time.
 pub(super) fn apply<K: Kernel>(
     kernel: &mut K,
@@ -124,16 +124,16 @@ mod tests {
     fn chains_go_ahead_where_something_is_led_elsewhere() {
         let family = Family::V4;
         let chain = |name| Box::new(chain(name, family, &Options::default()));
-        let new = || chain(ChainName::ShortCircuit);
+        let new = || chain(ChainName::MarkInternal);
         let chains = || vec![Op::AddChain(family, new()), Op::AddRules(family, new())];
         let id = |set| {
             let key = Key::Frontend([10, 96, 0, 10].into(), Protocol::Tcp, 80);
             ElementId { family, set, key }
         };
-        let to = || Value::Goto(ChainName::ShortCircuit);
+        let to = || Value::Goto(ChainName::MarkInternal);
         let gone = |set| Op::DeleteElement(id(set), to());
         let there = || Op::AddElement(id(SetName::Services), to());
-        let old = ChainName::ExternalLocal;
+        let old = ChainName::Dispatch;
         for (then, count) in [
             (vec![], 0),
             (vec![there()], 0),

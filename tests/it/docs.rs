@@ -263,16 +263,59 @@ fn is_in_order(quoted: &str, text: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// A Service with source ranges, of which the example has none.
-const WITH_RANGES: &str = "
+/// Services of the kinds that the example does not have.
+const OTHERS: &str = "
 apiVersion: v1
 kind: Service
 metadata: { name: restricted, namespace: default }
 spec:
+  type: LoadBalancer
   clusterIP: 10.96.0.40
   loadBalancerSourceRanges: [198.51.100.0/24, 192.0.2.7/32]
   ports: [{ port: 80 }]
 status: { loadBalancer: { ingress: [{ ip: 203.0.113.7 }] } }
+---
+apiVersion: v1
+kind: Service
+metadata: { name: local, namespace: default }
+spec:
+  type: LoadBalancer
+  clusterIP: 10.96.0.45
+  externalTrafficPolicy: Local
+  ports: [{ port: 80 }]
+status: { loadBalancer: { ingress: [{ ip: 203.0.113.8 }] } }
+---
+apiVersion: v1
+kind: Service
+metadata: { name: sticky, namespace: default }
+spec:
+  clusterIP: 10.96.0.50
+  sessionAffinity: ClientIP
+  ports: [{ port: 80 }]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: { name: restricted-1, namespace: default, labels: { kubernetes.io/service-name: restricted } }
+addressType: IPv4
+ports: [{ name: '', protocol: TCP, port: 8080 }]
+endpoints: [{ addresses: [10.244.2.5] }, { addresses: [10.244.2.6] }]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: { name: local-1, namespace: default, labels: { kubernetes.io/service-name: local } }
+addressType: IPv4
+ports: [{ name: '', protocol: TCP, port: 8080 }]
+endpoints:
+- { addresses: [10.244.1.5], nodeName: demo-node }
+- { addresses: [10.244.1.6], nodeName: demo-node }
+- { addresses: [10.244.2.7] }
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: { name: sticky-1, namespace: default, labels: { kubernetes.io/service-name: sticky } }
+addressType: IPv4
+ports: [{ name: '', protocol: TCP, port: 8080 }]
+endpoints: [{ addresses: [10.244.2.5] }, { addresses: [10.244.2.6] }]
 ";
 
 fn rendered(manifests: &str) -> String {
@@ -286,12 +329,12 @@ fn rendered(manifests: &str) -> String {
 }
 
 /// Every block of rules in the page that explains them is, in this order, a part of what the example
-/// renders to, or that Service.
+/// renders to, or those Services.
 #[test]
 fn the_rules_that_are_explained_are_the_rules() {
     let page = fs::read_to_string(root().join("deploy/docs/ruleset.md")).unwrap();
-    let (_dir, with_ranges) = manifests(WITH_RANGES);
-    let text = rendered("deploy/example") + &rendered(&with_ranges);
+    let (_dir, others) = manifests(OTHERS);
+    let text = rendered("deploy/example") + &rendered(&others);
     let blocks: Vec<_> =
         page.split("```nft\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
     assert!(blocks.len() > 5, "{}", blocks.len());

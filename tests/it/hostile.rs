@@ -6,6 +6,8 @@ use std::net::SocketAddr;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use nftproxy::nft::names::LAYOUT;
+
 use crate::namespace::{nft, own_table};
 use crate::net::{CLIENT, Daemon, Net, in_netns, ip, wait_until};
 use crate::objects::{CLUSTER, Svc, slice};
@@ -211,13 +213,15 @@ fn a_table_of_our_name_made_by_someone_else_is_replaced() {
         add chain ip nftproxy theirs { type nat hook prerouting priority -150; policy accept; }
         add rule ip nftproxy theirs ip daddr 10.96.0.10 dnat to ip daddr map @mine
         add element ip nftproxy services { 10.96.0.10 : jump lb-1 }";
-    let with_our_comment = "
-        add table ip nftproxy { comment \"nftproxy layout 2\"; }
-        add chain ip nftproxy guard { type filter hook forward priority -10; policy drop; }
-        add chain ip nftproxy filter-forward { type filter hook forward priority 5; policy drop; }
+    let with_our_comment = &format!(
+        "
+        add table ip nftproxy {{ comment \"{LAYOUT}\"; }}
+        add chain ip nftproxy guard {{ type filter hook forward priority -10; policy drop; }}
+        add chain ip nftproxy filter-forward {{ type filter hook forward priority 5; policy drop; }}
         add chain ip nftproxy nat-prerouting
         add rule ip nftproxy nat-prerouting accept
-        add map ip nftproxy endpoints { type ipv4_addr : ipv4_addr; }";
+        add map ip nftproxy endpoints {{ type ipv4_addr : ipv4_addr; }}"
+    );
     let others = "
         add table inet other
         add set inet other services { type ipv4_addr; elements = { 10.96.0.10 }; }

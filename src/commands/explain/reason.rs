@@ -282,7 +282,7 @@ impl Because<'_> {
                 }
                 _ => format!("it goes to a ClusterIP, and {source} is no pod's (local-pods)"),
             },
-            ChainName::ExternalLocalByClient | ChainName::NodeportExternalLocalByClient => {
+            chain if chain.is_external_local() => {
                 format!("externalTrafficPolicy: Local, but {source} is this host's own")
             }
             _ => "externalTrafficPolicy: Cluster, the endpoint may be on another node".into(),
@@ -295,9 +295,7 @@ impl Because<'_> {
         {
             return format!("delivered to this host before it would be masqueraded ({why})");
         }
-        let external_local = outcome.steps.iter().any(|step| {
-            matches!(step.chain, ChainName::ExternalLocal | ChainName::NodeportExternalLocal)
-        });
+        let external_local = outcome.steps.iter().any(|step| step.chain.is_external_local());
         let to_cluster_ip = self.service.map(|service| service.kind == "ClusterIP");
         match (to_cluster_ip, self.detector()) {
             _ if external_local => {

@@ -1,11 +1,11 @@
 //! Chains. What a chain contains follows from its name alone, so that a ruleset need only say which
 //! chains there are, and a chain of the kernel can be compared with what it should be.
 
-use std::fmt;
-use std::str::FromStr;
+mod text;
+
 use std::sync::Arc;
 
-use super::{PortName, PrefixLengths, UnknownName};
+use super::{AffinityName, PortName, PrefixLengths};
 
 /// By what a frontend is found: decides which maps it is looked up in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -70,17 +70,26 @@ pub enum Traffic {
     External,
 }
 
+impl Traffic {
+    /// Both of them.
+    pub const BOTH: [Self; 2] = [Self::Internal, Self::External];
+}
+
 /// What the chains of one Service port do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PortChain {
     /// Picks a backend in turn: `round-robin-2/…`.
     Select(Selection),
-    /// Takes the backend that the client had last, else picks one: `sticky-lb-2/…`.
-    Sticky(Selection),
     /// Marks what is to be masqueraded, then picks in turn: `external-round-robin-2/…`.
     Enter(Traffic, Selection),
-    /// Marks it, then takes the backend that the client had last, else picks one: `external-sticky-lb-2/…`.
-    EnterSticky(Traffic, Selection),
+    /// Picks in turn as clients under a Local policy may: `external-local-round-robin-3-1/…`.
+    ExternalLocal(Selection, u16),
+    /// Takes the backend that the client had last, if any: `sticky/…`, `sticky-local/…`.
+    Sticky(List),
+    /// Marks what is to be masqueraded, then takes that backend: `external-sticky/…`.
+    EnterSticky(Traffic, List),
+    /// Takes it as clients under a Local policy may: `external-local-sticky/…`.
+    ExternalLocalSticky,
     /// Remembers the backend of a client for so many seconds: `record-10800s/…`.
     Record(Memory, u32),
 }
@@ -94,37 +103,24 @@ pub enum ChainName {
     Select(Selection),
     /// Marks what is to be masqueraded, then picks a backend: `internal-lb-2`, `external-hash-3`.
     Enter(Traffic, Selection),
+    /// Under externalTrafficPolicy Local, picks one of all backends for clients of the cluster, and for
+    /// others one of so many on this node, which can be 0: `external-local-lb-3-1`.
+    ExternalLocal(Selection, u16),
     /// A chain that belongs to one Service port.
     OfPort(Arc<(PortName, PortChain)>),
+    /// Lets only the allowed sources of a load balancer's address pass, where these are ranges of such
+    /// lengths, and leads them on, if there is anybody: `restricted-24-32-external-lb-2`.
+    Restricted(Arc<(PrefixLengths, Option<ChainName>)>),
     /// Sets the mark that postrouting masquerades by.
     MarkForMasquerade,
     /// Marks those of a ClusterIP's clients that are to be masqueraded.
     MarkInternal,
-    /// Leads a client of the cluster to the backends of any node.
-    ShortCircuit,
-    /// The same for node ports.
-    NodeportShortCircuit,
-    /// Tells clients of a frontend address under a Local policy apart.
-    ExternalLocalByClient,
-    /// The same for node ports.
-    NodeportExternalLocalByClient,
-    /// Has a frontend address under a Local policy.
-    ExternalLocal,
-    /// The same for node ports.
-    NodeportExternalLocal,
-    /// Lets only the allowed sources of a load balancer's address pass, where these are ranges of such
-    /// lengths: `restricted-24-32`.
-    Restricted(Arc<PrefixLengths>),
-    /// Those of them that may pass.
-    RestrictedAllowed,
     /// Looks a new connection up in the maps.
     Dispatch,
     /// Looks up what was dialled among the addresses of Services.
     DispatchServices,
     /// The same among node ports.
     DispatchNodeports,
-    /// The same among addresses with source ranges.
-    DispatchRestricted,
     /// Refuses a connection nobody can answer.
     NoEndpoint,
     /// Refuses unused ports of ClusterIPs, drops what goes to unallocated ones.
@@ -157,17 +153,9 @@ pub enum ChainName {
 
 impl ChainName {
     /// The chains that always exist, in the order of the table's text.
-    pub const FIXED: [Self; 25] = [
+    pub const FIXED: [Self; 17] = [
         Self::MarkForMasquerade,
         Self::MarkInternal,
-        Self::ShortCircuit,
-        Self::NodeportShortCircuit,
-        Self::ExternalLocalByClient,
-        Self::NodeportExternalLocalByClient,
-        Self::ExternalLocal,
-        Self::NodeportExternalLocal,
-        Self::DispatchRestricted,
-        Self::RestrictedAllowed,
         Self::DispatchServices,
         Self::DispatchNodeports,
         Self::Dispatch,
@@ -191,22 +179,16 @@ impl ChainName {
     /// The whole name of a chain that does not depend on Services.
     fn fixed(&self) -> Option<&'static str> {
         Some(match self {
-            Self::Select(_) | Self::Enter(..) | Self::OfPort(_) | Self::Restricted(_) => {
-                return None;
-            }
+            Self::Select(_)
+            | Self::Enter(..)
+            | Self::ExternalLocal(..)
+            | Self::OfPort(_)
+            | Self::Restricted(_) => return None,
             Self::MarkForMasquerade => "mark-for-masquerade",
             Self::MarkInternal => "mark-internal",
-            Self::ShortCircuit => "short-circuit",
-            Self::NodeportShortCircuit => "nodeport-short-circuit",
-            Self::ExternalLocalByClient => "external-local-by-client",
-            Self::NodeportExternalLocalByClient => "nodeport-external-local-by-client",
-            Self::ExternalLocal => "external-local",
-            Self::NodeportExternalLocal => "nodeport-external-local",
-            Self::RestrictedAllowed => "restricted-allowed",
             Self::Dispatch => "dispatch",
             Self::DispatchServices => "dispatch-services",
             Self::DispatchNodeports => "dispatch-nodeports",
-            Self::DispatchRestricted => "dispatch-restricted",
             Self::NoEndpoint => "no-endpoint",
             Self::ClusterIpsCheck => "cluster-ips-check",
             Self::AffinityRecord => "affinity-record",
@@ -230,19 +212,16 @@ impl ChainName {
         self.fixed().is_none()
     }
 
-    /// The port that the chain belongs to, if it belongs to one.
-    #[must_use]
-    pub fn port(&self) -> Option<&PortName> {
-        match self {
-            Self::OfPort(chain) => Some(&chain.0),
-            _ => None,
-        }
-    }
-
     /// A chain of a port.
     #[must_use]
     pub fn of_port(port: &PortName, chain: PortChain) -> Self {
         Self::OfPort(Arc::new((port.clone(), chain)))
+    }
+
+    /// The chain that lets only sources in ranges of such lengths pass, on to another if there is one.
+    #[must_use]
+    pub fn restricted(lengths: PrefixLengths, next: Option<Self>) -> Self {
+        Self::Restricted(Arc::new((lengths, next)))
     }
 
     /// The chain that picks a backend, `port` being the port that it is for.
@@ -254,188 +233,105 @@ impl ChainName {
         }
     }
 
-    /// The chain that this one leads to, which has to exist, too.
-    #[must_use]
-    pub fn next(&self) -> Option<Self> {
-        match self {
-            Self::Enter(_, selection) => Some(Self::Select(*selection)),
-            Self::OfPort(chain) => match chain.1 {
-                PortChain::Enter(_, selection)
-                | PortChain::Sticky(selection)
-                | PortChain::EnterSticky(_, selection) => {
-                    Some(Self::select(Some(&chain.0), selection))
+    /// The chains that this one leads to, or its neighbours do: they have to exist, too.
+    pub fn next(&self) -> impl Iterator<Item = Self> {
+        let select = |port, selection| Some(Self::select(port, selection));
+        let both = |port, selection: Selection, here: u16| {
+            let all = (selection.n > 0).then(|| Self::select(port, selection));
+            let spare = u16::from(selection.is_spared());
+            [all, selection.here(here.max(spare)).map(|here| Self::select(port, here))]
+        };
+        let next = match self {
+            Self::Enter(_, selection) => [select(None, *selection), None],
+            Self::ExternalLocal(selection, here) => both(None, *selection, *here),
+            Self::Restricted(chain) => [chain.1.clone(), None],
+            Self::OfPort(chain) => {
+                let port = &chain.0;
+                let sticky = |list| Some(Self::of_port(port, PortChain::Sticky(list)));
+                match chain.1 {
+                    PortChain::Enter(_, selection) => [select(Some(port), selection), None],
+                    PortChain::ExternalLocal(selection, here) => both(Some(port), selection, here),
+                    PortChain::ExternalLocalSticky => [sticky(List::Cluster), sticky(List::Local)],
+                    PortChain::Select(_)
+                    | PortChain::Sticky(_)
+                    | PortChain::EnterSticky(..)
+                    | PortChain::Record(..) => [None, None],
                 }
-                PortChain::Select(_) | PortChain::Record(..) => None,
-            },
-            _ => None,
-        }
-    }
-
-    /// The shared chains that Services with one backend more than this one's need, or one less.
-    pub fn neighbours(&self) -> impl Iterator<Item = Self> {
-        let selection = match self {
-            Self::Select(selection) | Self::Enter(_, selection) => Some(*selection),
-            _ => None,
-        };
-        let random = selection.filter(|selection| selection.pick == Pick::Random).into_iter();
-        let numbers = |n: u16| [n.checked_add(1), n.checked_sub(1)].into_iter().flatten();
-        random.flat_map(move |selection| {
-            let others = numbers(selection.n).filter(|n| *n > 0);
-            others.map(move |n| match self {
-                Self::Enter(traffic, _) => Self::Enter(*traffic, Selection { n, ..selection }),
-                _ => Self::Select(Selection { n, ..selection }),
-            })
-        })
-    }
-}
-
-/// As the beginning of a chain's name.
-impl fmt::Display for Traffic {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Internal => "internal-",
-            Self::External => "external-",
-        })
-    }
-}
-
-impl Traffic {
-    /// Reads what [`fmt::Display`] writes off the beginning of a chain's name.
-    fn strip(name: &str) -> (Option<Self>, &str) {
-        for traffic in [Self::Internal, Self::External] {
-            if let Some(rest) = name.strip_prefix(&*traffic.to_string()) {
-                return (Some(traffic), rest);
             }
-        }
-        (None, name)
+            _ => [None, None],
+        };
+        next.into_iter().flatten()
     }
-}
 
-/// Without the port, which comes last in a chain's name.
-impl fmt::Display for Selection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let entry = match self.entry {
-            Entry::Address => "",
-            Entry::NodePort => "nodeport-",
+    /// The shared chains that Services need that have one backend more than this one's, or one less; where
+    /// those of this node count by themselves, one there or elsewhere.
+    #[must_use]
+    pub fn neighbours(&self) -> Vec<Self> {
+        let others = |selection: Selection| {
+            let numbers = [selection.n.checked_add(1), selection.n.checked_sub(1)];
+            let numbers = numbers.into_iter().flatten();
+            let numbers = numbers.filter(move |n| selection.is_spared() && *n > 0);
+            numbers.map(move |n| Selection { n, ..selection })
         };
-        let pick = match self.pick {
-            Pick::Random => "lb",
-            Pick::SourceHash => "hash",
-            Pick::RoundRobin => "round-robin",
-        };
-        let list = match self.list {
-            List::Cluster => "",
-            List::Local => "-local",
-        };
-        write!(f, "{entry}{pick}{list}-{}", self.n)
+        match self {
+            Self::Select(selection) => others(*selection).map(Self::Select).collect(),
+            Self::Enter(traffic, selection) => {
+                others(*selection).map(|other| Self::Enter(*traffic, other)).collect()
+            }
+            Self::ExternalLocal(selection, here) => {
+                let more_or_less = |other: Selection| {
+                    let moved =
+                        (*here).checked_add_signed(if other.n > selection.n { 1 } else { -1 });
+                    [Some(*here), moved].into_iter().flatten().map(move |here| (other, here))
+                };
+                let all = others(*selection).flat_map(more_or_less);
+                all.map(|(other, here)| Self::ExternalLocal(other, here)).collect()
+            }
+            Self::Restricted(chain) => {
+                let inner = chain.1.as_ref().map_or_else(Vec::new, Self::neighbours);
+                inner.into_iter().map(|next| Self::restricted(chain.0, Some(next))).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The affinity maps that it asks, or that those ask that it leads to.
+    #[must_use]
+    pub fn asks(&self) -> Vec<AffinityName> {
+        match self {
+            Self::OfPort(chain) => match chain.1 {
+                PortChain::Sticky(list) | PortChain::EnterSticky(_, list) => {
+                    vec![AffinityName { port: chain.0.clone(), list }]
+                }
+                _ => self.next().flat_map(|next| next.asks()).collect(),
+            },
+            Self::Restricted(_) => self.next().flat_map(|next| next.asks()).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Whether it is for clients of a frontend under externalTrafficPolicy Local.
+    #[must_use]
+    pub fn is_external_local(&self) -> bool {
+        match self {
+            Self::ExternalLocal(..) => true,
+            Self::OfPort(chain) => {
+                matches!(chain.1, PortChain::ExternalLocal(..) | PortChain::ExternalLocalSticky)
+            }
+            _ => false,
+        }
     }
 }
 
 impl Selection {
-    /// Reads what [`fmt::Display`] writes.
-    fn parse(text: &str) -> Option<Self> {
-        let (entry, rest) = match text.strip_prefix("nodeport-") {
-            Some(rest) => (Entry::NodePort, rest),
-            None => (Entry::Address, text),
-        };
-        let (rest, number) = rest.rsplit_once('-')?;
-        let (list, pick) = match rest.strip_suffix("-local") {
-            Some(pick) => (List::Local, pick),
-            None => (List::Cluster, rest),
-        };
-        let pick = match pick {
-            "lb" => Pick::Random,
-            "hash" => Pick::SourceHash,
-            "round-robin" => Pick::RoundRobin,
-            _ => return None,
-        };
-        Some(Self { entry, list, pick, n: number.parse().ok()? })
+    /// Whether there are spare chains for another number of backends.
+    fn is_spared(self) -> bool {
+        self.pick == Pick::Random && self.n > 0
     }
-}
 
-impl fmt::Display for PortChain {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Select(selection) => write!(f, "{selection}"),
-            Self::Sticky(selection) => write!(f, "sticky-{selection}"),
-            Self::Enter(traffic, selection) => write!(f, "{traffic}{selection}"),
-            Self::EnterSticky(traffic, selection) => write!(f, "{traffic}sticky-{selection}"),
-            Self::Record(memory, timeout) => {
-                let memory = match memory {
-                    Memory::Cluster => "",
-                    Memory::Local => "-local",
-                    Memory::Both => "-both",
-                };
-                write!(f, "record{memory}-{timeout}s")
-            }
-        }
+    /// The selection among so many backends of this node, if there is any.
+    #[must_use]
+    pub fn here(self, n: u16) -> Option<Self> {
+        (n > 0).then_some(Self { list: List::Local, n, ..self })
     }
-}
-
-impl fmt::Display for ChainName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Select(selection) => write!(f, "{selection}"),
-            Self::Enter(traffic, selection) => write!(f, "{traffic}{selection}"),
-            Self::OfPort(chain) => write!(f, "{}/{}", chain.1, chain.0),
-            Self::Restricted(lengths) => write!(f, "restricted-{lengths}"),
-            fixed => f.write_str(fixed.fixed().unwrap_or_default()),
-        }
-    }
-}
-
-impl FromStr for ChainName {
-    type Err = UnknownName;
-
-    fn from_str(name: &str) -> Result<Self, UnknownName> {
-        let mut fixed = Self::FIXED.into_iter().chain(Self::COUNTING);
-        if let Some(fixed) = fixed.find(|chain| chain.fixed() == Some(name)) {
-            return Ok(fixed);
-        }
-        let chain = match name.split_once('/') {
-            Some((kind, port)) => {
-                port_chain(kind).map(|chain| Ok(Self::of_port(&port.parse()?, chain)))
-            }
-            None => shared_chain(name).map(Ok),
-        };
-        let chain = chain.unwrap_or(Err(UnknownName))?;
-        // `lb-02` and `lb-+2` parse, but are not names we write.
-        if chain.to_string() == name { Ok(chain) } else { Err(UnknownName) }
-    }
-}
-
-fn shared_chain(name: &str) -> Option<ChainName> {
-    if let Some(lengths) = name.strip_prefix("restricted-") {
-        return Some(ChainName::Restricted(Arc::new(lengths.parse().ok()?)));
-    }
-    let (traffic, rest) = Traffic::strip(name);
-    let selection = Selection::parse(rest).filter(|s| s.pick != Pick::RoundRobin)?;
-    Some(match traffic {
-        Some(traffic) => ChainName::Enter(traffic, selection),
-        None => ChainName::Select(selection),
-    })
-}
-
-fn port_chain(kind: &str) -> Option<PortChain> {
-    if let Some(rest) = kind.strip_prefix("record-") {
-        let (memory, rest) = match rest.split_once('-') {
-            Some(("local", rest)) => (Memory::Local, rest),
-            Some(("both", rest)) => (Memory::Both, rest),
-            _ => (Memory::Cluster, rest),
-        };
-        return Some(PortChain::Record(memory, rest.strip_suffix('s')?.parse().ok()?));
-    }
-    let (traffic, rest) = Traffic::strip(kind);
-    let (sticky, rest) = match rest.strip_prefix("sticky-") {
-        Some(rest) => (true, rest),
-        None => (false, rest),
-    };
-    let selection = Selection::parse(rest)?;
-    Some(match (traffic, sticky) {
-        (None, true) => PortChain::Sticky(selection),
-        (Some(traffic), true) => PortChain::EnterSticky(traffic, selection),
-        _ if selection.pick != Pick::RoundRobin => return None,
-        (None, false) => PortChain::Select(selection),
-        (Some(traffic), false) => PortChain::Enter(traffic, selection),
-    })
 }

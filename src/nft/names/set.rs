@@ -12,22 +12,16 @@ use crate::model::Protocol;
 pub enum SetName {
     /// Frontend address → what to do with a new connection.
     Services,
-    /// Of frontend addresses under a Local policy: what to do for clients that may reach any endpoint.
-    ServicesCluster,
-    /// Of frontend addresses under a Local policy: what to do for all others.
-    ServicesLocal,
-    /// Of load-balancer addresses with source ranges: what to do for sources that may pass.
-    ServicesRestricted,
+    /// Of frontend addresses of Services with affinity: what to do for clients that are not remembered.
+    ServicesNewClients,
     /// Frontend address and a range of sources that may pass: its first address and its last.
     SourceRanges,
     /// Frontend address and slot → backend.
     Endpoints,
     /// Node port → what to do with a new connection.
     Nodeports,
-    /// As `services-cluster`, for node ports.
-    NodeportsCluster,
-    /// As `services-local`, for node ports.
-    NodeportsLocal,
+    /// As `services-new-clients`, for node ports.
+    NodeportsNewClients,
     /// Node port and slot → backend.
     NodeportEndpoints,
     /// Addresses of this node that node ports are served on.
@@ -88,16 +82,13 @@ pub enum DataType {
 
 impl SetName {
     /// All of them, in the order of the table's text.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 22] = [
         Self::Services,
-        Self::ServicesCluster,
-        Self::ServicesLocal,
-        Self::ServicesRestricted,
+        Self::ServicesNewClients,
         Self::SourceRanges,
         Self::Endpoints,
         Self::Nodeports,
-        Self::NodeportsCluster,
-        Self::NodeportsLocal,
+        Self::NodeportsNewClients,
         Self::NodeportEndpoints,
         Self::NodeportIps,
         Self::ClusterIps,
@@ -135,14 +126,11 @@ impl SetName {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Services => "services",
-            Self::ServicesCluster => "services-cluster",
-            Self::ServicesLocal => "services-local",
-            Self::ServicesRestricted => "services-restricted",
+            Self::ServicesNewClients => "services-new-clients",
             Self::SourceRanges => "source-ranges",
             Self::Endpoints => "endpoints",
             Self::Nodeports => "nodeports",
-            Self::NodeportsCluster => "nodeports-cluster",
-            Self::NodeportsLocal => "nodeports-local",
+            Self::NodeportsNewClients => "nodeports-new-clients",
             Self::NodeportEndpoints => "nodeport-endpoints",
             Self::NodeportIps => "nodeport-ips",
             Self::ClusterIps => "cluster-ips",
@@ -167,17 +155,14 @@ impl SetName {
     pub fn key(self) -> &'static [KeyField] {
         use KeyField::{Address, Port, Protocol, Slot};
         match self {
-            Self::Services
-            | Self::ServicesCluster
-            | Self::ServicesLocal
-            | Self::ServicesRestricted
-            | Self::NoEndpoints => &[Address, Protocol, Port],
+            Self::Services | Self::ServicesNewClients | Self::NoEndpoints => {
+                &[Address, Protocol, Port]
+            }
             Self::SourceRanges => &[Address, Protocol, Port, Address, Address],
             Self::Endpoints => &[Address, Protocol, Port, Slot],
-            Self::Nodeports
-            | Self::NodeportsCluster
-            | Self::NodeportsLocal
-            | Self::NoEndpointNodeports => &[Protocol, Port],
+            Self::Nodeports | Self::NodeportsNewClients | Self::NoEndpointNodeports => {
+                &[Protocol, Port]
+            }
             Self::NodeportEndpoints => &[Protocol, Port, Slot],
             Self::NodeportIps
             | Self::ClusterIps
@@ -200,12 +185,9 @@ impl SetName {
     pub fn data(self) -> DataType {
         match self {
             Self::Services
-            | Self::ServicesCluster
-            | Self::ServicesLocal
-            | Self::ServicesRestricted
+            | Self::ServicesNewClients
             | Self::Nodeports
-            | Self::NodeportsCluster
-            | Self::NodeportsLocal
+            | Self::NodeportsNewClients
             | Self::NoEndpoints
             | Self::NoEndpointNodeports
             | Self::AffinityRecordTcp

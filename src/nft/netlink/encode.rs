@@ -264,6 +264,7 @@ fn element(message: &mut Message<'_>, (id, value): (&ElementId, Option<&Value>),
     match value {
         None | Some(Value::None) => {}
         Some(Value::Goto(chain)) => verdict(message, libc::NFT_GOTO, name.of(chain)),
+        Some(Value::Jump(chain)) => verdict(message, libc::NFT_JUMP, name.of(chain)),
         Some(Value::Drop) => verdict(message, libc::NF_DROP, ""),
         Some(Value::Backend(backend)) => data(message, attribute::DATA, &backend.bytes()),
     }

@@ -94,12 +94,11 @@ fn read(element: &ElementRef<'_>, family: Family, set: SetName) -> Option<(Key, 
         DataType::None => Value::None,
         DataType::Verdict => {
             let code = element.get_u32(sys::NFTNL_SET_ELEM_VERDICT)?.cast_signed();
+            let chain = || element.get_str(sys::NFTNL_SET_ELEM_CHAIN)?.parse().ok();
             match code {
                 libc::NF_DROP => Value::Drop,
-                libc::NFT_GOTO => {
-                    let chain = element.get_str(sys::NFTNL_SET_ELEM_CHAIN)?;
-                    Value::Goto(chain.parse().ok()?)
-                }
+                libc::NFT_GOTO => Value::Goto(chain()?),
+                libc::NFT_JUMP => Value::Jump(chain()?),
                 _ => return None,
             }
         }
