@@ -61,7 +61,8 @@ impl Contribution {
         mut chains: Vec<(Family, ChainName)>,
         mut affinities: Vec<Affinity>,
     ) -> Self {
-        elements.sort_unstable();
+        // Most come in rows that are sorted, the longer the more slots there are: a stable sort merges them.
+        elements.sort_by_key(|(id, _)| *id);
         elements.dedup_by(|(a, _), (b, _)| a == b);
         chains.sort_unstable();
         chains.dedup();
