@@ -6,7 +6,10 @@
 //! take turns, each taking the first of its slots that is free. The table depends on the set of
 //! backends alone, so every node has the same one.
 
+use std::hash::Hasher as _;
 use std::net::IpAddr;
+
+use fnv::FnvHasher;
 
 use crate::nft::element::Backend;
 
@@ -67,18 +70,14 @@ impl Turn {
 /// FNV-1a with a final mix (that of `SplitMix64`). It must be the same on every node and in every
 /// version, which the standard library's hasher does not promise.
 fn hash(backend: &Backend, seed: u8) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    let mut take = |bytes: &[u8]| {
-        for byte in bytes {
-            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-        }
-    };
-    take(&[seed]);
+    let mut hasher = FnvHasher::default();
+    hasher.write(&[seed]);
     match backend.address {
-        IpAddr::V4(v4) => take(&v4.octets()),
-        IpAddr::V6(v6) => take(&v6.octets()),
+        IpAddr::V4(v4) => hasher.write(&v4.octets()),
+        IpAddr::V6(v6) => hasher.write(&v6.octets()),
     }
-    take(&backend.port.to_be_bytes());
+    hasher.write(&backend.port.to_be_bytes());
+    let hash = hasher.finish();
     let mixed = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     mixed ^ (mixed >> 31)

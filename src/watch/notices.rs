@@ -12,6 +12,7 @@ mod queue;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::time::Duration;
 
+use fnv::FnvHasher;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
@@ -179,10 +180,13 @@ fn event(telling: &Telling, by: &str, now: Timestamp) -> Event {
     };
     let note: String = note.chars().take(MAX_NOTE).collect();
     let reason = if telling.sentences.is_empty() { over } else { stands };
-    let mut hasher = DefaultHasher::new();
-    (reason, &note, now.as_second() / SAME_WITHIN).hash(&mut hasher);
-    if !of_all_nodes {
-        by.hash(&mut hasher);
+    // The same on nodes of another version, too, which the standard library's hasher does not promise.
+    let mut hasher = FnvHasher::default();
+    hasher.write(&(now.as_second() / SAME_WITHIN).to_be_bytes());
+    let own = if of_all_nodes { "" } else { by };
+    for text in [reason, &note, own] {
+        hasher.write(text.as_bytes());
+        hasher.write(&[0]);
     }
     Event {
         metadata: ObjectMeta {

@@ -21,7 +21,7 @@ use super::services::UDP_NUMBER;
 use super::table::{Protocol, Target};
 use super::world::{BEHIND_ONE, HOST_BEYOND, Objects, SOURCES, Setting, source};
 use crate::namespace::nft;
-use crate::net::{CLIENT, NODE, Net, in_netns, ip, patient};
+use crate::net::{CLIENT, NODE, Net, in_netns, ip, patient, sysctl};
 use crate::serve::{Outcome, patience, tcp_from, tcp_here, udp_on, udp_socket};
 
 /// The proxy has had its time to do what it should not.
@@ -245,6 +245,8 @@ impl Changes<'_> {
     /// 17, 96, 110 to 115.
     fn flows(&mut self) {
         self.count_new_flows(UDP_NUMBER);
+        // The kernel forgets a flow after 30 s, which a slow machine takes until it is asked about.
+        in_netns(&self.net.name("node"), || sysctl("netfilter/nf_conntrack_udp_timeout", "600"));
         let mut established = BTreeMap::new();
         let mut sockets = Vec::new();
         for family in FAMILIES {
