@@ -1,4 +1,5 @@
-//! The data plane: what every chain contains. This is the one place where a rule exists.
+//! The data plane: what every chain contains. This is the one place where a rule exists: here those of the chains
+//! that every table has, in `service` those of the chains that Services lead to.
 //!
 //! Some habits of these rules are load-bearing:
 //! - *Two tries.* A lookup that races with a commit can miss: the packet drew a slot from the old
@@ -8,21 +9,19 @@
 //!   (`tests/it/flips.rs` would see it.)
 //! - *Checks after translation.* No-endpoint and ClusterIP checks run in the filter hooks at priority
 //!   0, behind nat: they only see packets that were not translated.
-//! - *Nothing for what is not asked for.* Source ranges are a second step of the dispatch, not a hook
-//!   of their own: nat chains see the first packet of a connection only, so that neither established
+//! - *Nothing for what is not asked for.* Source ranges are asked by the chain that a frontend leads to, not in a
+//!   hook of their own: nat chains see the first packet of a connection only, so that neither established
 //!   connections nor Services without ranges pay for them.
 
 mod options;
+mod service;
 
 pub use self::options::{Detector, Loopback, NodePorts, Options};
+pub use self::service::FIRST_LOCAL_SLOT;
+use self::service::{enter_and_select, external_local_select, of_port, restricted, select};
 
-use super::names::{
-    AffinityName, ChainName, Entry, List, Memory, Pick, PortChain, PortName, PrefixLengths,
-    Selection, SetName, Traffic,
-};
-use super::rule::{
-    Base, BaseKind, Chain, Hook, InterfaceName, Rule, Selector, SlotSource, Statement,
-};
+use super::names::{ChainName, Entry, SetName};
+use super::rule::{Base, BaseKind, Chain, Hook, InterfaceName, Rule, Selector, Statement};
 use crate::model::{Family, Protocol};
 
 /// What shapes the rules of one family.
@@ -217,98 +216,12 @@ fn postrouting(shape: &Shape<'_>) -> Vec<Rule> {
     rules
 }
 
-/// Who is to be masqueraded is asked by the chain that the frontend leads to, and not in the dispatch by
-/// the address: the set of ClusterIPs is large, and to look into it costs more than anything else that a
-/// new connection meets (0.3 of 5.2 µs, measured).
-fn enter(traffic: Traffic) -> Rule {
-    let mark = match traffic {
-        Traffic::Internal => ChainName::MarkInternal,
-        Traffic::External => ChainName::MarkForMasquerade,
-    };
-    Rule::new([Statement::Jump(mark)])
-}
-
 fn mark_internal(shape: &Shape<'_>) -> Vec<Rule> {
     let mark = Statement::Jump(ChainName::MarkForMasquerade);
     if shape.options.masquerade_all {
         return vec![Rule::new([mark])];
     }
     shape.is_not_from_pod().map(|elsewhere| Rule::new([elsewhere, mark])).into_iter().collect()
-}
-
-fn enter_and_select(traffic: Traffic, port: Option<&PortName>, selection: Selection) -> Vec<Rule> {
-    vec![enter(traffic), Rule::new([Statement::Goto(ChainName::select(port, selection))])]
-}
-
-/// The chains of one Service port.
-fn of_port(port: &PortName, chain: PortChain, shape: &Shape<'_>) -> Vec<Rule> {
-    match chain {
-        PortChain::Select(selection) => select(selection),
-        PortChain::Enter(traffic, selection) => enter_and_select(traffic, Some(port), selection),
-        PortChain::ExternalLocal(selection, here) => {
-            external_local_select(Some(port), selection, here, shape)
-        }
-        PortChain::Sticky(list) => vec![sticky(port, list)],
-        PortChain::EnterSticky(traffic, list) => vec![enter(traffic), sticky(port, list)],
-        PortChain::ExternalLocalSticky => {
-            let sticky = |list| ChainName::of_port(port, PortChain::Sticky(list));
-            let [all, here] =
-                [List::Cluster, List::Local].map(|list| Statement::Goto(sticky(list)));
-            external_local(all, Rule::new([here]), shape)
-        }
-        PortChain::Record(memory, timeout) => record(port, memory, timeout),
-    }
-}
-
-/// Takes the backend that the client had last. Whoever had none comes back to the dispatch, to be looked up
-/// as a new client: what is to be changed when an endpoint comes or goes is an element then, and no chain of
-/// the port's own.
-fn sticky(port: &PortName, list: List) -> Rule {
-    let affinity = AffinityName { port: port.clone(), list };
-    Rule::new([Statement::L4Proto(port.protocol()), Statement::DnatSticky(affinity)])
-}
-
-/// Slots from here on are the backends on this node.
-pub const FIRST_LOCAL_SLOT: u16 = 32768;
-
-/// Picks one of `n` backends; a pick that met no element is followed by the first slot.
-fn select(selection: Selection) -> Vec<Rule> {
-    let (frontend, map) = match selection.entry {
-        Entry::Address => (FRONTEND.as_slice(), SetName::Endpoints),
-        Entry::NodePort => (NODE_PORT.as_slice(), SetName::NodeportEndpoints),
-    };
-    let offset = match selection.list {
-        List::Cluster => 0,
-        List::Local => FIRST_LOCAL_SLOT,
-    };
-    let source = match selection.pick {
-        Pick::Random => SlotSource::Random,
-        Pick::SourceHash => SlotSource::SourceHash,
-        Pick::RoundRobin => SlotSource::Increment,
-    };
-    [(source, selection.n), (SlotSource::Random, 1)]
-        .into_iter()
-        .map(|(source, modulus)| {
-            let slot = Selector::Slot { source, modulus, offset };
-            Rule::new([Statement::Dnat([frontend, &[slot]].concat(), map)])
-        })
-        .collect()
-}
-
-/// Asks for a range of each length, and for all of them once more: where a range gives way to one of
-/// another length, a packet can ask for the first when it is gone, and have asked for the other before
-/// it came. Whoever may pass where there is nobody to pass to is refused behind the translation.
-fn restricted(lengths: PrefixLengths, next: Option<&ChainName>) -> Vec<Rule> {
-    let pass = next.map_or(Statement::Return, |next| Statement::Goto(next.clone()));
-    let allowed = lengths.iter().map(|length| {
-        let range = [Selector::SaddrFirst(length), Selector::SaddrLast(length)];
-        let key = [FRONTEND.as_slice(), &range].concat();
-        Rule::new([Statement::In(key, SetName::SourceRanges), pass.clone()])
-    });
-    let allowed: Vec<_> = allowed.collect();
-    let again = allowed.clone().into_iter().map(again);
-    let others = Rule::new([Statement::Drop]).comment("not in loadBalancerSourceRanges");
-    allowed.into_iter().chain(again).chain([others]).collect()
 }
 
 /// A chain that looks into a verdict map is entered twice, and no rule of it written twice: when a verdict
@@ -327,37 +240,6 @@ fn again(rule: Rule) -> Rule {
 
 fn twice(rule: Rule) -> [Rule; 2] {
     [rule.clone(), again(rule)]
-}
-
-fn external_local_select(
-    port: Option<&PortName>,
-    selection: Selection,
-    here: u16,
-    shape: &Shape<'_>,
-) -> Vec<Rule> {
-    let to = |selection| Statement::Goto(ChainName::select(port, selection));
-    // Where there is nobody, it is not to be looked up once more, nor taken for a node port.
-    let all = if selection.n > 0 { to(selection) } else { Statement::Accept };
-    let here = match selection.here(here) {
-        Some(here) => Rule::new([to(here)]),
-        None => Rule::new([Statement::Accept]).comment("no endpoint on this node"),
-    };
-    external_local(all, here, shape)
-}
-
-/// Under externalTrafficPolicy Local, pods and the node itself reach any endpoint, as if the traffic
-/// had come in on a node that has one (the node's own is masqueraded); everybody else reaches those
-/// of this node only, and keeps the source address.
-fn external_local(all: Statement, here: Rule, shape: &Shape<'_>) -> Vec<Rule> {
-    let mut rules = Vec::new();
-    if let Some(from_pod) = shape.is_from_pod() {
-        rules.push(Rule::new([from_pod, all.clone()]));
-    }
-    let mark = Statement::Jump(ChainName::MarkForMasquerade);
-    rules.push(Rule::new([Statement::FromThisHost, mark]));
-    rules.push(Rule::new([Statement::FromThisHost, all]));
-    rules.push(here);
-    rules
 }
 
 fn dispatch(shape: &Shape<'_>) -> Vec<Rule> {
@@ -386,22 +268,6 @@ fn guard_loopback() -> [Rule; 2] {
         Rule::new([Statement::CtStateNew, outside, loopback, Statement::Drop])
             .comment(LOOPBACK_GUARD)
     })
-}
-
-/// A backend of this node counts for connections that are held to this node, too, whichever way it
-/// was chosen. Every backend of this node is in `hairpin`, paired with itself.
-fn record(port: &PortName, memory: Memory, timeout: u32) -> Vec<Rule> {
-    let remember = |list| Statement::Remember(AffinityName { port: port.clone(), list }, timeout);
-    let any = Rule::new([remember(List::Cluster)]);
-    let local = Rule::new([remember(List::Local)]);
-    match memory {
-        Memory::Cluster => vec![any],
-        Memory::Local => vec![local],
-        Memory::Both => {
-            let here = Statement::In(vec![Selector::Daddr, Selector::Daddr], SetName::Hairpin);
-            vec![any, Rule::new([here, remember(List::Local)])]
-        }
-    }
 }
 
 /// By the frontend that was dialled, which translation has left in the connection's original
@@ -462,6 +328,9 @@ fn remembered(shape: &Shape<'_>) -> [Rule; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nft::names::{
+        List, Memory, Pick, PortChain, PortName, PrefixLengths, Selection, Traffic,
+    };
 
     /// What a commit is sent by relies on it: a packet that is led to a chain which is empty yet goes on as if
     /// nothing had been found. (Of the rules that remember, one alone is for a protocol.)

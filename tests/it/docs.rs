@@ -12,6 +12,7 @@ use nftproxy::config::{Effect, FIELDS, Field, LONE_FLAGS, Type};
 use nftproxy::metrics::{Description, Metrics};
 
 use crate::commands::manifests;
+use crate::objects::{Svc, slice};
 
 pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -264,64 +265,29 @@ fn is_in_order(quoted: &str, text: &str) -> Result<(), String> {
 }
 
 /// Services of the kinds that the example does not have.
-const OTHERS: &str = "
-apiVersion: v1
-kind: Service
-metadata: { name: restricted, namespace: default }
-spec:
-  type: LoadBalancer
-  clusterIP: 10.96.0.40
-  loadBalancerSourceRanges: [198.51.100.0/24, 192.0.2.7/32]
-  ports: [{ port: 80 }]
-status: { loadBalancer: { ingress: [{ ip: 203.0.113.7 }] } }
----
-apiVersion: v1
-kind: Service
-metadata: { name: local, namespace: default }
-spec:
-  type: LoadBalancer
-  clusterIP: 10.96.0.45
-  externalTrafficPolicy: Local
-  ports: [{ port: 80 }]
-status: { loadBalancer: { ingress: [{ ip: 203.0.113.8 }] } }
----
-apiVersion: v1
-kind: Service
-metadata: { name: sticky, namespace: default }
-spec:
-  clusterIP: 10.96.0.50
-  sessionAffinity: ClientIP
-  ports: [{ port: 80 }]
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: { name: restricted-1, namespace: default, labels: { kubernetes.io/service-name: restricted } }
-addressType: IPv4
-ports: [{ name: '', protocol: TCP, port: 8080 }]
-endpoints: [{ addresses: [10.244.2.5] }, { addresses: [10.244.2.6] }]
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: { name: local-1, namespace: default, labels: { kubernetes.io/service-name: local } }
-addressType: IPv4
-ports: [{ name: '', protocol: TCP, port: 8080 }]
-endpoints:
-- { addresses: [10.244.1.5], nodeName: demo-node }
-- { addresses: [10.244.1.6], nodeName: demo-node }
-- { addresses: [10.244.2.7] }
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: { name: sticky-1, namespace: default, labels: { kubernetes.io/service-name: sticky } }
-addressType: IPv4
-ports: [{ name: '', protocol: TCP, port: 8080 }]
-endpoints: [{ addresses: [10.244.2.5] }, { addresses: [10.244.2.6] }]
-";
+fn others() -> String {
+    let service = |name, cluster_ip, spec: &[&str], balancer_ips: &[&str]| {
+        let cluster_ips = &[cluster_ip];
+        Svc { name, cluster_ips, ports: &[("", "TCP", 80, 0)], spec, balancer_ips }.yaml()
+    };
+    let two = ["10.244.2.5", "10.244.2.6"];
+    let endpoints = |name, endpoints: &[&str]| slice(name, "1", &[("", "TCP", 8080)], endpoints);
+    let ranges = ["loadBalancerSourceRanges: [198.51.100.0/24, 192.0.2.7/32]"];
+    [
+        service("restricted", "10.96.0.40", &ranges, &["203.0.113.7"]),
+        endpoints("restricted", &two),
+        service("local", "10.96.0.45", &["externalTrafficPolicy: Local"], &["203.0.113.8"]),
+        endpoints("local", &["10.244.1.5!", "10.244.1.6!", "10.244.2.7"]),
+        service("sticky", "10.96.0.50", &["sessionAffinity: ClientIP"], &[]),
+        endpoints("sticky", &two),
+    ]
+    .concat()
+}
 
-fn rendered(manifests: &str) -> String {
+fn rendered(manifests: &str, node: &str) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_nftproxy"))
         .args(["render", "--family", "ip", "--manifests", manifests, "--hostname-override"])
-        .args(["demo-node", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"])
+        .args([node, "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"])
         .current_dir(root())
         .output()
         .unwrap();
@@ -333,8 +299,8 @@ fn rendered(manifests: &str) -> String {
 #[test]
 fn the_rules_that_are_explained_are_the_rules() {
     let page = fs::read_to_string(root().join("deploy/docs/ruleset.md")).unwrap();
-    let (_dir, others) = manifests(OTHERS);
-    let text = rendered("deploy/example") + &rendered(&others);
+    let (_dir, others) = manifests(&others());
+    let text = rendered("deploy/example", "demo-node") + &rendered(&others, "node-1");
     let blocks: Vec<_> =
         page.split("```nft\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
     assert!(blocks.len() > 5, "{}", blocks.len());
