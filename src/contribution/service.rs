@@ -14,7 +14,7 @@ use crate::nft::dataplane::FIRST_LOCAL_SLOT;
 use crate::nft::element::{Backend, ElementId, Key, Value};
 use crate::nft::names::{
     AffinityName, ChainName, Entry, List, Memory, Pick, PortChain, PortName, PrefixLengths,
-    Selection, SetName, Traffic,
+    Selection, SetName, Traffic, Way,
 };
 use crate::selection::{Candidate, Uses, select};
 use crate::slots::{MAX_BACKENDS, Slots};
@@ -230,42 +230,12 @@ struct Serving<'a> {
     sticky: Option<Sticky>,
 }
 
-/// How a frontend leads to backends.
-#[derive(Clone, Copy)]
-enum Way {
-    /// To one of so many of a list, as the kind of traffic asks for.
-    Enter(Traffic, List, u16),
-    /// As externalTrafficPolicy Local asks for: to one of so many, or of so many on this node.
-    ExternalLocal(u16, u16),
-}
-
 impl Serving<'_> {
-    /// The chain that picks a backend for one kind of frontend.
-    fn pick(&self, entry: Entry, way: Way) -> ChainName {
-        let own = self.name.as_ref().filter(|_| self.pick == Pick::RoundRobin);
-        let selection = |list, n| Selection { entry, list, pick: self.pick, n };
-        match way {
-            Way::Enter(traffic, list, n) => {
-                let selection = selection(list, n);
-                match own {
-                    Some(port) => ChainName::of_port(port, PortChain::Enter(traffic, selection)),
-                    None => ChainName::Enter(traffic, selection),
-                }
-            }
-            Way::ExternalLocal(n, here) => {
-                let all = selection(List::Cluster, n);
-                match own {
-                    Some(port) => ChainName::of_port(port, PortChain::ExternalLocal(all, here)),
-                    None => ChainName::ExternalLocal(all, here),
-                }
-            }
-        }
-    }
-
     /// The chain that takes the backend a client had last, if clients are remembered.
     fn sticky(&self, way: Way) -> Option<ChainName> {
         let chain = match way {
-            Way::Enter(traffic, list, _) => PortChain::EnterSticky(traffic, list),
+            Way::Select(selection) => PortChain::Sticky(selection.list),
+            Way::Enter(traffic, selection) => PortChain::EnterSticky(traffic, selection.list),
             Way::ExternalLocal(..) => PortChain::ExternalLocalSticky,
         };
         Some(ChainName::of_port(&self.sticky.as_ref()?.port, chain))
@@ -340,7 +310,8 @@ impl<'a, 'b> Objects<'a, 'b> {
             Some(lengths) => Some(ChainName::restricted(lengths, chain)),
             None => chain,
         };
-        let pick = restricted(way.map(|way| self.serving.pick(self.entry, way)));
+        let name = self.serving.name.as_ref();
+        let pick = restricted(way.map(|way| ChainName::way(name, way)));
         let Some(pick) = pick else { return };
         self.claim(&pick);
         let sticky = way.and_then(|way| self.serving.sticky(way));
@@ -381,6 +352,12 @@ impl<'a, 'b> Objects<'a, 'b> {
         u16::try_from(backends.len()).expect("bounded by MAX_BACKENDS")
     }
 
+    /// Adds the backends of a list; returns the choice of one of them.
+    fn selection(&mut self, list: List) -> Selection {
+        let n = self.backends(list);
+        Selection { entry: self.entry, list, pick: self.serving.pick, n }
+    }
+
     /// Everything a frontend needs.
     fn frontend(&mut self, kind: FrontendKind, policy: TrafficPolicy) {
         let serving = self.serving;
@@ -403,14 +380,14 @@ impl<'a, 'b> Objects<'a, 'b> {
         };
         let way = match (kind, policy) {
             (FrontendKind::ClusterIp, _) if !nobody => {
-                Some(Way::Enter(Traffic::Internal, list, self.backends(list)))
+                Some(Way::Enter(Traffic::Internal, self.selection(list)))
             }
             (FrontendKind::ClusterIp, _) => None,
             (_, TrafficPolicy::Cluster) if !nobody => {
-                Some(Way::Enter(Traffic::External, list, self.backends(list)))
+                Some(Way::Enter(Traffic::External, self.selection(list)))
             }
             (_, TrafficPolicy::Local) if serving.any => {
-                Some(Way::ExternalLocal(self.backends(List::Cluster), self.backends(list)))
+                Some(Way::ExternalLocal(self.selection(List::Cluster), self.backends(list)))
             }
             _ => None,
         };

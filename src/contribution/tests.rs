@@ -8,7 +8,7 @@ use crate::model::{
     Endpoint, EndpointSlice, NodeFacts, Problem, Scheduler, SessionAffinity, SlicePort,
     TrafficPolicy,
 };
-use crate::nft::names::{Entry, List, Memory, Pick, PortChain, Selection, SetName, Traffic};
+use crate::nft::names::{Entry, List, Memory, Pick, PortChain, Selection, SetName, Traffic, Way};
 use crate::slots::MAX_BACKENDS;
 
 fn port(name: &str, protocol: Protocol) -> ServicePort {
@@ -92,7 +92,8 @@ fn round_robin_of_a_service_whose_name_makes_no_chain_is_a_new_choice_each_time(
     let (contribution, problems) = round_robin(&"w".repeat(253));
     assert_eq!(problems.len(), 1);
     let random = selection(Pick::Random);
-    let chains = [ChainName::Select(random), ChainName::Enter(Traffic::Internal, random)];
+    let ways = [Way::Select(random), Way::Enter(Traffic::Internal, random)];
+    let chains = ways.map(ChainName::Way);
     assert_eq!(*contribution.chains, chains.map(|chain| (Family::V4, chain)));
     // A name that makes one has chains of its own.
     let (contribution, problems) = round_robin("web");

@@ -18,7 +18,7 @@ mod service;
 
 pub use self::options::{Detector, Loopback, NodePorts, Options};
 pub use self::service::FIRST_LOCAL_SLOT;
-use self::service::{enter_and_select, external_local_select, of_port, restricted, select};
+use self::service::{along, of_port, restricted};
 
 use super::names::{ChainName, Entry, SetName};
 use super::rule::{Base, BaseKind, Chain, Hook, InterfaceName, Rule, Selector, Statement};
@@ -117,11 +117,7 @@ fn rules(name: &ChainName, shape: &Shape<'_>) -> Vec<Rule> {
     };
     let mark = shape.options.masquerade_mark;
     match name {
-        ChainName::Select(selection) => select(*selection),
-        ChainName::Enter(traffic, selection) => enter_and_select(*traffic, None, *selection),
-        ChainName::ExternalLocal(selection, here) => {
-            external_local_select(None, *selection, *here, shape)
-        }
+        ChainName::Way(way) => along(None, *way, shape),
         ChainName::OfPort(chain) => of_port(&chain.0, chain.1, shape),
         ChainName::Restricted(chain) => restricted(chain.0, chain.1.as_ref()),
         ChainName::MarkForMasquerade => vec![Rule::new([MarkOr(mark)])],
@@ -329,7 +325,7 @@ fn remembered(shape: &Shape<'_>) -> [Rule; 2] {
 mod tests {
     use super::*;
     use crate::nft::names::{
-        List, Memory, Pick, PortChain, PortName, PrefixLengths, Selection, Traffic,
+        List, Memory, Pick, PortChain, PortName, PrefixLengths, Selection, Traffic, Way,
     };
 
     /// What a commit is sent by relies on it: a packet that is led to a chain which is empty yet goes on as if
@@ -364,10 +360,10 @@ mod tests {
         for pick in [Pick::Random, Pick::SourceHash, Pick::RoundRobin] {
             for entry in [Entry::Address, Entry::NodePort] {
                 let selection = Selection { entry, list: List::Cluster, pick, n: 2 };
-                ahead.extend(Traffic::BOTH.map(|t| ChainName::Enter(t, selection)));
-                ahead.extend(Traffic::BOTH.map(|t| of_port(PortChain::Enter(t, selection))));
-                ahead.push(ChainName::ExternalLocal(selection, 1));
-                ahead.push(of_port(PortChain::ExternalLocal(selection, 1)));
+                let mut ways = vec![Way::ExternalLocal(selection, 1)];
+                ways.extend(Traffic::BOTH.map(|t| Way::Enter(t, selection)));
+                ahead.extend(ways.iter().map(|way| ChainName::Way(*way)));
+                ahead.extend(ways.iter().map(|way| of_port(PortChain::Way(*way))));
             }
         }
         let lengths = PrefixLengths::new([24]).unwrap();

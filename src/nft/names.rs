@@ -12,7 +12,7 @@ mod set;
 use std::fmt;
 use std::sync::Arc;
 
-pub use chain::{ChainName, Entry, List, Memory, Pick, PortChain, Selection, Traffic};
+pub use chain::{ChainName, Entry, List, Memory, Pick, PortChain, Selection, Traffic, Way};
 pub use lengths::PrefixLengths;
 pub use set::{DataType, KeyField, SetName};
 
@@ -161,29 +161,12 @@ mod tests {
                 for list in [List::Cluster, List::Local] {
                     for n in [1, 2, 32768] {
                         let selection = Selection { entry, list, pick, n };
-                        if pick == Pick::RoundRobin {
-                            chains.push(ChainName::of_port(&port, PortChain::Select(selection)));
-                        } else {
-                            chains.push(ChainName::Select(selection));
+                        let mut ways = vec![Way::Select(selection)];
+                        ways.extend(Traffic::BOTH.map(|traffic| Way::Enter(traffic, selection)));
+                        if list == List::Cluster {
+                            ways.extend([0, 1, 32768].map(|n| Way::ExternalLocal(selection, n)));
                         }
-                        for traffic in [Traffic::Internal, Traffic::External] {
-                            chains.push(match pick {
-                                Pick::RoundRobin => {
-                                    ChainName::of_port(&port, PortChain::Enter(traffic, selection))
-                                }
-                                _ => ChainName::Enter(traffic, selection),
-                            });
-                        }
-                        let all = list == List::Cluster;
-                        for here in [0, 1, 32768].into_iter().filter(|_| all) {
-                            chains.push(match pick {
-                                Pick::RoundRobin => ChainName::of_port(
-                                    &port,
-                                    PortChain::ExternalLocal(selection, here),
-                                ),
-                                _ => ChainName::ExternalLocal(selection, here),
-                            });
-                        }
+                        chains.extend(ways.into_iter().map(|way| ChainName::way(Some(&port), way)));
                     }
                 }
             }
@@ -222,7 +205,7 @@ mod tests {
     fn there_is_no_chain_for_no_backend_and_none_for_more_than_there_are_slots() {
         let select = |n| {
             let (entry, list) = (Entry::Address, List::Cluster);
-            ChainName::Select(Selection { entry, list, pick: Pick::Random, n })
+            ChainName::Way(Way::Select(Selection { entry, list, pick: Pick::Random, n }))
         };
         let neighbours = |n| select(n).neighbours();
         assert_eq!(neighbours(1), [select(2)]);
@@ -237,7 +220,7 @@ mod tests {
         for (n, here) in [(1, 0), (1, 1), (2, 0), (2, 1), (5, 5), (0, 0), (0, 1), (9, u16::MAX)] {
             let (entry, list) = (Entry::Address, List::Cluster);
             let selection = Selection { entry, list, pick: Pick::Random, n };
-            let chain = ChainName::ExternalLocal(selection, here);
+            let chain = ChainName::Way(Way::ExternalLocal(selection, here));
             let mut there: Vec<_> = chain.next().collect();
             there.extend(there.clone().iter().flat_map(ChainName::neighbours));
             let neighbours = chain.neighbours();

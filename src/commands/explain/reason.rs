@@ -10,7 +10,7 @@ use crate::model::{Family, Scheduler, Service, ServicePort, SessionAffinity, Tra
 use crate::nft::dataplane::{Detector, NodePorts};
 use crate::nft::element::{ElementId, Key};
 use crate::nft::interpret::{Fate, Origin, Outcome, Packet, Step};
-use crate::nft::names::{ChainName, PortChain, SetName};
+use crate::nft::names::{ChainName, Pick, SetName, Way};
 use crate::nft::ruleset::Ruleset;
 use crate::state::State;
 
@@ -357,12 +357,9 @@ impl Because<'_> {
 }
 
 fn by_hash(outcomes: &[Outcome]) -> bool {
-    use crate::nft::names::Pick;
+    // The chains of a port's own pick in turn.
     let hashed = |step: &Step| match &step.chain {
-        ChainName::Select(selection) => selection.pick == Pick::SourceHash,
-        ChainName::OfPort(chain) => {
-            matches!(chain.1, PortChain::Select(selection) if selection.pick == Pick::SourceHash)
-        }
+        ChainName::Way(Way::Select(selection)) => selection.pick == Pick::SourceHash,
         _ => false,
     };
     outcomes.iter().any(|outcome| outcome.steps.iter().any(hashed))

@@ -7,7 +7,7 @@
 use super::{FRONTEND, NODE_PORT, Shape, again};
 use crate::nft::names::{
     AffinityName, ChainName, Entry, List, Memory, Pick, PortChain, PortName, PrefixLengths,
-    Selection, SetName, Traffic,
+    Selection, SetName, Traffic, Way,
 };
 use crate::nft::rule::{Rule, Selector, SlotSource, Statement};
 
@@ -22,22 +22,28 @@ fn enter(traffic: Traffic) -> Rule {
     Rule::new([Statement::Jump(mark)])
 }
 
-pub(super) fn enter_and_select(
-    traffic: Traffic,
-    port: Option<&PortName>,
-    selection: Selection,
-) -> Vec<Rule> {
-    vec![enter(traffic), Rule::new([Statement::Goto(ChainName::select(port, selection))])]
+/// The chains that come to a backend this way, of a port if they are its own.
+pub(super) fn along(port: Option<&PortName>, way: Way, shape: &Shape<'_>) -> Vec<Rule> {
+    let to = |selection| Statement::Goto(ChainName::way(port, Way::Select(selection)));
+    match way {
+        Way::Select(selection) => select(selection),
+        Way::Enter(traffic, selection) => vec![enter(traffic), Rule::new([to(selection)])],
+        Way::ExternalLocal(selection, here) => {
+            // Where there is nobody, it is not to be looked up once more, nor taken for a node port.
+            let all = if selection.n > 0 { to(selection) } else { Statement::Accept };
+            let here = match selection.here(here) {
+                Some(here) => Rule::new([to(here)]),
+                None => Rule::new([Statement::Accept]).comment("no endpoint on this node"),
+            };
+            external_local(all, here, shape)
+        }
+    }
 }
 
 /// The chains of one Service port.
 pub(super) fn of_port(port: &PortName, chain: PortChain, shape: &Shape<'_>) -> Vec<Rule> {
     match chain {
-        PortChain::Select(selection) => select(selection),
-        PortChain::Enter(traffic, selection) => enter_and_select(traffic, Some(port), selection),
-        PortChain::ExternalLocal(selection, here) => {
-            external_local_select(Some(port), selection, here, shape)
-        }
+        PortChain::Way(way) => along(Some(port), way, shape),
         PortChain::Sticky(list) => vec![sticky(port, list)],
         PortChain::EnterSticky(traffic, list) => vec![enter(traffic), sticky(port, list)],
         PortChain::ExternalLocalSticky => {
@@ -62,7 +68,7 @@ fn sticky(port: &PortName, list: List) -> Rule {
 pub const FIRST_LOCAL_SLOT: u16 = 32768;
 
 /// Picks one of `n` backends; a pick that met no element is followed by the first slot.
-pub(super) fn select(selection: Selection) -> Vec<Rule> {
+fn select(selection: Selection) -> Vec<Rule> {
     let (frontend, map) = match selection.entry {
         Entry::Address => (FRONTEND.as_slice(), SetName::Endpoints),
         Entry::NodePort => (NODE_PORT.as_slice(), SetName::NodeportEndpoints),
@@ -99,22 +105,6 @@ pub(super) fn restricted(lengths: PrefixLengths, next: Option<&ChainName>) -> Ve
     let again = allowed.clone().into_iter().map(again);
     let others = Rule::new([Statement::Drop]).comment("not in loadBalancerSourceRanges");
     allowed.into_iter().chain(again).chain([others]).collect()
-}
-
-pub(super) fn external_local_select(
-    port: Option<&PortName>,
-    selection: Selection,
-    here: u16,
-    shape: &Shape<'_>,
-) -> Vec<Rule> {
-    let to = |selection| Statement::Goto(ChainName::select(port, selection));
-    // Where there is nobody, it is not to be looked up once more, nor taken for a node port.
-    let all = if selection.n > 0 { to(selection) } else { Statement::Accept };
-    let here = match selection.here(here) {
-        Some(here) => Rule::new([to(here)]),
-        None => Rule::new([Statement::Accept]).comment("no endpoint on this node"),
-    };
-    external_local(all, here, shape)
 }
 
 /// Under externalTrafficPolicy Local, pods and the node itself reach any endpoint, as if the traffic

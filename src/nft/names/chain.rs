@@ -75,15 +75,23 @@ impl Traffic {
     pub const BOTH: [Self; 2] = [Self::Internal, Self::External];
 }
 
+/// How a frontend comes to one of its backends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Way {
+    /// Picks a backend: `lb-2`, `nodeport-lb-local-1`, `hash-3`, `round-robin-2`.
+    Select(Selection),
+    /// Marks what is to be masqueraded, then picks a backend: `internal-lb-2`, `external-hash-3`.
+    Enter(Traffic, Selection),
+    /// Under externalTrafficPolicy Local, picks one of all backends for clients of the cluster, and for
+    /// others one of so many on this node, which can be 0: `external-local-lb-3-1`.
+    ExternalLocal(Selection, u16),
+}
+
 /// What the chains of one Service port do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PortChain {
-    /// Picks a backend in turn: `round-robin-2/…`.
-    Select(Selection),
-    /// Marks what is to be masqueraded, then picks in turn: `external-round-robin-2/…`.
-    Enter(Traffic, Selection),
-    /// Picks in turn as clients under a Local policy may: `external-local-round-robin-3-1/…`.
-    ExternalLocal(Selection, u16),
+    /// Picks a backend in turn: `external-round-robin-2/…`.
+    Way(Way),
     /// Takes the backend that the client had last, if any: `sticky/…`, `sticky-local/…`.
     Sticky(List),
     /// Marks what is to be masqueraded, then takes that backend: `external-sticky/…`.
@@ -99,13 +107,8 @@ pub enum PortChain {
 /// behind a pointer.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ChainName {
-    /// Picks a backend: `lb-2`, `nodeport-lb-local-1`, `hash-3`.
-    Select(Selection),
-    /// Marks what is to be masqueraded, then picks a backend: `internal-lb-2`, `external-hash-3`.
-    Enter(Traffic, Selection),
-    /// Under externalTrafficPolicy Local, picks one of all backends for clients of the cluster, and for
-    /// others one of so many on this node, which can be 0: `external-local-lb-3-1`.
-    ExternalLocal(Selection, u16),
+    /// Picks a backend, otherwise than in turn.
+    Way(Way),
     /// A chain that belongs to one Service port.
     OfPort(Arc<(PortName, PortChain)>),
     /// Lets only the allowed sources of a load balancer's address pass, where these are ranges of such
@@ -179,11 +182,7 @@ impl ChainName {
     /// The whole name of a chain that does not depend on Services.
     fn fixed(&self) -> Option<&'static str> {
         Some(match self {
-            Self::Select(_)
-            | Self::Enter(..)
-            | Self::ExternalLocal(..)
-            | Self::OfPort(_)
-            | Self::Restricted(_) => return None,
+            Self::Way(_) | Self::OfPort(_) | Self::Restricted(_) => return None,
             Self::MarkForMasquerade => "mark-for-masquerade",
             Self::MarkInternal => "mark-internal",
             Self::Dispatch => "dispatch",
@@ -224,38 +223,30 @@ impl ChainName {
         Self::Restricted(Arc::new((lengths, next)))
     }
 
-    /// The chain that picks a backend, `port` being the port that it is for.
+    /// The chain that goes this way, `port` being the port that it is for.
     #[must_use]
-    pub fn select(port: Option<&PortName>, selection: Selection) -> Self {
-        match port.filter(|_| selection.pick == Pick::RoundRobin) {
-            Some(port) => Self::of_port(port, PortChain::Select(selection)),
-            None => Self::Select(selection),
+    pub fn way(port: Option<&PortName>, way: Way) -> Self {
+        match port.filter(|_| way.selection().pick == Pick::RoundRobin) {
+            Some(port) => Self::of_port(port, PortChain::Way(way)),
+            None => Self::Way(way),
         }
     }
 
     /// The chains that this one leads to, or its neighbours do: they have to exist, too.
     pub fn next(&self) -> impl Iterator<Item = Self> {
-        let select = |port, selection| Some(Self::select(port, selection));
-        let both = |port, selection: Selection, here: u16| {
-            let all = (selection.n > 0).then(|| Self::select(port, selection));
-            let spare = u16::from(selection.is_spared());
-            [all, selection.here(here.max(spare)).map(|here| Self::select(port, here))]
-        };
+        let along = |port, way: Way| way.next().map(|next| Some(Self::way(port, next?)));
         let next = match self {
-            Self::Enter(_, selection) => [select(None, *selection), None],
-            Self::ExternalLocal(selection, here) => both(None, *selection, *here),
+            Self::Way(way) => along(None, *way),
             Self::Restricted(chain) => [chain.1.clone(), None],
             Self::OfPort(chain) => {
                 let port = &chain.0;
                 let sticky = |list| Some(Self::of_port(port, PortChain::Sticky(list)));
                 match chain.1 {
-                    PortChain::Enter(_, selection) => [select(Some(port), selection), None],
-                    PortChain::ExternalLocal(selection, here) => both(Some(port), selection, here),
+                    PortChain::Way(way) => along(Some(port), way),
                     PortChain::ExternalLocalSticky => [sticky(List::Cluster), sticky(List::Local)],
-                    PortChain::Select(_)
-                    | PortChain::Sticky(_)
-                    | PortChain::EnterSticky(..)
-                    | PortChain::Record(..) => [None, None],
+                    PortChain::Sticky(_) | PortChain::EnterSticky(..) | PortChain::Record(..) => {
+                        [None, None]
+                    }
                 }
             }
             _ => [None, None],
@@ -267,26 +258,8 @@ impl ChainName {
     /// those of this node count by themselves, one there or elsewhere.
     #[must_use]
     pub fn neighbours(&self) -> Vec<Self> {
-        let others = |selection: Selection| {
-            let numbers = [selection.n.checked_add(1), selection.n.checked_sub(1)];
-            let numbers = numbers.into_iter().flatten();
-            let numbers = numbers.filter(move |n| selection.is_spared() && *n > 0);
-            numbers.map(move |n| Selection { n, ..selection })
-        };
         match self {
-            Self::Select(selection) => others(*selection).map(Self::Select).collect(),
-            Self::Enter(traffic, selection) => {
-                others(*selection).map(|other| Self::Enter(*traffic, other)).collect()
-            }
-            Self::ExternalLocal(selection, here) => {
-                let more_or_less = |other: Selection| {
-                    let moved =
-                        (*here).checked_add_signed(if other.n > selection.n { 1 } else { -1 });
-                    [Some(*here), moved].into_iter().flatten().map(move |here| (other, here))
-                };
-                let all = others(*selection).flat_map(more_or_less);
-                all.map(|(other, here)| Self::ExternalLocal(other, here)).collect()
-            }
+            Self::Way(way) => way.neighbours().into_iter().map(Self::Way).collect(),
             Self::Restricted(chain) => {
                 let inner = chain.1.as_ref().map_or_else(Vec::new, Self::neighbours);
                 inner.into_iter().map(|next| Self::restricted(chain.0, Some(next))).collect()
@@ -298,27 +271,68 @@ impl ChainName {
     /// The affinity maps that it asks, or that those ask that it leads to.
     #[must_use]
     pub fn asks(&self) -> Vec<AffinityName> {
-        match self {
-            Self::OfPort(chain) => match chain.1 {
-                PortChain::Sticky(list) | PortChain::EnterSticky(_, list) => {
-                    vec![AffinityName { port: chain.0.clone(), list }]
-                }
-                _ => self.next().flat_map(|next| next.asks()).collect(),
-            },
-            Self::Restricted(_) => self.next().flat_map(|next| next.asks()).collect(),
-            _ => Vec::new(),
+        if let Self::OfPort(chain) = self
+            && let PortChain::Sticky(list) | PortChain::EnterSticky(_, list) = chain.1
+        {
+            return vec![AffinityName { port: chain.0.clone(), list }];
         }
+        self.next().flat_map(|next| next.asks()).collect()
     }
 
     /// Whether it is for clients of a frontend under externalTrafficPolicy Local.
     #[must_use]
     pub fn is_external_local(&self) -> bool {
         match self {
-            Self::ExternalLocal(..) => true,
-            Self::OfPort(chain) => {
-                matches!(chain.1, PortChain::ExternalLocal(..) | PortChain::ExternalLocalSticky)
-            }
+            Self::Way(Way::ExternalLocal(..)) => true,
+            Self::OfPort(chain) => matches!(
+                chain.1,
+                PortChain::Way(Way::ExternalLocal(..)) | PortChain::ExternalLocalSticky
+            ),
             _ => false,
+        }
+    }
+}
+
+impl Way {
+    /// What it picks from; where clients are told apart, for those that may reach any backend.
+    #[must_use]
+    pub fn selection(self) -> Selection {
+        match self {
+            Self::Select(selection)
+            | Self::Enter(_, selection)
+            | Self::ExternalLocal(selection, _) => selection,
+        }
+    }
+
+    /// The ways that this one leads on to, or its neighbours do.
+    fn next(self) -> [Option<Self>; 2] {
+        match self {
+            Self::Select(_) => [None, None],
+            Self::Enter(_, selection) => [Some(Self::Select(selection)), None],
+            Self::ExternalLocal(all, here) => {
+                let here = all.here(here.max(u16::from(all.is_spared())));
+                [Some(all).filter(|all| all.n > 0), here].map(|next| Some(Self::Select(next?)))
+            }
+        }
+    }
+
+    /// Those for one backend more or less.
+    fn neighbours(self) -> Vec<Self> {
+        let selection = self.selection();
+        let numbers = [selection.n.checked_add(1), selection.n.checked_sub(1)];
+        let numbers = numbers.into_iter().flatten().filter(|n| selection.is_spared() && *n > 0);
+        let others = numbers.map(|n| Selection { n, ..selection });
+        match self {
+            Self::Select(_) => others.map(Self::Select).collect(),
+            Self::Enter(traffic, _) => others.map(|other| Self::Enter(traffic, other)).collect(),
+            Self::ExternalLocal(_, here) => {
+                let more_or_less = |other: Selection| {
+                    let moved = here.checked_add_signed(if other.n > selection.n { 1 } else { -1 });
+                    let numbers = [Some(here), moved].into_iter().flatten();
+                    numbers.map(move |here| Self::ExternalLocal(other, here))
+                };
+                others.flat_map(more_or_less).collect()
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::{ChainName, Entry, List, Memory, Pick, PortChain, Selection, Traffic};
+use super::{ChainName, Entry, List, Memory, Pick, PortChain, Selection, Traffic, Way};
 use crate::nft::names::{PrefixLengths, UnknownName};
 
 /// As the beginning of a chain's name.
@@ -83,12 +83,42 @@ const EXTERNAL_LOCAL: &str = "external-local-";
 const RESTRICTED: &str = "restricted-";
 
 /// Without the port, which comes last in a chain's name.
-impl fmt::Display for PortChain {
+impl fmt::Display for Way {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Select(selection) => write!(f, "{selection}"),
             Self::Enter(traffic, selection) => write!(f, "{traffic}{selection}"),
             Self::ExternalLocal(selection, here) => write!(f, "{EXTERNAL_LOCAL}{selection}-{here}"),
+        }
+    }
+}
+
+impl Way {
+    /// Reads what [`fmt::Display`] writes.
+    fn parse(text: &str) -> Option<Self> {
+        if let Some(rest) = text.strip_prefix(EXTERNAL_LOCAL) {
+            let (selection, here) = rest.rsplit_once('-')?;
+            let all = Selection::parse(selection).filter(|s| s.list == List::Cluster)?;
+            return Some(Self::ExternalLocal(all, here.parse().ok()?));
+        }
+        let (traffic, rest) = Traffic::strip(text);
+        let selection = Selection::parse(rest)?;
+        Some(match traffic {
+            Some(traffic) => Self::Enter(traffic, selection),
+            None => Self::Select(selection),
+        })
+    }
+
+    fn is_in_turn(self) -> bool {
+        self.selection().pick == Pick::RoundRobin
+    }
+}
+
+/// Likewise.
+impl fmt::Display for PortChain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Way(way) => write!(f, "{way}"),
             Self::Sticky(list) => write!(f, "sticky{list}"),
             Self::EnterSticky(traffic, list) => write!(f, "{traffic}sticky{list}"),
             Self::ExternalLocalSticky => write!(f, "{EXTERNAL_LOCAL}sticky"),
@@ -115,42 +145,26 @@ impl PortChain {
             };
             return Some(Self::Record(memory, rest.strip_suffix('s')?.parse().ok()?));
         }
-        let in_turn = |selection: &Selection| selection.pick == Pick::RoundRobin;
-        if let Some(rest) = kind.strip_prefix(EXTERNAL_LOCAL) {
-            if rest == "sticky" {
-                return Some(Self::ExternalLocalSticky);
-            }
-            let (selection, here) = external_local(rest)?;
-            return in_turn(&selection).then_some(Self::ExternalLocal(selection, here));
+        if kind.strip_prefix(EXTERNAL_LOCAL) == Some("sticky") {
+            return Some(Self::ExternalLocalSticky);
         }
         let (traffic, rest) = Traffic::strip(kind);
         let list = match rest {
-            "sticky" => Some(List::Cluster),
-            "sticky-local" => Some(List::Local),
-            _ => None,
+            "sticky" => List::Cluster,
+            "sticky-local" => List::Local,
+            _ => return Way::parse(kind).filter(|way| way.is_in_turn()).map(Self::Way),
         };
-        Some(match (traffic, list) {
-            (None, Some(list)) => Self::Sticky(list),
-            (Some(traffic), Some(list)) => Self::EnterSticky(traffic, list),
-            (None, None) => Self::Select(Selection::parse(rest).filter(in_turn)?),
-            (Some(traffic), None) => Self::Enter(traffic, Selection::parse(rest).filter(in_turn)?),
+        Some(match traffic {
+            Some(traffic) => Self::EnterSticky(traffic, list),
+            None => Self::Sticky(list),
         })
     }
-}
-
-/// Reads `lb-3-1`: a selection of all backends, and the number of those of this node.
-fn external_local(text: &str) -> Option<(Selection, u16)> {
-    let (selection, here) = text.rsplit_once('-')?;
-    let selection = Selection::parse(selection).filter(|s| s.list == List::Cluster)?;
-    Some((selection, here.parse().ok()?))
 }
 
 impl fmt::Display for ChainName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Select(selection) => write!(f, "{selection}"),
-            Self::Enter(traffic, selection) => write!(f, "{traffic}{selection}"),
-            Self::ExternalLocal(selection, here) => write!(f, "{EXTERNAL_LOCAL}{selection}-{here}"),
+            Self::Way(way) => write!(f, "{way}"),
             Self::OfPort(chain) => write!(f, "{}/{}", chain.1, chain.0),
             Self::Restricted(chain) => match &**chain {
                 (lengths, None) => write!(f, "{RESTRICTED}{lengths}"),
@@ -193,15 +207,5 @@ fn of_service(name: &str) -> Option<ChainName> {
     if let Some((kind, port)) = name.split_once('/') {
         return Some(ChainName::of_port(&port.parse().ok()?, PortChain::parse(kind)?));
     }
-    let shared = |selection: &Selection| selection.pick != Pick::RoundRobin;
-    if let Some(rest) = name.strip_prefix(EXTERNAL_LOCAL) {
-        let (selection, here) = external_local(rest)?;
-        return shared(&selection).then_some(ChainName::ExternalLocal(selection, here));
-    }
-    let (traffic, rest) = Traffic::strip(name);
-    let selection = Selection::parse(rest).filter(shared)?;
-    Some(match traffic {
-        Some(traffic) => ChainName::Enter(traffic, selection),
-        None => ChainName::Select(selection),
-    })
+    Way::parse(name).filter(|way| !way.is_in_turn()).map(ChainName::Way)
 }
